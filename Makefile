@@ -1,4 +1,4 @@
-# Each target does its own set-up: a fresh machine needs only Python 3.10+ and make.
+# Each target installs what it needs: a fresh machine needs only Python 3.10+ and make.
 PYTHON ?= python3
 VENV ?= .venv
 PEERS ?= .venv-peers
@@ -9,7 +9,7 @@ SHELL = /bin/bash
 .PHONY: help demo test test-fast test-lowest soak fuzz bench lint format docs clean
 .DEFAULT_GOAL := help
 
-help: ## Show what there is
+help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(VENV)/venv.stamp: pyproject.toml
@@ -60,8 +60,8 @@ $(PEERS)/peers.stamp: benchmarks/peers.txt $(VENV)/bench.stamp
 demo: $(VENV)/demo.stamp ## Start the chat example and print its address
 	$(BIN)/python -m examples.chat
 
-# What is measured has the machine to itself, what waits for short deadlines runs beside its like, all else shares it.
-# Coverage slows what it watches, so the tests that look at the clock run without it.
+# Tests that measure run alone, tests with short deadlines run beside each other, and all others share the machine.
+# Coverage slows the code down, so the timed tests run without it.
 test: $(VENV)/test.stamp ## Run all tests on real servers, with branch coverage
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -m "not timed and not alone and not soak" --numprocesses 3 --dist loadfile
@@ -70,19 +70,19 @@ test: $(VENV)/test.stamp ## Run all tests on real servers, with branch coverage
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-test-fast: $(VENV)/fast.stamp ## Run the tests that need no server process
+test-fast: $(VENV)/fast.stamp ## Run the tests without server processes
 	$(BIN)/python -m pytest -m "not live and not soak"
 
-test-lowest: $(VENV)/lowest.stamp ## Run the same on the lowest versions that are claimed
+test-lowest: $(VENV)/lowest.stamp ## Run the fast tests on the lowest supported versions
 	$(BIN)/python -m pytest -m "not live and not soak"
 
-soak: $(VENV)/test.stamp ## Run the long tests, and the others on more kinds of servers; bounded, half an hour
+soak: $(VENV)/test.stamp ## Run the long tests, and others on more servers, about 30 minutes
 	$(BIN)/python -m pytest -m soak
 
-fuzz: $(VENV)/fuzz.stamp ## Fuzz for ten minutes, on CPython 3.11; SECONDS=600 for as much for each target
+fuzz: $(VENV)/fuzz.stamp ## Fuzz for ten minutes in total, on CPython 3.11; SECONDS=600 sets the time for each target
 	$(BIN)/python -m tests.fuzz $(if $(SECONDS),--seconds $(SECONDS))
 
-bench: $(VENV)/bench.stamp $(PEERS)/peers.stamp ## Measure beside the peers, about eight minutes; ARGS=--quick for two
+bench: $(VENV)/bench.stamp $(PEERS)/peers.stamp ## Compare the speed with the peers, about eight minutes; ARGS=--quick for two
 	$(BIN)/python -m benchmarks --peers-python $(PEERS)/bin/python $(ARGS)
 
 lint: $(VENV)/lint.stamp ## Check format, style, types and layers
@@ -98,5 +98,5 @@ format: $(VENV)/lint.stamp ## Format the code
 docs: $(VENV)/docs.stamp ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
-clean: ## Remove what the other targets made
+clean: ## Remove everything that the other targets created
 	rm -rf .venv .venv-* site dist build .coverage .coverage.* .pytest_cache .fuzz .mypy_cache .ruff_cache .import_linter_cache

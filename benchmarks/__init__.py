@@ -1,1 +1,1 @@
-"""Measures what the library costs, beside its peers, in one run: `make bench`."""
+"""Benchmarks of the library and its peers in one run: `make bench`."""

@@ -40,7 +40,7 @@ SCENARIOS: dict[str, Callable[[Bench], list[Table]]] = {
 
 
 def main() -> None:
-    """Run what is asked for, print it, and write it down if it was everything."""
+    """Run the selected scenarios, print the report, and write it to a file after a full run."""
     if not sys.platform.startswith("linux"):
         sys.exit("the benchmarks need Linux: epoll, and /proc for memory")
     asked = _arguments()
@@ -104,7 +104,7 @@ def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
 
 
 def _exit(*_: object) -> NoReturn:
-    sys.exit(143)  # so that what was started is ended on the way out
+    sys.exit(143)  # so that child processes are stopped on exit
 
 
 if __name__ == "__main__":

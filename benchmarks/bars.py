@@ -1,4 +1,4 @@
-"""What the figures have to show: one bar for each promise about speed."""
+"""Performance targets: one bar for each promise about speed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from benchmarks.scenarios.isolation import SLOW_CLIENTS, SLOW_LIMIT_BYTES, shard
 Tables = Mapping[str, Table]
 
 LONGER_CALL_MILLISECONDS: Final = 50.0
-"""How much longer a call of `broadcast()` may take when clients are stuck. To wait for one of them takes seconds."""
+"""Factor by which stalled clients may slow a call of `broadcast()` down. Waiting for one of them would take seconds."""
 
 VISIBLY: Final = 1.5
-"""How much longer a stall has to be to be called visibly longer."""
+"""Factor from which a longer stall is called visibly longer."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Bar:
 
     Attributes:
         figure: What is measured.
-        measured: Finds it in the tables; `None` if a part of it was not measured.
-        limit: What it may be at most, or has to be at least.
-        unit: Of both.
-        at_least: Whether the limit is a lower one.
+        measured: Finds the value in the tables; `None` if a part of it was not measured.
+        limit: Highest or lowest value allowed.
+        unit: Unit of the value and the limit.
+        at_least: Whether the limit is the lowest value allowed.
     """
 
     figure: str
@@ -38,7 +38,7 @@ class Bar:
     at_least: bool = False
 
     def met(self, value: float) -> bool:
-        """Whether a measured value keeps the promise."""
+        """Return whether a measured value meets the bar."""
         return value >= self.limit if self.at_least else value <= self.limit
 
 
@@ -67,7 +67,7 @@ def _worst(table: str, key: str) -> Callable[[Tables], float | None]:
 
 
 def _each(contender: Contender, name: str) -> tuple[Bar, ...]:
-    """The bars that both ways to run the library have."""
+    """Return the bars that apply to both configurations of the library."""
     many, one = sharded(contender)
     reading, stopped = contender.using("all read").key, contender.using(f"{SLOW_CLIENTS} stopped").key
     return (

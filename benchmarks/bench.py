@@ -1,4 +1,4 @@
-"""How a scenario is run: who takes part, how large, how often, and in which order."""
+"""Execution of a scenario: its contenders, its size, its runs, and their order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.processes import ContenderError, Stand
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the scenarios are. Seconds are what one run of one contender should take, about."""
+    """Sizes of the scenarios. Seconds are the approximate duration of one run of one contender."""
 
     fanout_clients: int = 1000
     fanout_seconds: float = 0.6
@@ -55,8 +55,8 @@ class Bench:
     """One run of the benchmarks.
 
     Args:
-        scale: How large.
-        runs: How many runs each contender has.
+        scale: Sizes of the scenarios.
+        runs: Number of runs of each contender.
         peers_python: Interpreter of the environment of the peers.
         names: Contenders that take part; all if empty.
     """
@@ -68,17 +68,17 @@ class Bench:
         self._names = frozenset(names)
 
     def say(self, text: str) -> None:
-        """Show how far it is."""
+        """Print the progress."""
         print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
 
     def stand(self, contender: Contender) -> Stand:
         """Start a contender.
 
         Raises:
-            ContenderError: It cannot be started.
+            ContenderError: The contender cannot be started.
         """
         if contender.peer and not self._peers_python.exists():
-            raise ContenderError("the peers have no environment; `make bench` makes it")
+            raise ContenderError("the environment of the peers is missing; `make bench` creates it")
         python = str(self._peers_python) if contender.peer else sys.executable
         return Stand(contender, python, sys.executable)
 
@@ -89,9 +89,9 @@ class Bench:
         prepare: Callable[[Stand], None],
         measure: Callable[[Stand], None],
     ) -> None:
-        """Start all, prepare each once, and measure them in turn: A B C, A B C, ...
+        """Start all contenders, prepare each once, and measure them alternately: A B C, A B C, ...
 
-        One that fails says so in the tables, and is out.
+        The tables name a contender that fails, and it takes no further part.
         """
         with self._together(contenders, tables) as stands:
             for stand in tuple(stands):
@@ -104,7 +104,7 @@ class Bench:
     def afresh(
         self, contenders: Sequence[Contender], tables: Sequence[Table], measure: Callable[[Stand], None]
     ) -> None:
-        """Measure them in turn, each time in a new process, where what has been before would matter."""
+        """Measure the contenders alternately, each time in a new process, where earlier runs would matter."""
         left = self._chosen(contenders)
         for run in range(self.runs):
             for contender in tuple(left):

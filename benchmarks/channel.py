@@ -1,4 +1,4 @@
-"""Lines of JSON between the orchestrating process and those that it starts."""
+"""Lines of JSON between the orchestrating process and its children."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import time
 from typing import Any, Final
 
 CONTROL_FD: Final = "BENCH_CONTROL_FD"
-"""Environment variable with the number of the socket that a child has got."""
+"""Environment variable with the number of the socket that a child inherits."""
 OPTIONS: Final = "BENCH_OPTIONS"
-"""Environment variable with the config of the library that a server measures, as JSON."""
+"""Environment variable with the config of the measured server, as JSON."""
 WS: Final = "BENCH_WS"
-"""Environment variable with what uvicorn calls `--ws`."""
+"""Environment variable with the value of uvicorn's `--ws`."""
 
 
 class ChannelClosed(Exception):
@@ -20,7 +20,7 @@ class ChannelClosed(Exception):
 
 
 class Channel:
-    """One end of a socket pair. Blocking, for a process that has nothing else to do meanwhile."""
+    """One end of a socket pair. It blocks, for a process that has nothing else to do."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -61,5 +61,5 @@ class Channel:
         return message
 
     def close(self) -> None:
-        """Let the other process see that this one has ended."""
+        """Close the socket, so that the other process sees the end of this one."""
         self._sock.close()

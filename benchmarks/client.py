@@ -1,4 +1,4 @@
-"""One client of the load: its socket, its handshake, and what it has got."""
+"""One client of the load: its socket, its handshake, and what it has received."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks.frames import TEXT, FrameReader, client_frame
 
 
 class LoadError(Exception):
-    """A server did not do what was waited for."""
+    """A server did not do what the load waited for."""
 
 
 class Client:
@@ -16,9 +16,9 @@ class Client:
 
     Args:
         sock: The connected socket.
-        hello: A text with which a client has to answer the first frame, before it is served.
-        slow: Whether it is one of those that will stop reading.
-        first: Whether it sends its `hello` before the server has sent anything.
+        hello: Text with which a client has to answer the first frame before it is served.
+        slow: Whether the client is one of those that will stop reading.
+        first: Whether the client sends its `hello` before the server has sent anything.
     """
 
     __slots__ = ("bytes", "fd", "first", "frames", "hello", "opened", "reader", "recv_into", "response", "slow", "sock")
@@ -37,13 +37,14 @@ class Client:
         self.opened = False
 
     def open_with(self, data: memoryview) -> bool:
-        """Read on in the handshake; `True` when it is over.
+        """Continue the handshake; return `True` when it is complete.
 
-        With a `hello` it is over when the server has sent a frame, was sent that text, and has sent another frame; or
-        when it was sent that text first, and has sent a frame.
+        With a `hello`, it is complete when the server has sent a frame, was sent that text, and has sent another frame.
+        With
+        `first`, it is complete when the server was sent that text and has sent a frame.
 
         Raises:
-            LoadError: The server refused.
+            LoadError: The server rejected the handshake.
         """
         frames = 0
         if self.response.endswith(b"\r\n\r\n"):
@@ -54,7 +55,7 @@ class Client:
             if not end:
                 return False
             if not head.startswith(b"HTTP/1.1 101"):
-                raise LoadError(f"refused: {head[:80].decode(errors='replace')}")
+                raise LoadError(f"rejected: {head[:80].decode(errors='replace')}")
             self.response = head + end
             frames = len(self.reader.feed(memoryview(rest)))
             self.opened = self.hello is None

@@ -1,4 +1,4 @@
-"""Who takes part: our library in two ways, a bare endpoint, the reference, and the peers."""
+"""The contenders: our library in two configurations, a bare endpoint, the reference, and the peers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ PROTOCOL_CLASS = "fastapi_ws_stabilizer.servers.uvicorn:StableWebSocketProtocol"
 
 @dataclass(frozen=True)
 class Contender:
-    """One server and how a client gets in.
+    """One server, and how a client connects to it.
 
     Attributes:
-        name: What `--contenders` calls it, and the bars.
-        title: What the tables call it.
+        name: Name in `--contenders` and in the bars.
+        title: Name in the tables.
         app: Its module in `benchmarks.apps`.
         peer: Whether it runs in the environment of the peers.
-        path: Where its WebSocket is; `{n}` is another number for each client.
+        path: Path of its WebSocket; `{n}` is another number for each client.
         hello: What a client has to send before it is served.
-        subprotocol: What a client offers. One that does sends its `hello` first.
-        ws: uvicorn's `--ws`.
+        subprotocol: What a client offers. A client that offers one sends its `hello` first.
+        ws: Value of uvicorn's `--ws`.
         options: Its config, where it has one.
         variant: Distinguishes rows of the same contender with other options.
     """
@@ -39,11 +39,11 @@ class Contender:
 
     @property
     def key(self) -> str:
-        """Names its row."""
+        """Key of its row."""
         return f"{self.name} {self.variant}".strip()
 
     def using(self, variant: str = "", **options: Any) -> Contender:
-        """The same with other options."""
+        """Return the same contender with other options."""
         title = f"{self.title}, {variant}" if variant else self.title
         return replace(self, options={**self.options, **options}, variant=variant, title=title)
 
@@ -82,4 +82,4 @@ ALL = (
     PICOWS,
     RAW,
 )
-"""In the order in which tables show them."""
+"""All contenders, in the order of the tables."""

@@ -1,4 +1,4 @@
-"""What was measured: a table for each figure, a row for each contender, a value for each run."""
+"""Measured figures: a table for each figure, a row for each contender, a value for each run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from benchmarks.contenders import Contender
 
 BUSY = 0.9
-"""Part of a core beyond which the load may have been the bottleneck."""
+"""Share of a core above which the load may have been the bottleneck."""
 
 
 @dataclass
@@ -19,8 +19,8 @@ class Row:
     Attributes:
         title: Its name for readers.
         values: One for each run.
-        load_share: The highest part of a core that the load used in a run.
-        notes: What else there is to say, by what it is about.
+        load_share: Highest share of a core that the load used in a run.
+        notes: Remarks, by subject.
     """
 
     title: str
@@ -30,11 +30,11 @@ class Row:
 
     @property
     def median(self) -> float | None:
-        """The figure that is quoted; `None` if there is none."""
+        """Median of the values; `None` if there are none."""
         return statistics.median(self.values) if self.values else None
 
     def note(self, about: str, text: str) -> None:
-        """Say something; what was said before about the same is forgotten."""
+        """Add a remark; it replaces an earlier one about the same subject."""
         self.notes[about] = text
 
 
@@ -43,12 +43,12 @@ class Table:
     """One figure of all contenders.
 
     Attributes:
-        key: What the bars call it.
+        key: Name in the bars.
         title: Its heading.
-        unit: Of its values.
+        unit: Unit of its values.
         how: How it was measured.
-        baseline: Key of the row that ratios are to.
-        digits: Digits after the point.
+        baseline: Key of the row that ratios are relative to.
+        digits: Digits after the decimal point.
     """
 
     key: str
@@ -60,27 +60,27 @@ class Table:
     rows: dict[str, Row] = field(default_factory=dict)
 
     def row(self, contender: Contender) -> Row:
-        """The row of a contender, made when there is none."""
+        """Return the row of a contender, created when missing."""
         return self.rows.setdefault(contender.key, Row(contender.title))
 
     def add(self, contender: Contender, value: float, load_share: float = 0.0) -> None:
-        """Note the value of one run."""
+        """Add the value of one run."""
         row = self.row(contender)
         row.values.append(value)
         row.load_share = max(row.load_share, load_share)
 
     def median(self, key: str) -> float | None:
-        """The median of a row; `None` if it was not measured."""
+        """Return the median of a row; `None` if it was not measured."""
         row = self.rows.get(key)
         return None if row is None else row.median
 
     def ratio(self, key: str, to: str) -> float | None:
-        """The ratio of two medians; `None` if one was not measured."""
+        """Return the ratio of two medians; `None` if one was not measured."""
         mine, other = self.median(key), self.median(to)
         return mine / other if mine is not None and other else None
 
 
 def failed(tables: Iterable[Table], contender: Contender, reason: str) -> None:
-    """Say in each table why a contender has no value, or no more of them."""
+    """Write into each table why a contender has no value, or no further ones."""
     for table in tables:
         table.row(contender).note("failure", reason)

@@ -1,4 +1,4 @@
-"""As much of the WebSocket protocol as a load generator needs: the handshake, frames to write, frames to read."""
+"""The part of the WebSocket protocol that a load generator needs: the handshake, and writing and reading frames."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Frame = tuple[int, memoryview]
 
 
 def handshake(port: int, path: str, *, deflate: bool, subprotocol: str | None = None) -> bytes:
-    """The request that opens a WebSocket; with `deflate`, the offer is the one that browsers make."""
+    """Return the request that opens a WebSocket; with `deflate`, with the offer that browsers make."""
     protocol = f"Sec-WebSocket-Protocol: {subprotocol}\r\n" if subprotocol else ""
     return (
         f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -29,7 +29,7 @@ def handshake(port: int, path: str, *, deflate: bool, subprotocol: str | None = 
 
 
 def client_frame(opcode: int, payload: bytes) -> bytes:
-    """A whole frame as a client sends it: masked."""
+    """Return a whole frame as a client sends it: masked."""
     size = len(payload)
     if size > 0xFFFF:
         raise ValueError("the load sends small messages only")
@@ -42,7 +42,7 @@ def client_frame(opcode: int, payload: bytes) -> bytes:
 
 
 def server_frame(payload: bytes) -> bytes:
-    """A whole text frame as a server sends it."""
+    """Return a whole text frame as a server sends it."""
     size = len(payload)
     if size < 126:
         return struct.pack("!BB", 0x80 | TEXT, size) + payload
@@ -52,12 +52,12 @@ def server_frame(payload: bytes) -> bytes:
 
 
 def frame_bytes(payload_bytes: int) -> int:
-    """Bytes that a server's frame with such a payload has on the wire."""
+    """Return the bytes that a server's frame with such a payload has on the wire."""
     return payload_bytes + (2 if payload_bytes < 126 else 4 if payload_bytes <= 0xFFFF else 10)
 
 
 class FrameReader:
-    """Cuts what a server sends into frames. A frame that is not whole yet is kept until it is."""
+    """Splitter of a server's bytes into frames. It buffers an incomplete frame until the rest arrives."""
 
     __slots__ = ("_rest",)
 
@@ -65,14 +65,14 @@ class FrameReader:
         self._rest = b""
 
     def feed(self, data: memoryview) -> list[Frame]:
-        """The frames that `data` completes. They are views into it, and are gone when its buffer is used again."""
+        """Return the frames that `data` completes, as views that are invalid once its buffer is reused."""
         if self._rest:
             data = memoryview(self._rest + bytes(data))
             self._rest = b""
         frames: list[Frame] = []
         start, end = 0, len(data)
         while end - start >= 2:
-            size = data[start + 1]  # no mask: that is for clients
+            size = data[start + 1]  # no mask: only clients mask
             payload = start + 2
             if size == 126:
                 payload += 2

@@ -1,8 +1,8 @@
-"""The process that plays all clients of one server: `python -m benchmarks.load`, told what to do over a socket.
+"""Process that plays all clients of one server: `python -m benchmarks.load`, controlled over a socket.
 
 It is one thread with epoll that reads into one buffer and does no more for a message than the measurement needs: in
-the plainest mode it adds up bytes. So it takes a fraction of the CPU that any server takes for the same message, and
-says with each answer how much of a core it used.
+the simplest mode it adds up bytes. So it uses a fraction of the CPU that any server uses for the same message, and
+reports with each answer which share of a core it used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BUFFER_BYTES = 1 << 18
 MAX_EVENTS = 4096
 SLOW_BUFFER_BYTES = 4096
 SLOW_SEGMENT_BYTES = 1024
-"""A client that will stop reading has small kernel buffers, at its own end and, by its small segments, at the other."""
+"""A client that will stop reading has small kernel buffers: its own, and through its small segments the server's."""
 
 _CLOSE_FRAME = client_frame(CLOSE, struct.pack("!H", 1000))
 _PONG_TEXT = client_frame(TEXT, b"pong")
@@ -37,11 +37,11 @@ Handle = Callable[[Client, int], None]
 
 
 def _nothing(_: Client) -> None:
-    """What is done with a connection that shall stay."""
+    """Do nothing with a connection that stays open."""
 
 
 class Load:
-    """All clients. Each `do_...` method is a command; what it returns is the answer."""
+    """All clients. Each `do_...` method is a command; it returns the answer."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -65,7 +65,7 @@ class Load:
         slow: int = 0,
         timeout: float = 60.0,
     ) -> dict[str, Any]:
-        """Open `count` connections, some at a time; the first `slow` of them with small buffers."""
+        """Open `count` connections, a limited number at a time; the first `slow` of them with small buffers."""
         begun = time.monotonic()
         how: dict[str, Any] = {"deflate": deflate, "hello": hello, "subprotocol": subprotocol, "slow": slow}
         self._open_and(count, port, path, _nothing, **how, timeout=timeout)
@@ -73,13 +73,13 @@ class Load:
         return {"connected": len(self._clients), "seconds": time.monotonic() - begun, "deflate": agreed}
 
     def do_churn(self, count: int, port: int, path: str, timeout: float = 60.0) -> dict[str, Any]:
-        """Open and close `count` connections, some at a time, with the closing handshake."""
+        """Open and close `count` connections, a limited number at a time, with the closing handshake."""
         begun = time.monotonic()
         self._open_and(count, port, path, lambda client: client.sock.send(_CLOSE_FRAME), timeout=timeout, close=True)
         return {"seconds": time.monotonic() - begun}
 
     def do_bytes(self, total: int, timeout: float = 60.0) -> dict[str, Any]:
-        """Read until all clients together have got `total` bytes since the last `mark`."""
+        """Read until all clients together have received `total` bytes since the last `mark`."""
         deadline = time.monotonic() + timeout
         clients, buffer, poll = self._clients, self._buffer, self._epoll.poll
         left = total - sum(client.bytes for client in clients.values())
@@ -100,14 +100,14 @@ class Load:
         return self._counts()
 
     def do_quiet(self, quiet: float = 0.25, timeout: float = 30.0) -> dict[str, Any]:
-        """Read until nothing has come for a while."""
+        """Read until nothing has arrived for a while."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline and self._pump(self._count_bytes, quiet):
             pass
         return self._counts()
 
     def do_frames(self, total: int, timeout: float = 60.0) -> dict[str, Any]:
-        """Read until all clients together have got `total` whole frames since the last `mark`."""
+        """Read until all clients together have received `total` whole frames since the last `mark`."""
         deadline = time.monotonic() + timeout
         left = total - sum(client.frames for client in self._clients.values())
 
@@ -124,7 +124,7 @@ class Load:
         return self._counts()
 
     def do_stamps(self, each: int, timeout: float = 60.0) -> dict[str, Any]:
-        """Read until each client that reads has got `each` stamped frames; tell how long they were under way."""
+        """Read until each reading client has received `each` stamped frames; report their latencies."""
         deadline = time.monotonic() + timeout
         fast = [client for client in self._clients.values() if client not in self._stalled]
         left = each * len(fast)
@@ -154,7 +154,7 @@ class Load:
         }
 
     def do_answer(self, seconds: float) -> dict[str, Any]:
-        """Answer pings for some seconds: real ones with a pong, those in a text with the text `pong`."""
+        """Answer pings for some seconds: protocol pings with a pong, text pings with the text `pong`."""
         end = time.monotonic() + seconds
         self._pings = 0
         while (left := end - time.monotonic()) > 0:
@@ -162,7 +162,7 @@ class Load:
         return {"pings": self._pings, "lost": self._lost}
 
     def do_echo(self, seconds: float, size: int, reply_bytes: int) -> dict[str, Any]:
-        """Each client sends, waits for the reply, and sends again, for some seconds."""
+        """Let each client send, wait for the reply, and send again, for some seconds."""
         frame = client_frame(TEXT, b"x" * size)
         replies = 0
         sending = True
@@ -191,27 +191,27 @@ class Load:
         return {"in_time": in_time, "replies": replies, "seconds": took, "lost": self._lost}
 
     def do_say(self, text: str) -> dict[str, Any]:
-        """Each client sends a text."""
+        """Let each client send a text."""
         frame = client_frame(TEXT, text.encode())
         for client in self._clients.values():
             client.sock.send(frame)
         return {}
 
     def do_mark(self) -> dict[str, Any]:
-        """Count from zero."""
+        """Set the counters to zero."""
         for client in self._clients.values():
             client.bytes = client.frames = 0
         return {}
 
     def do_stall(self) -> dict[str, Any]:
-        """The slow clients read no more."""
+        """Let the slow clients stop reading."""
         self._stalled = [client for client in self._clients.values() if client.slow]
         for client in self._stalled:
             self._epoll.unregister(client.fd)
         return {"stalled": len(self._stalled)}
 
     def do_revive(self, seconds: float) -> dict[str, Any]:
-        """The stalled clients read again; tell how many of them find that their connection is over."""
+        """Let the stalled clients read again; report how many of them find their connection closed."""
         stalled, self._stalled = self._stalled, []
         for client in stalled:
             self._epoll.register(client.fd, select.EPOLLIN)
@@ -244,7 +244,7 @@ class Load:
         window: int = 50,
         close: bool = False,
     ) -> None:
-        """Open connections, `window` at a time; with `close` each of them has to end before the next begins."""
+        """Open connections, `window` at a time; with `close`, each has to end before the next one begins."""
         deadline = time.monotonic() + timeout
         begun = done = 0
 
@@ -287,7 +287,7 @@ class Load:
         sock.send(request)
 
     def _pump(self, handle: Handle, timeout: float) -> bool:
-        """Hand on what there is to read, waiting for it if need be; `False` if nothing came in time."""
+        """Dispatch what can be read, and wait for it if necessary; return `False` if nothing came in time."""
         events = self._epoll.poll(max(0.0, timeout), MAX_EVENTS)
         for fd, _ in events:
             client = self._clients[fd]
@@ -325,7 +325,7 @@ class Load:
 
 
 def main() -> None:
-    """Carry out commands until the other end is closed."""
+    """Execute commands until the other end is closed."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     channel = Channel(socket.socket(fileno=int(os.environ[CONTROL_FD])))

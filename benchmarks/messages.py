@@ -1,4 +1,4 @@
-"""What is sent: texts of a given size, JSON as applications send it, and texts that carry their time."""
+"""Payloads: texts of a given size, JSON as applications send it, and texts that carry the time of sending."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _STATES = ("open", "halted", "auction", "closed")
 
 
 def text(number: int, size: int) -> str:
-    """A small JSON message of exactly `size` bytes. It differs from that of another number, its size does not."""
+    """Return a JSON message of exactly `size` bytes, with a text that depends on the number."""
     head = f'{{"type":"news","number":{number:08d},"text":"'
     return head + "x" * (size - len(head) - 2) + '"}'
 
 
 def quotes(number: int, size: int) -> str:
-    """A JSON list of quotes of at least `size` bytes, with values that differ from those of any other number."""
+    """Return a JSON list of quotes of at least `size` bytes, with values that differ for each number."""
     rng = random.Random(number)
     items: list[str] = []
     length = 0
@@ -42,9 +42,9 @@ def quotes(number: int, size: int) -> str:
 
 
 def stamped(size: int) -> str:
-    """A text of `size` bytes that begins with the time on the monotonic clock, which all processes share."""
+    """Return a text of `size` bytes that begins with the monotonic time, which all processes share."""
     return f"{time.monotonic_ns():0{STAMP_DIGITS}d}" + "x" * (size - STAMP_DIGITS)
 
 
 MAKERS = {"text": text, "quotes": quotes}
-"""By the name that the commands use."""
+"""Makers of messages, by their name in the commands."""

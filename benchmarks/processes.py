@@ -1,4 +1,4 @@
-"""Starting servers and loads, talking to them, and making sure that none outlives the benchmark."""
+"""Start, control and cleanup of the servers and the loads."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ ANSWER_TIMEOUT = 90.0
 
 
 class ContenderError(Exception):
-    """A contender cannot take part, or not any more. The text says why."""
+    """A contender cannot take part, or cannot continue. The text gives the reason."""
 
 
 class Process:
-    """A child with a channel. It ends when the channel is closed; `stop` does not rely on that.
+    """A child with a channel. It ends when the channel is closed, but `stop` does not rely on that.
 
     Args:
-        module: What it runs.
-        python: The interpreter, which decides about the environment.
-        environment: More environment variables.
+        module: The module that it runs.
+        python: The interpreter, which decides the environment.
+        environment: Further environment variables.
     """
 
     def __init__(self, module: str, python: str, environment: dict[str, str] | None = None) -> None:
@@ -47,12 +47,12 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the parent, which ends its children itself
+                start_new_session=True,  # Ctrl-C is for the parent, which stops its children itself
             )
         self._channel = Channel(ours)
 
     def begin(self, do: str, **arguments: Any) -> None:
-        """Give a command and do not wait for its answer.
+        """Send a command without waiting for its answer.
 
         Raises:
             ContenderError: The process has ended.
@@ -79,12 +79,12 @@ class Process:
         return answer
 
     def call(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Give a command and wait for its answer."""
+        """Send a command and wait for its answer."""
         self.begin(do, **arguments)
         return self.finish()
 
     def stop(self) -> None:
-        """End it. Nothing that it holds is worth waiting for."""
+        """Kill the process. Nothing in it needs a clean exit."""
         self._channel.close()
         try:
             os.killpg(self._child.pid, signal.SIGKILL)
@@ -104,7 +104,7 @@ class Process:
 
 
 class Stand:
-    """A contender's server and the load that plays its clients.
+    """A contender's server, and the load that plays its clients.
 
     Raises:
         ContenderError: The server does not start, for instance because a package is missing.
@@ -134,7 +134,7 @@ class Stand:
         self.stop()
 
     def stop(self) -> None:
-        """End both processes."""
+        """Stop both processes."""
         self.load.stop()
         self.server.stop()
 
@@ -142,32 +142,32 @@ class Stand:
         """Connect that many clients.
 
         Raises:
-            ContenderError: Not all of them got in.
+            ContenderError: Not all of them could connect.
         """
         where = self.contender
         how = {"path": where.path, "hello": where.hello, "subprotocol": where.subprotocol}
         return self.load.call("connect", count=count, port=self.port, **how, **options)
 
     def cpu(self) -> float:
-        """CPU seconds that the server has used since it was started."""
+        """Return the CPU seconds of the server since its start."""
         return float(self.server.call("nothing")["cpu"])
 
     def command_cost(self, count: int = 50) -> float:
-        """CPU seconds that the server needs for a command that does nothing, to be taken off what commands cost."""
+        """Return the CPU seconds of a command that does nothing, to subtract them from the cost of other commands."""
         begun = self.cpu()
         for _ in range(count - 1):
             self.server.call("nothing")
         return (self.cpu() - begun) / count
 
     def loaded(self) -> dict[str, Any]:
-        """Wait for the answer of the load, and remember how busy it was."""
+        """Wait for the answer of the load, and note its CPU share."""
         answer = self.load.finish()
         self._load_cpu += answer["load_cpu"]
         self._load_wall += answer["load_wall"]
         return answer
 
     def take_load_share(self) -> float:
-        """Which part of a core the load used in the measurements since the last call."""
+        """Return the highest share of a core that the load used since the last call."""
         share = self._load_cpu / self._load_wall if self._load_wall else 0.0
         self._load_cpu = self._load_wall = 0.0
         return share

@@ -1,4 +1,4 @@
-"""Tables for people: what was measured, on what, and which bars it meets."""
+"""Tables for readers: the figures, the machine, and which bars are met."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ NOTES = """\
 
 
 def machine() -> Iterator[str]:
-    """Lines that say on what this runs."""
+    """Return lines that describe the machine."""
     yield f"- Machine: {_cpu_model()}, {os.cpu_count()} cores, {_memory_gib():.0f} GiB"
     yield f"- Kernel: {platform.system()} {platform.release()}"
 
 
 def versions(peers_python: Path) -> Iterator[str]:
-    """Lines that say which versions take part."""
+    """Return lines with the versions of the contenders."""
     for title, python, names in (
         ("The library's environment", sys.executable, _PACKAGES),
         ("The peers' environment", str(peers_python), _PEERS),
@@ -75,7 +75,7 @@ def versions(peers_python: Path) -> Iterator[str]:
 
 
 def table_lines(table: Table) -> Iterator[str]:
-    """One figure as a Markdown table."""
+    """Return one figure as a Markdown table."""
     yield f"## {table.title}"
     yield ""
     yield table.how
@@ -88,7 +88,7 @@ def table_lines(table: Table) -> Iterator[str]:
 
 
 def bar_lines(tables: Iterable[Table]) -> Iterator[str]:
-    """Which bars are met."""
+    """Return lines that say which bars are met."""
     by_key = {table.key: table for table in tables}
     rows = []
     for bar in BARS:
@@ -105,7 +105,7 @@ def bar_lines(tables: Iterable[Table]) -> Iterator[str]:
 
 
 def document(head: Sequence[str], tables: Sequence[Table]) -> str:
-    """The whole report."""
+    """Return the whole report."""
     lines = ["# Benchmarks", "", *head, "", NOTES]
     for table in tables:
         lines += [*table_lines(table), ""]

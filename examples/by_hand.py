@@ -1,4 +1,4 @@
-"""An endpoint with its own accept and receive loop, whose connection is registered with the manager."""
+"""An endpoint with its own accept and receive loop, which registers its connection with the manager."""
 
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 

@@ -52,7 +52,7 @@ async def joined(room: Room, presence: Presence) -> None:
     await room.send({"type": "joined", "room": room.name, "who": presence.client_id}, exclude=presence.client_id)
 
 
-@manager.on_leave  # not for a reload: a client whose connection broke has `presence_grace` to reconnect
+@manager.on_leave  # not for a reload: after a lost connection a client has `presence_grace` to reconnect
 async def left(room: Room, presence: Presence) -> None:
     if room:
         await room.send({"type": "left", "room": room.name, "who": presence.client_id})

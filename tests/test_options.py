@@ -1,7 +1,7 @@
-"""Each option, changed, changes what a client or the application sees: one case for every field of the config.
+"""A test of every option: a changed value changes what a client or the application sees. One case for each field.
 
-Most cases play the same scene twice, on the same manager but for the option, in virtual time, so that also a default
-of minutes is waited for. What only a real server shows is seen on a real one.
+Most cases play the same scene twice in virtual time, on managers that differ in the option only. So a default of
+minutes needs no waiting. What only a real server shows is tested on a real one.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class Case:
 
     Attributes:
         change: Its changed value, or the options that have to be changed together.
-        scene: What is done; returns what was seen.
-        before: What is seen with the default.
-        after: What is seen with the change.
+        scene: Actions; returns what was observed.
+        before: Observation with the default.
+        after: Observation with the change.
         base: Options that are the same both times.
-        virtual: Whether time is virtual. It waits for no thread.
+        virtual: Whether time is virtual. In virtual time no thread can be awaited.
     """
 
     change: Any
@@ -72,7 +72,7 @@ class Case:
 
 @dataclass
 class LiveCase:
-    """One option that is seen on a real server; `scene` is given the server."""
+    """One option that is tested on a real server, which is the argument of `scene`."""
 
     change: Any
     scene: Callable[[LiveServer], Any]
@@ -82,19 +82,19 @@ class LiveCase:
     alone: bool = False
 
 
-# ── what is seen ──
+# ── observations ──
 
 
-def how(line: Line) -> Any:
-    """How it went: a close code, the status of a refusal, or `open`."""
+def result_of(line: Line) -> Any:
+    """Return what became of a connection: a close code, the status of a rejection, or `open`."""
     if line.close_code is not None:
         return line.close_code
     answers = [one["status"] for one in line.server.taken if one["type"] == "websocket.http.response.start"]
     return answers[0] if answers else "open"
 
 
-async def lasting(condition: Callable[[], Any], most: float) -> int | None:
-    """After how many seconds, to the nearest one, something is so; `None` if it is not within `most`."""
+async def seconds_until(condition: Callable[[], Any], most: float) -> int | None:
+    """Return the seconds, rounded, until `condition` is true; `None` if that takes longer than `most`."""
     loop = asyncio.get_running_loop()
     since = loop.time()
     while not condition():
@@ -104,122 +104,122 @@ async def lasting(condition: Callable[[], Any], most: float) -> int | None:
     return round(loop.time() - since)
 
 
-async def callers(stage: Stage, *client_ids: str, **scope: Any) -> list[Any]:
-    """Let clients dial one after the other, and see how each fares."""
+async def connect_each(stage: Stage, *client_ids: str, **scope: Any) -> list[Any]:
+    """Connect clients one after the other; return what became of each."""
     lines = []
     for client_id in client_ids:
         lines.append(Line(stage, client_id, **scope))
         await soon()
-    return [how(line) for line in lines]
+    return [result_of(line) for line in lines]
 
 
-async def parked(ws: StableSocket) -> None:
-    """An endpoint that neither reads nor ends."""
+async def hang(ws: StableSocket) -> None:
+    """Neither read nor return."""
     await asyncio.Event().wait()
 
 
 # ── heartbeat ──
 
 
-async def beats(stage: Stage) -> int | None:
-    """Seconds from the first ping of a connection to its second."""
+async def heartbeat_period(stage: Stage) -> int | None:
+    """Return the seconds from the first ping of a connection to its second."""
     line = stage.plain()
-    await lasting(lambda: line.server.data, 40)
-    return await lasting(lambda: len(line.server.data) > 1, 40)
+    await seconds_until(lambda: line.server.data, 40)
+    return await seconds_until(lambda: len(line.server.data) > 1, 40)
 
 
-async def silence(stage: Stage) -> int | None:
-    """Seconds from the first ping to the close code of a client that does not answer."""
+async def seconds_until_timeout(stage: Stage) -> int | None:
+    """Return the seconds from the first ping to the close code of a client that does not answer."""
     line = stage.plain()
-    await lasting(lambda: line.server.data, 40)
-    return await lasting(lambda: line.close_code == 4408, 200)
+    await seconds_until(lambda: line.server.data, 40)
+    return await seconds_until(lambda: line.close_code == 4408, 200)
 
 
-async def first_beat(stage: Stage) -> Any:
-    """What a client gets by itself within a while."""
+async def first_message_sent(stage: Stage) -> Any:
+    """Return the first message that a client gets unprompted within 31 s."""
     line = stage.plain()
     await asyncio.sleep(31)
     return line.server.data[:1]
 
 
-# ── getting in ──
+# ── handshakes ──
 
 
-async def two_clients(stage: Stage) -> list[Any]:
-    return await callers(stage, "ann", "bob")
+async def connect_two_clients(stage: Stage) -> list[Any]:
+    return await connect_each(stage, "ann", "bob")
 
 
-async def the_same_twice(stage: Stage) -> list[Any]:
-    return await callers(stage, "ann", "ann")
+async def connect_same_client_twice(stage: Stage) -> list[Any]:
+    return await connect_each(stage, "ann", "ann")
 
 
-async def no_origin(stage: Stage) -> list[Any]:
-    return await callers(stage, "ann")
+async def connect_without_origin(stage: Stage) -> list[Any]:
+    return await connect_each(stage, "ann")
 
 
-async def one_comes_twice(stage: Stage) -> list[Any]:
-    """What becomes of the first connection of a client, and of the second."""
+async def connect_duplicate(stage: Stage) -> list[Any]:
+    """Return what becomes of the first connection of a client, and of the second."""
     lines = [stage.plain(), stage.plain()]
     await soon()
-    return [how(line) for line in lines]
+    return [result_of(line) for line in lines]
 
 
-async def forwarded(stage: Stage) -> str:
-    """The address of a client for whom somebody speaks."""
+async def address_behind_proxy(stage: Stage) -> str:
+    """Return the address of a client behind a proxy."""
     Line(stage, headers=[(b"host", b"testserver"), (b"x-forwarded-for", b"203.0.113.9")])
     await soon()
     return stage.socket().address
 
 
-async def a_stubborn_endpoint(stage: Stage) -> int | None:
-    """Seconds from the end of a client to that of its endpoint."""
-    stage.endpoint = parked
+async def seconds_until_endpoint_ends(stage: Stage) -> int | None:
+    """Return the seconds from the disconnect of a client to the end of its endpoint."""
+    stage.endpoint = hang
     line = stage.plain()
     await soon()
     await line.leaves()
-    return await lasting(line.task.done, 60)
+    return await seconds_until(line.task.done, 60)
 
 
-# ── messages in ──
+# ── inbound messages ──
 
 
-async def a_long_message(stage: Stage) -> Any:
+async def send_long_message(stage: Stage) -> Any:
     line = stage.plain()
     await line.say({"type": "note", "data": "x" * 100})
-    return how(line)
+    return result_of(line)
 
 
-async def three_messages(stage: Stage) -> tuple[int, Any]:
-    """How many of three messages are handled, and what the last reply says."""
+async def send_three_messages(stage: Stage) -> tuple[int, Any]:
+    """Return how many of three messages are handled, and the error code of the last reply."""
     line = stage.plain()
     for _ in range(3):
         await line.say({"type": "note", "text": "x" * 60})
     return len(stage.notes), (line.server.json or [{}])[-1].get("code")
 
 
-async def bad_messages(stage: Stage) -> Any:
+async def send_bad_messages(stage: Stage) -> Any:
     line = stage.plain()
     await line.say("no json", "no json either")
-    return how(line)
+    return result_of(line)
 
 
 async def unread_messages_of_idle_endpoint(stage: Stage) -> int:
-    """How many of eight messages are taken from the server though nobody reads them."""
-    stage.endpoint = parked
+    """Return how many of eight messages are taken from the server when the endpoint does not read."""
+    stage.endpoint = hang
     line = stage.plain()
     await line.say(*["x" * 1000] * 8)
     return stage.socket().unread_messages
 
 
-async def a_flood(stage: Stage) -> Any:
-    stage.endpoint = parked
+async def send_flood(stage: Stage) -> Any:
+    stage.endpoint = hang
     line = stage.plain()
     await line.say(*["x"] * 8)
-    return how(line)
+    return result_of(line)
 
 
 async def seconds_until_hanging_endpoint_closes(stage: Stage) -> int | None:
-    """Seconds until a full inbox ends the connection of an endpoint that has read one message and hangs."""
+    """Return the seconds until a full inbox closes the connection of an endpoint that reads one message and hangs."""
 
     async def hangs(ws: StableSocket) -> None:
         await ws.receive()
@@ -228,14 +228,14 @@ async def seconds_until_hanging_endpoint_closes(stage: Stage) -> int | None:
     stage.endpoint = hangs
     line = stage.plain()
     await line.say(*["x"] * 8)
-    return await lasting(lambda: line.close_code == 1013, 400)
+    return await seconds_until(lambda: line.close_code == 1013, 400)
 
 
-# ── messages out ──
+# ── outbound messages ──
 
 
-async def a_slow_client(stage: Stage) -> tuple[Any, int]:
-    """Whether a client that takes nothing is disconnected, and how many messages it has lost."""
+async def block_client(stage: Stage) -> tuple[Any, int]:
+    """Return the close code of a client that takes nothing, and how many of its messages were dropped."""
     line = stage.plain()
     await soon()
     socket = stage.socket()
@@ -246,20 +246,20 @@ async def a_slow_client(stage: Stage) -> tuple[Any, int]:
     return socket.close_info and socket.close_info.code, socket.dropped_messages
 
 
-async def a_stuck_client(stage: Stage) -> int | None:
-    """Seconds until a send that makes no progress ends the connection."""
+async def seconds_until_stalled_send_closes(stage: Stage) -> int | None:
+    """Return the seconds until a send that makes no progress closes the connection."""
     line = stage.plain()
     await soon()
     socket = stage.socket()
     line.server.block()
     await socket.send("x")
-    return await lasting(lambda: socket.closed, 60)
+    return await seconds_until(lambda: socket.closed, 60)
 
 
 # ── rooms ──
 
 
-async def two_rooms(stage: Stage) -> list[str]:
+async def join_two_rooms(stage: Stage) -> list[str]:
     stage.plain()
     await soon()
     try:
@@ -270,20 +270,20 @@ async def two_rooms(stage: Stage) -> list[str]:
     return list(stage.socket().rooms)
 
 
-async def out_of_sight(stage: Stage) -> int | None:
-    """Seconds for which a client whose connection broke is present."""
+async def seconds_of_presence(stage: Stage) -> int | None:
+    """Return the seconds for which a client is present after its connection broke."""
     line = stage.plain()
     await soon()
     await stage.socket().join("lobby")
     await line.leaves()
-    return await lasting(lambda: not stage.manager.room("lobby").clients, 60)
+    return await seconds_until(lambda: not stage.manager.room("lobby").clients, 60)
 
 
 # ── tokens ──
 
 
-async def a_token_after(stage: Stage, seconds: float) -> str:
-    """What a reconnect token is worth after a while."""
+async def token_after(stage: Stage, seconds: float) -> str:
+    """Return the result of validating a reconnect token after a while."""
     with mock.patch.object(tokens, "wall", asyncio.get_running_loop().time):
         try:
             token = stage.manager.generate_reconnect_token("ann")
@@ -293,15 +293,15 @@ async def a_token_after(stage: Stage, seconds: float) -> str:
             return type(error).__name__
 
 
-async def a_fresh_token(stage: Stage) -> str:
-    return await a_token_after(stage, 0)
+async def fresh_token(stage: Stage) -> str:
+    return await token_after(stage, 0)
 
 
-async def an_old_token(stage: Stage) -> str:
-    return await a_token_after(stage, 600)
+async def old_token(stage: Stage) -> str:
+    return await token_after(stage, 600)
 
 
-async def a_token_of_another_worker(stage: Stage) -> str:
+async def token_of_other_worker(stage: Stage) -> str:
     worker = WebSocketConnectionManager(WebSocketConfig(reconnect_secret=SECRET))
     try:
         return await stage.manager.validate_reconnect_token(worker.generate_reconnect_token("ann"))
@@ -309,7 +309,7 @@ async def a_token_of_another_worker(stage: Stage) -> str:
         return type(error).__name__
 
 
-async def an_old_ticket(stage: Stage) -> Any:
+async def old_ticket(stage: Stage) -> Any:
     with mock.patch.object(tokens, "wall", asyncio.get_running_loop().time):
         query = f"ticket={stage.manager.issue_ticket('ann')}".encode()
         await asyncio.sleep(20)
@@ -322,8 +322,8 @@ async def an_old_ticket(stage: Stage) -> Any:
 # ── sessions ──
 
 
-async def away_for_a_minute(stage: Stage) -> str:
-    """What a client of `stabilizer.v1.json` hears that was away, and was sent three messages meanwhile."""
+async def resume_after_minute(stage: Stage) -> str:
+    """Return the outcome of a client that was detached for a minute and missed three messages."""
     peer = Peer(stage)
     await (await peer.dial()).leaves()
     for number in range(3):
@@ -332,19 +332,19 @@ async def away_for_a_minute(stage: Stage) -> str:
     return (await peer.dial()).outcome
 
 
-async def two_go_away(stage: Stage) -> dict[str, int]:
+async def detach_two_sessions(stage: Stage) -> dict[str, int]:
     for client_id in ("ann", "bob"):
         await (await Peer(stage, client_id).dial()).leaves()
     return stage.manager.get_session_counts()
 
 
-async def no_hello(stage: Stage) -> int | None:
+async def seconds_without_hello(stage: Stage) -> int | None:
     line = Line(stage, subprotocols=(SUBPROTOCOL,))
-    return await lasting(lambda: line.close_code == 4408, 60)
+    return await seconds_until(lambda: line.close_code == 4408, 60)
 
 
-async def a_newcomer(stage: Stage) -> list[Any]:
-    """What somebody gets who comes to a room in which something was said a while ago."""
+async def join_later(stage: Stage) -> list[Any]:
+    """Return what a client gets that joins a room with history a minute after a message."""
     line = stage.plain()
     await soon()
     stage.plain("bob")
@@ -357,34 +357,34 @@ async def a_newcomer(stage: Stage) -> list[Any]:
     return line.server.data
 
 
-# ── going away ──
+# ── shutdown ──
 
 
-async def a_long_stay(stage: Stage) -> Any:
+async def stay_long(stage: Stage) -> Any:
     line = stage.plain()
     await asyncio.sleep(140)
-    return how(line)
+    return result_of(line)
 
 
-async def a_drain(stage: Stage) -> float:
-    """Seconds that the closes of fifty connections are spread over."""
+async def drain_duration(stage: Stage) -> float:
+    """Return the seconds over which the closes of fifty connections are spread."""
     lines = [stage.plain(f"client {number}") for number in range(50)]
     await soon()
     report = await stage.manager.drain()
-    assert all(how(line) == 1012 for line in lines)
+    assert all(result_of(line) == 1012 for line in lines)
     return round(report.duration_seconds, 1)
 
 
-async def a_shutdown(stage: Stage) -> int:
-    """Seconds that a shutdown waits for an endpoint that does not end."""
-    stage.endpoint = parked
+async def shutdown_duration(stage: Stage) -> int:
+    """Return the seconds for which a shutdown waits for an endpoint that does not return."""
+    stage.endpoint = hang
     stage.plain()
     await soon()
     return round((await stage.manager.graceful_shutdown()).duration_seconds)
 
 
-async def over_http(stage: Stage, method: str, path: str, **headers: str) -> int:
-    """The status of the stats router's answer."""
+async def status_over_http(stage: Stage, method: str, path: str, **headers: str) -> int:
+    """Return the status of the stats router's answer."""
     app = FastAPI()
     app.include_router(stats_router)
     app.state.fastapi_ws_stabilizer = stage.manager
@@ -393,19 +393,19 @@ async def over_http(stage: Stage, method: str, path: str, **headers: str) -> int
         return (await client.request(method, path, headers=headers)).status_code
 
 
-async def drained_over_http(stage: Stage) -> int:
-    return await over_http(stage, "POST", "/drain", authorization=f"Bearer {SECRET}")
+async def drain_over_http(stage: Stage) -> int:
+    return await status_over_http(stage, "POST", "/drain", authorization=f"Bearer {SECRET}")
 
 
-async def scraped(stage: Stage) -> int:
-    return await over_http(stage, "GET", "/metrics")
+async def scrape(stage: Stage) -> int:
+    return await status_over_http(stage, "GET", "/metrics")
 
 
 # ── logs and scale ──
 
 
-async def logged(stage: Stage) -> list[str]:
-    """The events that reach the log."""
+async def logged_events(stage: Stage) -> list[str]:
+    """Return the events that reach the log."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]
@@ -418,14 +418,14 @@ async def logged(stage: Stage) -> list[str]:
         get_logger().removeHandler(handler)
 
 
-async def between_two_turns(stage: Stage) -> int:
-    """To how many clients a broadcast goes before the event loop gets a turn, where each of them takes a while."""
+async def sends_per_iteration(stage: Stage) -> int:
+    """Return how many clients, each of them slow, a broadcast serves before the event loop runs other tasks."""
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
     sent = 0
 
     class Server:
-        """Takes each message at once, as uvicorn does, and needs a millisecond for it."""
+        """Server that takes each message at once, as uvicorn does, and needs 1 ms for it."""
 
         __module__ = "uvicorn.protocols"
 
@@ -456,8 +456,8 @@ async def between_two_turns(stage: Stage) -> int:
     return most
 
 
-async def cleanups_at_once(stage: Stage) -> int:
-    """How many disconnect hooks run at the same time."""
+async def concurrent_cleanups(stage: Stage) -> int:
+    """Return how many disconnect hooks run at the same time."""
     running = most = 0
 
     @stage.manager.on_disconnect
@@ -476,8 +476,8 @@ async def cleanups_at_once(stage: Stage) -> int:
     return most
 
 
-async def sends_at_once(stage: Stage) -> int:
-    """How many sends of a broadcast wait for the server at the same time."""
+async def concurrent_sends(stage: Stage) -> int:
+    """Return how many sends of a broadcast wait for the server at the same time."""
     lines = [stage.plain(f"client {number}") for number in range(3)]
     await soon()
     for line in lines:
@@ -490,41 +490,41 @@ async def sends_at_once(stage: Stage) -> int:
 # ── memory ──
 
 
-async def much_user_data(stage: Stage) -> str:
+async def store_user_data(stage: Stage) -> str:
     stage.plain()
     await soon()
     try:
-        await stage.manager.set_user_data("ann", "kept", "x" * 20_000)
+        await stage.manager.set_user_data("ann", "stored", "x" * 20_000)
     except MemoryLimitExceededError as error:
         return error.limit
-    return "kept"
+    return "stored"
 
 
-async def much_user_data_of_two(stage: Stage) -> list[Any]:
+async def store_user_data_of_two(stage: Stage) -> list[Any]:
     lines = [stage.plain("ann"), stage.plain("bob")]
     await soon()
     for client_id in ("ann", "bob"):
-        await stage.manager.set_user_data(client_id, "kept", "x" * 20_000)
+        await stage.manager.set_user_data(client_id, "stored", "x" * 20_000)
     await soon()
-    return [how(line) for line in lines]
+    return [result_of(line) for line in lines]
 
 
-async def memory_is_short(stage: Stage) -> list[str]:
-    """Who stays, of one that came first and has just spoken, one that is silent, and one that needs room."""
+async def remaining_after_eviction(stage: Stage) -> list[str]:
+    """Return the clients left of three: the oldest has just sent a message, one is silent, and one needs memory."""
     ann = stage.plain("ann")
     stage.plain("bob")
     stage.plain("carl")
     await soon()
     for client_id in ("ann", "bob"):
-        await stage.manager.set_user_data(client_id, "kept", "x" * 20_000)
+        await stage.manager.set_user_data(client_id, "stored", "x" * 20_000)
     await ann.say({"type": "note"})
-    await stage.manager.set_user_data("carl", "kept", "x" * 20_000)
+    await stage.manager.set_user_data("carl", "stored", "x" * 20_000)
     await soon()
     return stage.manager.get_active_connections()
 
 
-async def growth_inside(stage: Stage) -> bool:
-    """Whether it is seen, half a minute later, that a value has grown inside."""
+async def growth_is_counted(stage: Stage) -> bool:
+    """Return whether a value that grows in place is counted half a minute later."""
     stage.plain()
     await soon()
     values: list[str] = []
@@ -537,18 +537,18 @@ async def growth_inside(stage: Stage) -> bool:
 # ── real servers ──
 
 
-def refusals(server: LiveServer) -> list[Any]:
-    """How a socket without a login is told so: one of a browser, and one of another client."""
+def rejections(server: LiveServer) -> list[Any]:
+    """Return how sockets without a login are rejected: one of a browser, and one of another client."""
     own = f"http://127.0.0.1:{server.port}"
-    return [dialled(server, "/identified", Origin=own), dialled(server, "/identified")]
+    return [handshake_result(server, "/identified", Origin=own), handshake_result(server, "/identified")]
 
 
-def of_another_site(server: LiveServer) -> Any:
-    return dialled(server, "/echo/ann", Origin="https://shop.example.com")
+def connect_cross_origin(server: LiveServer) -> Any:
+    return handshake_result(server, "/echo/ann", Origin="https://shop.example.com")
 
 
-def dialled(server: LiveServer, path: str, **headers: str) -> Any:
-    """The status of a handshake; after an accept, the code of the close frame or `open`."""
+def handshake_result(server: LiveServer, path: str, **headers: str) -> Any:
+    """Return the status of a handshake; after an accept, the code of the close frame or `open`."""
     with WireClient(server.port) as client:
         client.write(request(server.port, path, headers))
         answer: Answer = client.answer()
@@ -559,14 +559,14 @@ def dialled(server: LiveServer, path: str, **headers: str) -> Any:
         return "open"
 
 
-def agreed(server: LiveServer) -> bool:
-    """Whether the server agrees to compress."""
+def negotiates_compression(server: LiveServer) -> bool:
+    """Return whether the server accepts compression."""
     with WireClient(server.port) as client:
         return client.upgrade(headers={"Sec-WebSocket-Extensions": BROWSER_OFFER}).deflate is not None
 
 
-def compressed(server: LiveServer) -> list[bool]:
-    """Whether an echo of 100 bytes is compressed, and one of 2,000."""
+def compressed_echoes(server: LiveServer) -> list[bool]:
+    """Return whether an echo of 100 bytes is compressed, and one of 2,000 bytes."""
     with connect(server, offer=BROWSER_OFFER) as client:
         seen = []
         for size in (100, 2000):
@@ -575,8 +575,8 @@ def compressed(server: LiveServer) -> list[bool]:
         return seen
 
 
-def sigterm(server: LiveServer) -> bool:
-    """Whether SIGTERM tells a client when to come back, as a drain does."""
+def sigterm_sends_retry_hint(server: LiveServer) -> bool:
+    """Return whether SIGTERM sends a reconnect delay to the client, as a drain does."""
     with connect(server) as client:
         server.process.terminate()
         code, reason = client.close_info(answer=True)
@@ -585,74 +585,76 @@ def sigterm(server: LiveServer) -> bool:
 
 
 ping = {"heartbeat_type": "ping"}
-two = {"inbox_max_messages": 2}
-minute = timedelta(minutes=1)
+inbox_of_two = {"inbox_max_messages": 2}
+one_minute = timedelta(minutes=1)
 
 CASES: dict[str, Case | LiveCase] = {
-    "heartbeat_interval": Case(10, beats, 30, 10, ping),
-    "heartbeat_timeout": Case(20, silence, 60, 20, {**ping, "require_pong": True}),
-    "heartbeat_type": Case("off", first_beat, [PING], []),
+    "heartbeat_interval": Case(10, heartbeat_period, 30, 10, ping),
+    "heartbeat_timeout": Case(20, seconds_until_timeout, 60, 20, {**ping, "require_pong": True}),
+    "heartbeat_type": Case("off", first_message_sent, [PING], []),
     "heartbeat_payload": Case(
-        {"heartbeat_type": "custom", "heartbeat_payload": {"beat": 1}}, first_beat, [PING], ['{"beat":1}']
+        {"heartbeat_type": "custom", "heartbeat_payload": {"beat": 1}}, first_message_sent, [PING], ['{"beat":1}']
     ),
-    "require_pong": Case(True, silence, None, 60, ping),
-    "max_connections": Case(1, two_clients, ["open", "open"], ["open", 503]),
-    "max_connections_per_client": Case(1, the_same_twice, ["open", "open"], ["open", 429], {"on_duplicate": "allow"}),
-    "max_connections_per_address": Case(1, two_clients, ["open", "open"], ["open", 429]),
-    "max_connect_rate": Case(1, two_clients, ["open", "open"], ["open", 503]),
-    "max_connect_rate_per_address": Case(1, two_clients, ["open", "open"], ["open", 429]),
-    "trusted_proxies": Case(["10.0.0.7"], forwarded, "10.0.0.7", "203.0.113.9"),
-    "reject": LiveCase("http", refusals, [4401, 401], [401, 401]),
-    "allowed_origins": LiveCase(["https://*.example.com"], of_another_site, 403, "open"),
-    "require_origin": Case(True, no_origin, ["open"], [403]),
-    "on_duplicate": Case("reject", one_comes_twice, [4409, "open"], ["open", 4409]),
-    "disconnect_grace": Case(1, a_stubborn_endpoint, 10, 1),
-    "max_message_size": Case(100, a_long_message, "open", 1009),
-    "max_message_rate": Case(1, three_messages, (3, None), (1, "rate_limited")),
-    "max_message_burst": Case(3, three_messages, (1, "rate_limited"), (3, None), {"max_message_rate": 1}),
-    "max_byte_rate": Case(100, three_messages, (3, None), (1, "rate_limited"), {"max_message_size": 100}),
-    "max_bad_messages": Case(1, bad_messages, "open", 1008),
+    "require_pong": Case(True, seconds_until_timeout, None, 60, ping),
+    "max_connections": Case(1, connect_two_clients, ["open", "open"], ["open", 503]),
+    "max_connections_per_client": Case(
+        1, connect_same_client_twice, ["open", "open"], ["open", 429], {"on_duplicate": "allow"}
+    ),
+    "max_connections_per_address": Case(1, connect_two_clients, ["open", "open"], ["open", 429]),
+    "max_connect_rate": Case(1, connect_two_clients, ["open", "open"], ["open", 503]),
+    "max_connect_rate_per_address": Case(1, connect_two_clients, ["open", "open"], ["open", 429]),
+    "trusted_proxies": Case(["10.0.0.7"], address_behind_proxy, "10.0.0.7", "203.0.113.9"),
+    "reject": LiveCase("http", rejections, [4401, 401], [401, 401]),
+    "allowed_origins": LiveCase(["https://*.example.com"], connect_cross_origin, 403, "open"),
+    "require_origin": Case(True, connect_without_origin, ["open"], [403]),
+    "on_duplicate": Case("reject", connect_duplicate, [4409, "open"], ["open", 4409]),
+    "disconnect_grace": Case(1, seconds_until_endpoint_ends, 10, 1),
+    "max_message_size": Case(100, send_long_message, "open", 1009),
+    "max_message_rate": Case(1, send_three_messages, (3, None), (1, "rate_limited")),
+    "max_message_burst": Case(3, send_three_messages, (1, "rate_limited"), (3, None), {"max_message_rate": 1}),
+    "max_byte_rate": Case(100, send_three_messages, (3, None), (1, "rate_limited"), {"max_message_size": 100}),
+    "max_bad_messages": Case(1, send_bad_messages, "open", 1008),
     "inbox_max_messages": Case(2, unread_messages_of_idle_endpoint, 8, 2),
     "inbox_max_bytes": Case(4000, unread_messages_of_idle_endpoint, 8, 4),
-    "inbox_overflow": Case("close", a_flood, "open", 1013, two),
-    "inbox_pause_timeout": Case(20, seconds_until_hanging_endpoint_closes, 300, 20, two),
-    "outbox_max_messages": Case(3, a_slow_client, (None, 0), (4507, 0)),
-    "outbox_max_bytes": Case(3000, a_slow_client, (None, 0), (4507, 0)),
-    "outbox_overflow": Case("drop_oldest", a_slow_client, (4507, 0), (None, 4), {"outbox_max_messages": 3}),
-    "send_timeout": Case(1, a_stuck_client, 10, 1),
-    "max_rooms_per_connection": Case(1, two_rooms, ["lobby", "cellar"], ["lobby"]),
-    "presence_grace": Case(1, out_of_sight, 5, 1),
-    "reconnect_token_ttl": Case(minute, an_old_token, "ann", "TokenExpiredError"),
-    "enable_reconnect": Case(False, a_fresh_token, "ann", "InvalidTokenError"),
-    "reconnect_secret": Case(SECRET, a_token_of_another_worker, "InvalidTokenError", "ann"),
-    "ticket_ttl": Case(5, an_old_ticket, "ann", 401),
-    "session_ttl": Case(10, away_for_a_minute, "full", "lost"),
-    "max_detached_sessions": Case(1, two_go_away, {"sessions": 2, "away": 2}, {"sessions": 1, "away": 1}),
-    "hello_timeout": Case(2, no_hello, 10, 2),
-    "replay_max_messages": Case(2, away_for_a_minute, "full", "gap"),
-    "replay_max_bytes": Case(1000, away_for_a_minute, "full", "gap"),
-    "replay_max_age": Case(10, away_for_a_minute, "full", "gap"),
-    "room_history": Case(5, a_newcomer, [], ["old news"]),
-    "room_history_max_age": Case(10, a_newcomer, ["old news"], [], {"room_history": 5}),
-    "max_lifetime": Case(100, a_long_stay, "open", 1001),
-    "idle_timeout": Case(100, a_long_stay, "open", 1001),
-    "drain_window": Case(0, a_drain, 0.5, 0.0),
-    "drain_timeout": Case(2, a_shutdown, 30, 2, {"disconnect_grace": 1000}),
-    "drain_secret": Case(SECRET, drained_over_http, 403, 200, virtual=False),
-    "handle_signals": LiveCase(False, sigterm, True, False, alone=True),
-    "compression": LiveCase("none", agreed, True, False),
-    "compression_min_bytes": LiveCase(0, compressed, [False, True], [True, True]),
-    "log_level": Case("WARNING", logged, ["connection_opened"], []),
-    "enable_metrics": Case(True, scraped, 404, 200, virtual=False),
-    "num_shards": Case(1, between_two_turns, 6, 32),
-    "max_concurrent_cleanup": Case(1, cleanups_at_once, 3, 1),
-    "max_concurrent_broadcast": Case(1, sends_at_once, 3, 1),
-    "max_memory_per_connection": Case(10_000, much_user_data, "kept", "max_memory_per_connection"),
-    "max_total_memory": Case(30_000, much_user_data_of_two, ["open", "open"], [4503, "open"]),
+    "inbox_overflow": Case("close", send_flood, "open", 1013, inbox_of_two),
+    "inbox_pause_timeout": Case(20, seconds_until_hanging_endpoint_closes, 300, 20, inbox_of_two),
+    "outbox_max_messages": Case(3, block_client, (None, 0), (4507, 0)),
+    "outbox_max_bytes": Case(3000, block_client, (None, 0), (4507, 0)),
+    "outbox_overflow": Case("drop_oldest", block_client, (4507, 0), (None, 4), {"outbox_max_messages": 3}),
+    "send_timeout": Case(1, seconds_until_stalled_send_closes, 10, 1),
+    "max_rooms_per_connection": Case(1, join_two_rooms, ["lobby", "cellar"], ["lobby"]),
+    "presence_grace": Case(1, seconds_of_presence, 5, 1),
+    "reconnect_token_ttl": Case(one_minute, old_token, "ann", "TokenExpiredError"),
+    "enable_reconnect": Case(False, fresh_token, "ann", "InvalidTokenError"),
+    "reconnect_secret": Case(SECRET, token_of_other_worker, "InvalidTokenError", "ann"),
+    "ticket_ttl": Case(5, old_ticket, "ann", 401),
+    "session_ttl": Case(10, resume_after_minute, "full", "lost"),
+    "max_detached_sessions": Case(1, detach_two_sessions, {"sessions": 2, "away": 2}, {"sessions": 1, "away": 1}),
+    "hello_timeout": Case(2, seconds_without_hello, 10, 2),
+    "replay_max_messages": Case(2, resume_after_minute, "full", "gap"),
+    "replay_max_bytes": Case(1000, resume_after_minute, "full", "gap"),
+    "replay_max_age": Case(10, resume_after_minute, "full", "gap"),
+    "room_history": Case(5, join_later, [], ["old news"]),
+    "room_history_max_age": Case(10, join_later, ["old news"], [], {"room_history": 5}),
+    "max_lifetime": Case(100, stay_long, "open", 1001),
+    "idle_timeout": Case(100, stay_long, "open", 1001),
+    "drain_window": Case(0, drain_duration, 0.5, 0.0),
+    "drain_timeout": Case(2, shutdown_duration, 30, 2, {"disconnect_grace": 1000}),
+    "drain_secret": Case(SECRET, drain_over_http, 403, 200, virtual=False),
+    "handle_signals": LiveCase(False, sigterm_sends_retry_hint, True, False, alone=True),
+    "compression": LiveCase("none", negotiates_compression, True, False),
+    "compression_min_bytes": LiveCase(0, compressed_echoes, [False, True], [True, True]),
+    "log_level": Case("WARNING", logged_events, ["connection_opened"], []),
+    "enable_metrics": Case(True, scrape, 404, 200, virtual=False),
+    "num_shards": Case(1, sends_per_iteration, 6, 32),
+    "max_concurrent_cleanup": Case(1, concurrent_cleanups, 3, 1),
+    "max_concurrent_broadcast": Case(1, concurrent_sends, 3, 1),
+    "max_memory_per_connection": Case(10_000, store_user_data, "stored", "max_memory_per_connection"),
+    "max_total_memory": Case(30_000, store_user_data_of_two, ["open", "open"], [4503, "open"]),
     "memory_eviction_policy": Case(
-        "fifo", memory_is_short, ["ann", "carl"], ["bob", "carl"], {"max_total_memory": 50_000}
+        "fifo", remaining_after_eviction, ["ann", "carl"], ["bob", "carl"], {"max_total_memory": 50_000}
     ),
-    "memory_check_interval": Case(5, growth_inside, False, True),
+    "memory_check_interval": Case(5, growth_is_counted, False, True),
 }
 
 
@@ -660,14 +662,14 @@ CASES: dict[str, Case | LiveCase] = {
 
 
 class Servers:
-    """Real servers, each started once for the options that it has."""
+    """Real servers, each started once for its options."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
         self._running: dict[str, LiveServer] = {}
 
     def get(self, options: Mapping[str, Any], *, alone: bool) -> LiveServer:
-        """The server with these options; one that nobody else gets, if it is to be alone."""
+        """Return the server with these options; with `alone`, one that no other case uses."""
         key = repr(sorted(options.items()))
         server = None if alone else self._running.get(key)
         if server is None:
@@ -679,14 +681,14 @@ class Servers:
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[Servers]:
-    """Real servers."""
+    """Run real servers for the tests of this module."""
     with ExitStack() as stack:
         yield Servers(stack)
 
 
 @pytest.fixture(autouse=True)
 def untouched_logger() -> Iterator[None]:
-    """Let the library's logger have no level, and give it back as it was: `log_level` is about it."""
+    """Reset the level of the library's logger, and restore it afterwards: `log_level` sets it."""
     logger = get_logger()
     level = logger.level
     logger.setLevel(logging.NOTSET)
@@ -695,15 +697,15 @@ def untouched_logger() -> Iterator[None]:
 
 
 def changed(option: str, case: Case | LiveCase) -> dict[str, Any]:
-    """The options that are changed."""
+    """Return the options that are changed."""
     return case.change if isinstance(case.change, dict) else {option: case.change}
 
 
 def played(case: Case, options: Mapping[str, Any]) -> Any:
-    """What is seen of a scene with these options. Where a case is not about heartbeats, there are none."""
+    """Return the observation of a scene with these options. Heartbeats are off unless the case is about them."""
 
     async def play() -> Any:
-        quiet = "ping" if case.scene is first_beat else "off"
+        quiet = "ping" if case.scene is first_message_sent else "off"
         async with Stage(**{"heartbeat_type": quiet, **case.base, **options}) as stage:
             return await case.scene(stage)
 
@@ -718,8 +720,8 @@ def played(case: Case, options: Mapping[str, Any]) -> Any:
     ],
 )
 def test_every_option_has_observable_effect(option: str, servers: Servers) -> None:
-    """No option is dead: with its default one thing happens, with another value another, both as documented."""
-    assert option in CASES, f"say in CASES what {option} changes"
+    """Every option has an effect: the default and another value differ, both as documented."""
+    assert option in CASES, f"CASES has no case for {option}"
     case = CASES[option]
     change = changed(option, case)
     assert option not in case.base
@@ -735,6 +737,6 @@ def test_every_option_has_observable_effect(option: str, servers: Servers) -> No
 
 
 def test_every_case_names_existing_option() -> None:
-    """What is no option any more has no case."""
+    """Every case belongs to an existing option."""
     assert set(CASES) == set(WebSocketConfig.model_fields)
-    assert KIND == "uvicorn-stable"  # compression is this library's there
+    assert KIND == "uvicorn-stable"  # on this server the library does the compression

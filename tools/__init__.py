@@ -1,1 +1,1 @@
-"""What helps to work on the project. Nothing of it is installed."""
+"""Tools for working on the project. They are not installed."""

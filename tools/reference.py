@@ -1,4 +1,4 @@
-"""The tables of docs/reference, made from the code while MkDocs builds a page.
+"""Tables of docs/reference, generated from the code while MkDocs builds a page.
 
 A line such as `<!-- generated: options -->` is replaced by a table. The table below `<!-- generated: events -->` is
 part of its page and has a name and a meaning in each row. The build adds the level and the fields of each log event,
@@ -74,7 +74,7 @@ def attribute_docs(kind: type) -> dict[str, str]:
 
 
 def sections(kind: type) -> tuple[str, dict[str, str]]:
-    """Return the text of a class's docstring, and what its section `Attributes` says of each attribute."""
+    """Return the text of a class's docstring, and the text for each attribute in its section `Attributes`."""
     text, _, attributes = (inspect.cleandoc(kind.__doc__ or "")).partition("\nAttributes:\n")
     found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", attributes, flags=re.MULTILINE)
     return _one_line(text), {name: _one_line(words) for name, words in found}
@@ -105,7 +105,7 @@ def options() -> str:
 
 
 def values() -> str:
-    """Return the table of the words that options take."""
+    """Return the table of the values that options accept."""
     rows: Rows = []
     for name, field in WebSocketConfig.model_fields.items():
         if isinstance(field.default, Enum):
@@ -131,7 +131,7 @@ def _literal(default: Any) -> str:
 
 def _kind(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     """Return the type and the bounds of an option from its JSON schema."""
-    (schema,) = schema.get("allOf", [schema])  # pydantic before 2.9 writes a reference so
+    (schema,) = schema.get("allOf", [schema])  # pydantic before 2.9 writes a reference like this
     if "$ref" in schema:
         schema = {**definitions[schema["$ref"].rpartition("/")[2]], **schema}
     if choices := schema.get("anyOf"):
@@ -228,7 +228,7 @@ def _close_code(kind: type[WebSocketStabilizerError]) -> str:
 
 
 class Emitted:
-    """What the calls that emit one log event say of it."""
+    """Levels and fields in the calls that emit one log event."""
 
     def __init__(self) -> None:
         self.levels: set[str] = set()
@@ -268,14 +268,14 @@ EMITTERS: Final = {
     for name, method in inspect.getmembers(BUS, inspect.isfunction)
     if "event" in inspect.signature(method).parameters
 }
-"""The methods of the event bus that emit an event. Methods of the same names elsewhere hand on to them."""
+"""Methods of the event bus that emit an event. Methods with the same names elsewhere call them."""
 
 
 class Source:
-    """One module of the package, and the calls in it that emit events.
+    """One module of the package, and its calls that emit events.
 
     Attributes:
-        wrappers: The methods that hand on to the event bus, by name, with the fields that each adds.
+        wrappers: Methods that call the event bus, by name, with the fields that each adds.
     """
 
     def __init__(self, module: ast.Module) -> None:
@@ -327,7 +327,7 @@ class Source:
         return fields
 
     def _keys(self, value: ast.expr, call: ast.Call) -> list[str]:
-        """Return the constant keys of a dict that the function of a call builds, or a function of the module."""
+        """Return the constant keys of a dict from the function of a call, or from a function of the module."""
         if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in self._functions:
             return [key for node in ast.walk(self._functions[value.func.id]) for key in _constant_keys(node)]
         if not isinstance(value, ast.Name):
@@ -341,11 +341,11 @@ class Source:
         return keys
 
     def _names(self, call: ast.Call, arguments: int) -> list[str]:
-        """Return the names that the first arguments of a call can stand for."""
+        """Return the possible values of the first argument of a call."""
         found: list[str] = []
         for argument in call.args[:arguments]:
             nodes = [argument, *self._assigned(argument, call)]
-            if isinstance(argument, ast.Subscript):  # of a dict of the module
+            if isinstance(argument, ast.Subscript):  # from a dict of the module
                 for node in self._assigned(argument.value, self._module):
                     nodes += node.values if isinstance(node, ast.Dict) else []
             nodes += [part for node in nodes if isinstance(node, ast.IfExp) for part in (node.body, node.orelse)]

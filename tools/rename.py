@@ -1,27 +1,27 @@
-"""Rename what the package, its tests, examples and pages call by name, and move modules.
+"""Rename names of the package in its source, tests, examples and pages, and move modules.
 
     python -m tools.rename tools/renames/1-names.toml
 
-It needs a mypy that is not compiled, whose visitors can be subclassed: `pip install --no-binary mypy mypy`, in an
-environment of its own that also has what the project imports.
+It needs a mypy that is not compiled, so that its classes can be subclassed. Install it in a separate environment that
+also has the imports of the project: `pip install --no-binary mypy mypy`.
 
-mypy says which object each name in the source means, so two attributes of one name are told apart. What it cannot
-type (`Any`) is listed at the end, to be looked at by hand. The file has these tables:
+mypy resolves each name in the source to an object, so two attributes with the same name are distinguished. Names that
+it cannot type (`Any`) are listed at the end, for manual review. The file has these tables:
 
     [modules]                       # paths below the package; whole files or whole folders
-    "routing.door" = "handshake.admission"
+    "routing.gate" = "handshake.admission"
     [names]                         # of a module: classes, functions, constants
-    "routing.door.Visitor" = "Handshake"
-    [members]                       # of a class: methods, attributes, properties; `|` joins what one protocol ties
-    "routing.door.Visitor.answered | routing.door.Door.answered" = "rejected"
-    [tokens]                        # words of the whole source: attributes and variables that mean one thing everywhere
-    visitor = "handshake"
-    [locals."routing/door.py"]      # words of one file that are not attributes: parameters and variables
-    place = "reservation"
-    [replace."tests/x.py"]          # texts of one file, what no type tells
+    "routing.gate.Caller" = "Handshake"
+    [members]                       # of a class: methods, attributes, properties; `|` joins those of one protocol
+    "routing.gate.Caller.answered | routing.gate.Gate.answered" = "rejected"
+    [tokens]                        # words of the whole source: attributes and variables with one meaning everywhere
+    caller = "handshake"
+    [locals."routing/gate.py"]      # words of one file that are not attributes: parameters and variables
+    slot = "reservation"
+    [replace."tests/x.py"]          # texts of one file that have no type
     "old" = "new"
 
-Names are those of before the move. What is not found any more is skipped with a line, so a table can be run again.
+Names are those before the move. Names that no longer exist are skipped with a message, so a table can be run again.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ Edit = tuple[int, int, str, str]  # line, column, old, new
 
 
 def instances(found: Any) -> Iterator[TypeInfo]:
-    """The classes that a type may be an instance of."""
+    """Return the classes that a type may be an instance of."""
     found = get_proper_type(found)
     if isinstance(found, Instance):
         yield found.type
@@ -94,7 +94,7 @@ def instances(found: Any) -> Iterator[TypeInfo]:
 
 
 class Finder(TraverserVisitor):
-    """Collects the places of one file at which something to be renamed stands."""
+    """Collector of the positions in one file at which names have to be replaced."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class Finder(TraverserVisitor):
                 return
 
     def _search(self, line: int, column: int, old: str, new: str, last: int = 0) -> None:
-        """The first time that a name stands at or behind a place."""
+        """Return the first position of a name at or after a position."""
         for number in range(line, max(last, line + 4) + 1):
             if number > len(self._lines):
                 return
@@ -179,7 +179,7 @@ class Finder(TraverserVisitor):
         super().visit_super_expr(o)
 
     def visit_call_expr(self, o: CallExpr) -> None:
-        """`setattr(module, "NAME", ...)`, and the same of pytest."""
+        """Handle `setattr(module, "NAME", ...)`, and pytest's equivalent."""
         super().visit_call_expr(o)
         self._keywords(o)
         called = o.callee.name if isinstance(o.callee, (NameExpr, MemberExpr)) else ""
@@ -202,7 +202,7 @@ class Finder(TraverserVisitor):
             self._search(what.line, what.column, what.value, new, what.end_line or what.line)
 
     def _keywords(self, o: CallExpr) -> None:
-        """Fields of a dataclass or a named tuple, where one is made or replaced."""
+        """Collect fields of a dataclass or a named tuple where one is created or replaced."""
         infos = [o.callee.node] if isinstance(o.callee, RefExpr) and isinstance(o.callee.node, TypeInfo) else []
         if isinstance(o.callee, RefExpr) and o.callee.name == "replace" and o.args:
             infos = list(instances(self._types.get(o.args[0])))
@@ -229,7 +229,7 @@ class Finder(TraverserVisitor):
         new = self._names.get(o.fullname)
         if new is not None:
             self._search(o.line, 0, o.name, new)
-        for expression in o.base_type_exprs:  # traversed by mypy only in part
+        for expression in o.base_type_exprs:  # mypy traverses these only in part
             expression.accept(self)
         self._class.append(o.info)
         self._slots(o)
@@ -264,12 +264,12 @@ class Finder(TraverserVisitor):
 
 
 def annotations(lines: list[str], names: dict[str, str], imported: dict[str, str]) -> Iterator[Edit]:
-    """Classes in annotations, which mypy does not keep as expressions.
+    """Collect classes in annotations, which mypy does not store as expressions.
 
     Args:
         lines: The file.
         names: New names by full name.
-        imported: The full name that each name of this file stands for.
+        imported: The full name of each imported name of this file.
     """
     new_of = {
         local: names[full]
@@ -292,7 +292,7 @@ def annotations(lines: list[str], names: dict[str, str], imported: dict[str, str
 
 
 def build(paths: list[Path]) -> mypy.build.BuildResult:
-    """Read and type everything."""
+    """Parse and type-check everything."""
     options = mypy.options.Options()
     options.export_types = options.preserve_asts = True
     options.check_untyped_defs = True
@@ -310,7 +310,7 @@ def build(paths: list[Path]) -> mypy.build.BuildResult:
 
 
 def unambiguous(result: mypy.build.BuildResult, members: dict[str, str]) -> dict[str, str]:
-    """New names of members whose old name no class has that keeps it: what is not typed can mean nothing else."""
+    """Return new names of members with an old name that no class keeps, so untyped uses are unambiguous."""
     new_of: dict[str, set[str]] = defaultdict(set)
     for full, new in members.items():
         new_of[full.rpartition(".")[2]].add(new)
@@ -326,7 +326,7 @@ def unambiguous(result: mypy.build.BuildResult, members: dict[str, str]) -> dict
 
 
 def reword(path: Path, tokens: dict[str, str], variables: dict[str, str]) -> None:
-    """Replace words of one file: `tokens` wherever they stand in the code, `variables` where they are no attributes."""
+    """Replace words of one file: `tokens` everywhere in the code, `variables` where they are not attributes."""
     text = path.read_text()
     edits: set[Edit] = set()
     previous, importing = "", False
@@ -357,7 +357,7 @@ def reword(path: Path, tokens: dict[str, str], variables: dict[str, str]) -> Non
 
 
 def files_of(*patterns: str) -> list[Path]:
-    """Files under version control."""
+    """Return the files under version control."""
     listed = subprocess.run(["git", "ls-files", "-z", *patterns], cwd=ROOT, capture_output=True, check=True)
     return [ROOT / name for name in listed.stdout.decode().split("\0") if name and (ROOT / name).is_file()]
 
@@ -412,7 +412,7 @@ def rename(names: dict[str, str], members: dict[str, str]) -> list[str]:
 
 
 def rename_in_texts(names: dict[str, str], members: dict[str, str]) -> None:
-    """Rename between backticks in docstrings, comments and pages, where a name can mean one thing only."""
+    """Rename in backticks in docstrings, comments and pages, where a name has only one meaning."""
     new_of: dict[str, set[str]] = defaultdict(set)
     for full, new in names.items():
         new_of[full.rpartition(".")[2]].add(new)
@@ -431,7 +431,7 @@ def rename_in_texts(names: dict[str, str], members: dict[str, str]) -> None:
     def replaced(match: re.Match[str]) -> str:
         return pattern.sub(lambda name: dotted.get(name[1]) or plain[name[1]], match[0])
 
-    humps = [old for old in plain if re.search("[a-z][A-Z]", old)]  # no English word: it means this wherever it stands
+    humps = [old for old in plain if re.search("[a-z][A-Z]", old)]  # not an English word, so unambiguous
     everywhere = re.compile(r"\b(" + "|".join(humps) + r")\b(?!\()" if humps else r"(?!)")
     for path in files_of("*.py", "*.md"):
         if path.is_relative_to(ROOT / "tools"):
@@ -486,13 +486,13 @@ def move(modules: dict[str, str]) -> None:
 
 
 def from_imports(text: str, parents: dict[str, dict[str, str]]) -> str:
-    """`from package.folder import module` of modules that have moved."""
+    """Rewrite `from package.folder import module` of modules that have moved."""
 
     def replaced(match: re.Match[str]) -> str:
         folder = match[2] or ""
         moved = parents.get(folder, {})
         names = [name.strip() for name in match[3].split(",")]
-        kept, lines = [], []
+        remaining, lines = [], []
         for name in names:
             module, _, alias = name.partition(" as ")
             if module in moved:
@@ -502,18 +502,18 @@ def from_imports(text: str, parents: dict[str, dict[str, str]]) -> str:
                     f"{match[1]}from {source} import {new} as {alias or module}".replace(f"{new} as {new}", new)
                 )
             else:
-                kept.append(name)
+                remaining.append(name)
         if not lines:
             return match[0]
-        if kept:
-            lines.insert(0, f"{match[1]}from {PACKAGE}{'.' + folder if folder else ''} import {', '.join(kept)}")
+        if remaining:
+            lines.insert(0, f"{match[1]}from {PACKAGE}{'.' + folder if folder else ''} import {', '.join(remaining)}")
         return "\n".join(lines)
 
     return re.sub(rf"^([ \t]*)from {PACKAGE}(?:\.([\w.]+))? import ([\w ,]+)$", replaced, text, flags=re.MULTILINE)
 
 
 def wrap(path: Path, width: int = 120) -> None:
-    """Move words that stand beyond the width in a docstring or comment to the next line of their paragraph."""
+    """Move words beyond the line width in a docstring or comment to the next line of their paragraph."""
     lines = path.read_text().splitlines()
     number = 0
     inside = False
@@ -543,7 +543,7 @@ def wrap(path: Path, width: int = 120) -> None:
 
 
 def main() -> None:
-    """Run a table."""
+    """Apply a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path)
     table = tomllib.loads(parser.parse_args().table.read_text())

@@ -1,4 +1,4 @@
-"""A FastAPI WebSocket endpoint without any library; it has no broadcast."""
+"""A FastAPI WebSocket endpoint without any library. It has no broadcast."""
 
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 

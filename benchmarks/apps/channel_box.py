@@ -1,4 +1,4 @@
-"""channel-box: a group of Starlette sockets, sent to one after the other."""
+"""channel-box: a group of Starlette sockets that gets a message one socket after the other."""
 
 from channel_box import Channel, ChannelBox
 from starlette.applications import Starlette

@@ -1,4 +1,4 @@
-"""chanx on fast-channels with the layer in memory: a typed event that is passed on to a group."""
+"""chanx on fast-channels with the in-memory layer: a typed event that is passed on to a group."""
 
 from typing import Literal
 
@@ -23,7 +23,7 @@ class News(BaseMessage):
 @channel(name="news")
 class Consumer(AsyncJsonWebsocketConsumer):
     channel_layer_alias = "default"
-    groups = ["all"]  # noqa: RUF012 (chanx's way to say it)
+    groups = ["all"]  # noqa: RUF012 (chanx declares groups like this)
     passthrough_events = [News]  # noqa: RUF012
 
 

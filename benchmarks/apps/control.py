@@ -1,7 +1,7 @@
-"""The channel through which a server is told what to send, and tells what that cost.
+"""Control channel of a benchmark server: commands come in, measured costs go out.
 
-It is a socket that the parent process passes on, with one line of JSON for each command and each answer. A server ends
-when its parent closes that socket or dies, so none is left behind.
+The channel is a socket that the parent process passes on. Each command and each answer is one line of JSON. A server
+stops when its parent closes that socket or dies, so no server is left running.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from benchmarks.channel import CONTROL_FD, OPTIONS
 from benchmarks.messages import MAKERS, stamped
 
 NEVER = 10_000_000.0
-"""Seconds between two heartbeats where none is wanted. Timers of an event loop cannot take infinity."""
+"""Seconds between two heartbeats where the scenario wants none. Timers of an event loop cannot take infinity."""
 
 Broadcast = Callable[[str], Awaitable[object]]
 Burst = Callable[[list[str]], Awaitable[object]]
 
 
 def options() -> dict[str, Any]:
-    """Options that the scenario has for this server."""
+    """Return the options that the scenario sets for this server."""
     found: dict[str, Any] = json.loads(os.environ.get(OPTIONS, "{}"))
     return found
 
 
 class Ticker:
-    """A callback each millisecond that notes how late it comes: the longest that the loop was held.
+    """Callback each millisecond that measures its own delay: the longest time for which the loop was blocked.
 
-    It also notes the longest garbage collection, for that is often what a long stall is.
+    It also measures the longest garbage collection, a frequent cause of long stalls.
     """
 
     def __init__(self) -> None:
@@ -48,20 +48,20 @@ class Ticker:
         self._longest_collection = 0.0
 
     def start(self) -> None:
-        """Begin to tick."""
+        """Start the timer."""
         if self._handle is None:
             gc.callbacks.append(self._on_collection)
             self._arm()
 
     def stop(self) -> None:
-        """Tick no more."""
+        """Stop the timer."""
         if self._handle is not None:
             gc.callbacks.remove(self._on_collection)
             self._handle.cancel()
             self._handle = None
 
     def take(self) -> tuple[float, float]:
-        """The longest delay and the longest garbage collection since the last call, in seconds."""
+        """Return the longest delay and the longest garbage collection since the last call, in seconds."""
         longest, self._longest = max(self._longest, time.monotonic() - self._due), 0.0
         collection, self._longest_collection = self._longest_collection, 0.0
         return max(0.0, longest), collection
@@ -83,11 +83,11 @@ class Ticker:
 
 
 class Control(asyncio.Protocol):
-    """Carries out commands. Each `do_...` method is one; every answer also has the CPU seconds of this process.
+    """Executor of commands: each `do_...` method is one. Every answer has the CPU seconds of this process too.
 
     Args:
         broadcast: Sends one text to all clients.
-        burst: Sends several at once; one broadcast after the other when left out.
+        burst: Sends several texts at once; when left out, one broadcast after the other.
     """
 
     def __init__(self, broadcast: Broadcast, burst: Burst | None = None) -> None:
@@ -101,7 +101,7 @@ class Control(asyncio.Protocol):
 
     @classmethod
     async def open(cls, broadcast: Broadcast, port: int, burst: Burst | None = None) -> Control:
-        """Take the passed socket and say on which port clients are served."""
+        """Open the passed socket and report the port on which clients are served."""
         control = cls(broadcast, burst)
         sock = socket.socket(fileno=int(os.environ[CONTROL_FD]))
         sock.setblocking(False)
@@ -138,27 +138,27 @@ class Control(asyncio.Protocol):
             await self._broadcast(message)
 
     async def do_nothing(self) -> None:
-        """What a command itself costs, and the CPU clock."""
+        """Do nothing: measures the cost of a command, and reads the CPU clock."""
 
     async def do_collect(self) -> None:
-        """Collect garbage, so that each run begins with as little."""
+        """Collect garbage, so that each run begins in the same state."""
         gc.collect()
 
     async def do_prepare(self, kind: str, count: int, size: int) -> dict[str, Any]:
-        """Make messages, so that their making is not measured."""
+        """Make messages in advance, so that making them is not measured."""
         self._messages = [MAKERS[kind](number, size) for number in range(count)]
         return {"bytes": sum(len(message) for message in self._messages) / count}
 
     async def do_broadcast(self, number: int) -> None:
-        """Send one of the prepared messages to all."""
+        """Send one of the prepared messages to all clients."""
         await self._broadcast(self._messages[number % len(self._messages)])
 
     async def do_burst(self) -> None:
-        """Send all prepared messages to all."""
+        """Send all prepared messages to all clients."""
         await self._burst(self._messages)
 
     async def do_pace(self, count: int, size: int, interval: float) -> dict[str, Any]:
-        """Send stamped messages at a steady pace; tell how long the calls took and how memory grew."""
+        """Send stamped messages at a steady pace; report the duration of the calls and the growth of memory."""
         await self.do_watch(True)
         before = highest = resident_bytes()
         longest = 0.0
@@ -175,7 +175,7 @@ class Control(asyncio.Protocol):
         return {"longest": longest, "growth": highest - before, "collection": collection}
 
     async def do_watch(self, on: bool) -> None:
-        """Begin or end to watch the loop."""
+        """Start or stop the measurement of loop delays."""
         gc.collect()
         if on:
             self._ticker.start()
@@ -185,12 +185,12 @@ class Control(asyncio.Protocol):
             self._ticker.stop()
 
     async def do_stall(self) -> dict[str, Any]:
-        """The longest that the loop was held since the last such command."""
+        """Report the longest time for which the loop was blocked since the last such command."""
         longest, collection = self._ticker.take()
         return {"longest": longest, "collection": collection}
 
     async def do_memory(self) -> dict[str, Any]:
-        """What this process holds, after everything that can be let go was let go."""
+        """Report the memory of this process after everything that can be freed is freed."""
         for _ in range(3):
             gc.collect()
         try:
@@ -201,12 +201,12 @@ class Control(asyncio.Protocol):
 
 
 def resident_bytes() -> int:
-    """The resident set of this process."""
+    """Return the resident set of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def proportional_bytes() -> int:
-    """The proportional set of this process: what it shares counts in part."""
+    """Return the proportional set of this process in bytes: shared pages count in part."""
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024

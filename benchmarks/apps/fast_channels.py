@@ -1,4 +1,4 @@
-"""fast-channels alone: a consumer in a group, and the layer in memory."""
+"""fast-channels alone: a consumer in a group, with the in-memory layer."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ register_channel_layer("default", layer)
 
 class Consumer(AsyncWebsocketConsumer):
     channel_layer_alias = "default"
-    groups = ["all"]  # noqa: RUF012 (fast-channels' way to say it)
+    groups = ["all"]  # noqa: RUF012 (fast-channels declares groups like this)
 
     async def news(self, event: dict[str, Any]) -> None:
         await self.send(text_data=event["text"])

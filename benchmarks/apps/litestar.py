@@ -1,4 +1,4 @@
-"""Litestar's channels plugin with its own route handlers and the backend in memory."""
+"""Litestar's channels plugin with its own route handlers and the in-memory backend."""
 
 from litestar import Litestar
 from litestar.channels import ChannelsPlugin

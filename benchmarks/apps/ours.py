@@ -1,4 +1,4 @@
-"""fastapi_ws_stabilizer, as its README says."""
+"""fastapi_ws_stabilizer, used as in its README."""
 
 from fastapi import FastAPI
 

@@ -1,4 +1,4 @@
-"""picows, its own API: a send on each transport."""
+"""picows with its own API: one send for each transport."""
 
 import socket
 from typing import Any

@@ -1,4 +1,4 @@
-"""The limit: frames made once and written to bare transports, with nothing around them."""
+"""The upper bound: frames built once and written to bare transports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ transports: set[Any] = set()
 
 
 class Client(asyncio.Protocol):
-    """Answers the handshake, and reads nothing after it."""
+    """Protocol that answers the handshake and ignores what it receives afterwards."""
 
     def __init__(self) -> None:
         self._request = b""

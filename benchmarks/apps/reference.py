@@ -1,4 +1,4 @@
-"""fastapi-websocket-stabilizer, as its README says."""
+"""fastapi-websocket-stabilizer, used as in its README."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

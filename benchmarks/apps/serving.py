@@ -1,4 +1,4 @@
-"""Starting the server of an app, the same way for all of them: uvloop, one socket, no access log."""
+"""Start of an app's server, with the same settings for all: uvloop, one socket, no access log."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BACKLOG = 4096
 
 
 def listening_socket() -> socket.socket:
-    """A socket that clients can connect to at once, on a port that the system chooses."""
+    """Return a listening socket on a port that the system chooses."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind(("127.0.0.1", 0))
@@ -41,11 +41,11 @@ def run(main: Coroutine[Any, Any, None]) -> None:
 
 
 def serve_asgi(app: Any, broadcast: Broadcast) -> None:
-    """Serve an ASGI app with uvicorn until the parent process has had enough.
+    """Serve an ASGI app with uvicorn until the parent process stops it.
 
-    uvicorn's own pings are off and it logs no access; all else is its default.
+    uvicorn's own pings and its access log are off. Everything else is its default.
     """
-    import uvicorn  # the servers that need none run in environments that may not have it
+    import uvicorn  # servers without ASGI run in environments that may lack uvicorn
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -69,13 +69,13 @@ def serve_asgi(app: Any, broadcast: Broadcast) -> None:
 def serve_socket(
     start: Callable[[socket.socket], Awaitable[object]], broadcast: Broadcast, burst: Burst | None = None
 ) -> None:
-    """Serve with something that is no ASGI server: `start` begins to listen and returns what has to be kept."""
+    """Serve with a server that is not ASGI: `start` begins to listen and returns an object to hold a reference to."""
 
     async def main() -> None:
         sock = listening_socket()
-        kept = await start(sock)
+        listener = await start(sock)
         await Control.open(broadcast, sock.getsockname()[1], burst)
         await asyncio.Event().wait()
-        del kept
+        del listener
 
     run(main())

@@ -1,4 +1,4 @@
-"""python-socketio on ASGI, without a namespace or room: `emit` to all."""
+"""python-socketio on ASGI, without a namespace or room: `emit` to all clients."""
 
 import socketio
 

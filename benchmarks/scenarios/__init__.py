@@ -1,1 +1,1 @@
-"""What is measured. Each scenario is a function that takes the bench and returns its tables."""
+"""The scenarios. Each is a function that takes the bench and returns its tables."""

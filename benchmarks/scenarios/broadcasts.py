@@ -1,4 +1,4 @@
-"""Sending one message to many: one at a time, in bursts, and compressed."""
+"""One message to many clients: one at a time, in bursts, and compressed."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ BURSTS = 2
 PREPARED = 50
 MOST_BROADCASTS = 150
 COMPRESSED = 0.8
-"""Part of its size that a message may have on the wire to be called compressed."""
+"""Ratio of wire size to message size below which a message is called compressed."""
 
 
 @dataclass
 class Course:
-    """What is known of a contender before it is measured.
+    """Facts about a contender that are determined before it is measured.
 
     Attributes:
         command_cost: CPU seconds of a command that does nothing.
-        wire_bytes: What one message has on the wire; 0 where frames are counted instead.
-        count: How many broadcasts a run has.
-        acknowledged: Whether clients acknowledge what they get, after each `ACK_EVERY`.
-        sent: How many broadcasts they have got.
+        wire_bytes: Bytes of one message on the wire; 0 where frames are counted instead.
+        count: Number of broadcasts in a run.
+        acknowledged: Whether clients acknowledge what they receive, after each `ACK_EVERY`.
+        sent: Number of broadcasts that they have received.
     """
 
     command_cost: float
@@ -56,12 +56,12 @@ class Course:
 
 
 def reach_all(stand: Stand, attempts: int = 5) -> int:
-    """Broadcast until a message has reached all clients, and return its bytes on the wire.
+    """Broadcast until a message has reached all clients; return its bytes on the wire.
 
     A server may count a client as connected a little later than the client does.
 
     Raises:
-        ContenderError: It does not reach them.
+        ContenderError: The messages do not reach all clients.
     """
     for _ in range(attempts):
         stand.load.call("mark")
@@ -74,7 +74,7 @@ def reach_all(stand: Stand, attempts: int = 5) -> int:
 
 
 def lockstep(stand: Stand, course: Course, count: int, clients: int) -> float:
-    """Broadcast `count` times, each time when all clients have what went before; return the server's CPU seconds."""
+    """Broadcast `count` times, each after all clients have the previous one; return the server's CPU seconds."""
     stand.load.call("mark")
     before = stand.cpu()
     for number in range(count):
@@ -95,7 +95,7 @@ def lockstep(stand: Stand, course: Course, count: int, clients: int) -> float:
 
 
 def broadcasts_for(stand: Stand, course: Course, clients: int, seconds: float, most: int = MOST_BROADCASTS) -> int:
-    """How many broadcasts take about that long."""
+    """Return how many broadcasts take about that long."""
     begun = time.monotonic()
     lockstep(stand, course, 3, clients)
     each = (time.monotonic() - begun) / 3
@@ -103,7 +103,7 @@ def broadcasts_for(stand: Stand, course: Course, clients: int, seconds: float, m
 
 
 def fanout(bench: Bench) -> list[Table]:
-    """A small message to many clients."""
+    """Measure a small message to many clients."""
     clients = bench.scale.fanout_clients
     table = Table(
         "fanout",
@@ -151,7 +151,7 @@ def fanout(bench: Bench) -> list[Table]:
 
 
 def sessions(bench: Bench) -> list[Table]:
-    """The same to clients that have sessions, beside those that have none."""
+    """Measure the same message to clients with and without sessions."""
     clients = bench.scale.fanout_clients
     table = Table(
         "sessions",
@@ -186,7 +186,7 @@ def sessions(bench: Bench) -> list[Table]:
 
 
 def burst(bench: Bench) -> list[Table]:
-    """Many messages at once to many clients."""
+    """Measure many messages at once to many clients."""
     clients = bench.scale.fanout_clients
     table = Table(
         "burst",
@@ -226,7 +226,7 @@ def burst(bench: Bench) -> list[Table]:
 
 
 def compressed(bench: Bench) -> list[Table]:
-    """JSON to clients that offer permessage-deflate, as browsers do."""
+    """Measure JSON to clients that offer permessage-deflate, as browsers do."""
     return [_compressed(bench, "compressed-1k", 1024), _compressed(bench, "compressed-16k", 16 * 1024)]
 
 

@@ -1,4 +1,4 @@
-"""What a connection costs by being there: memory, heartbeats, coming and going."""
+"""Cost of a connection: memory, heartbeats, connecting and disconnecting."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEARTBEAT_INTERVAL = 1.0
 
 
 def memory(bench: Bench) -> list[Table]:
-    """What a server holds for a client that does nothing."""
+    """Measure the memory that a server holds for an idle client."""
     clients = bench.scale.memory_clients
     table = Table(
         "memory",
@@ -40,7 +40,7 @@ def memory(bench: Bench) -> list[Table]:
 
 
 def heartbeat(bench: Bench) -> list[Table]:
-    """What it costs to know that clients are alive."""
+    """Measure the CPU that heartbeats cost."""
     clients, seconds = bench.scale.heartbeat_clients, bench.scale.heartbeat_seconds
     table = Table(
         "heartbeat",
@@ -73,7 +73,7 @@ def heartbeat(bench: Bench) -> list[Table]:
 
 
 def connect(bench: Bench) -> list[Table]:
-    """Clients that come and go."""
+    """Measure clients that connect and disconnect."""
     count = bench.scale.churn_connections
     rate = Table(
         "connect",

@@ -1,4 +1,4 @@
-"""What comes in goes out again: the path of a message through the server and the endpoint."""
+"""Echo: the path of a message through the server and the endpoint, in and out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ECHO_BYTES = 100
 
 
 def echo(bench: Bench) -> list[Table]:
-    """Each client sends, waits for the reply, and sends again."""
+    """Let each client send, wait for the reply, and send again."""
     clients = bench.scale.echo_clients
     rate = Table(
         "echo",

@@ -1,4 +1,4 @@
-"""What one part of the clients costs the others: those that stop reading, and those that are many."""
+"""Effect of some clients on the others: those that stop reading, and very many."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SLOW_BYTES = 4096
 SLOW_OUTBOX = 64
 REVIVE_SECONDS = 5.0
 TRANSPORT_BYTES = 64 * 1024
-"""What a transport of asyncio takes before it asks the server to pause."""
+"""Bytes that an asyncio transport buffers before it asks the server to pause."""
 
 SLOW_LIMIT_BYTES = SLOW_CLIENTS * ((SLOW_OUTBOX + 1) * SLOW_BYTES + TRANSPORT_BYTES)
-"""Most bytes that the limits allow to be held for the slow clients."""
+"""Maximum bytes that the limits allow the server to hold for the slow clients."""
 
 
 def slow(bench: Bench) -> list[Table]:
-    """Ten clients stop reading while messages go on at a steady pace."""
+    """Measure ten clients that stop reading while messages continue at a steady pace."""
     clients, before, after = bench.scale.fanout_clients, bench.scale.slow_messages_before, bench.scale.slow_messages
     others = clients - SLOW_CLIENTS
     delay = Table(
@@ -69,7 +69,8 @@ def slow(bench: Bench) -> list[Table]:
         for stalled, count in ((False, before), (True, after)):
             stand.load.call("mark")
             if stalled:
-                # Connections that have been read from for a while have large buffers in the kernel. New ones have not.
+                # Connections that have been read from for a while have large buffers in the kernel. New ones have small
+                # buffers.
                 stand.load.call("drop")
                 stand.connect(SLOW_CLIENTS, slow=SLOW_CLIENTS)
                 stand.load.call("stall")
@@ -99,7 +100,7 @@ def slow(bench: Bench) -> list[Table]:
 
 
 def stall(bench: Bench) -> list[Table]:
-    """How long a broadcast to very many clients keeps the event loop from everything else."""
+    """Measure how long a broadcast to very many clients blocks the event loop."""
     clients, count = bench.scale.stall_clients, bench.scale.stall_broadcasts
     table = Table(
         "stall",
@@ -147,5 +148,5 @@ def stall(bench: Bench) -> list[Table]:
 
 
 def sharded(contender: Contender) -> tuple[Contender, Contender]:
-    """The contender with its default of 16 shards, and with one."""
+    """Return the contender with its default of 16 shards, and with one shard."""
     return contender.using("16 shards", num_shards=16), contender.using("1 shard", num_shards=1)

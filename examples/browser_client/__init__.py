@@ -1,1 +1,1 @@
-"""A page whose socket reconnects: `uvicorn examples.browser_client.app:app`."""
+"""A page with a socket that reconnects: `uvicorn examples.browser_client.app:app`."""

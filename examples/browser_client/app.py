@@ -1,4 +1,4 @@
-"""A page that counts clicks, and goes on counting after a reconnect."""
+"""A page that counts clicks, and continues after a reconnect."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ app = FastAPI(lifespan=manager.lifespan)
 @manager.on_connect  # a new client
 @manager.on_resume  # a client with a valid reconnect token: rooms and user data are restored
 async def begin(ws: StableSocket) -> None:
-    if ws.session_id is None:  # a client of stabilizer.v1.json has a token of its own
+    if ws.session_id is None:  # a client of stabilizer.v1.json has its own token
         await ws.send({"type": "token", "token": ws.reconnect_token()})
     await ws.send({"type": "count", "count": ws.user_data.setdefault("clicks", 0)})
 

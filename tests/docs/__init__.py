@@ -1,1 +1,1 @@
-"""The pages tell the truth: their code runs, their tables are those of the package, what they name exists."""
+"""Tests of the pages: their code runs, their tables match the package, and the names on them exist."""

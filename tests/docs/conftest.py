@@ -1,4 +1,4 @@
-"""What the tests of the pages share."""
+"""Fixtures that the tests of the pages share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.docs.pages import Block
 
 @pytest.fixture(autouse=True)
 def untouched_logging() -> Iterator[None]:
-    """Give the library's logger and the root logger back as they were: pages and examples configure them."""
+    """Restore the library's logger and the root logger after the test, because pages and examples configure them."""
     loggers = (get_logger(), get_logger().root)
     before = [(logger, logger.level, list(logger.handlers), logger.propagate) for logger in loggers]
     yield
@@ -32,7 +32,7 @@ def run() -> Iterator[Callable[[Block], ModuleType]]:
 
     def execute(block: Block) -> ModuleType:
         module = ModuleType(re.sub(r"\W", "_", f"page_{block}"))
-        # pydantic and typing look a class's module up by its name.
+        # pydantic and typing look up a class's module by its name.
         sys.modules[module.__name__] = module
         made.append(module.__name__)
         exec(compile(block.module, str(block), "exec"), vars(module))

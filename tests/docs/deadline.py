@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 def within(seconds: float, function: Callable[[], T]) -> T:
-    """Call a function in a thread and return or raise what it does; fail if it takes longer.
+    """Call a function in a thread; return its result or raise its error; fail if it takes longer.
 
-    The thread is a daemon: one that hangs holds up neither the other tests nor the end of the process.
+    The thread is a daemon: a hanging call delays neither the other tests nor the end of the process.
     """
     results: list[T] = []
     errors: list[BaseException] = []

@@ -1,4 +1,4 @@
-"""The pages of the project, and what can be read out of them."""
+"""The pages of the project, and the parts of them that tests read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglo
 
 
 def name_of(page: Path) -> str:
-    """The page's path as a reader of the checkout writes it."""
+    """Return the page's path, relative to the checkout."""
     return page.relative_to(ROOT).as_posix()
 
 
@@ -23,11 +23,11 @@ class Block:
     """One fenced block of code.
 
     Attributes:
-        page: Where it stands.
+        page: The page that contains it.
         line: The line of its opening fence.
-        language: What stands behind that fence.
+        language: The word after that fence.
         code: Its text, without the fences.
-        before: The last line before it that is not empty.
+        before: The last non-empty line before it.
         section: The last heading of the second level before it.
     """
 
@@ -43,7 +43,7 @@ class Block:
 
     @property
     def is_recipe(self) -> bool:
-        """Whether it is a recipe of the README, each of which extends the quick start."""
+        """Whether it is a recipe of the README. Each recipe extends the quick start."""
         return name_of(self.page) == "README.md" and self.section == "Recipes"
 
     @property
@@ -53,23 +53,23 @@ class Block:
 
     @property
     def complete(self) -> bool:
-        """Whether its module runs without other code; a fragment begins with something else than imports."""
+        """Whether its module runs without other code. A fragment does not begin with imports."""
         return self.module.startswith(("import ", "from ", '"""'))
 
     @property
     def source(self) -> str | None:
-        """The example that the line before says it is from."""
+        """The example that the line before the block names."""
         named = re.search(r"`(examples/[\w/]+\.py)`.*:$", self.before)
         return named.group(1) if named else None
 
 
 def blocks(language: str) -> list[Block]:
-    """All blocks of one language."""
+    """Return all blocks of one language."""
     return [block for page in PAGES for block in _blocks(page) if block.language == language]
 
 
 def quick_start() -> Block:
-    """The first Python block of the README."""
+    """Return the first Python block of the README."""
     return next(block for block in _blocks(ROOT / "README.md") if block.language == "python")
 
 
@@ -88,21 +88,21 @@ def _blocks(page: Path) -> Iterator[Block]:
         elif line.strip():
             before = line.strip()
             section = line[3:].strip() if line.startswith("## ") else section
-    assert opened is None, f"{name_of(page)}: the fence of line {opened} is never closed"
+    assert opened is None, f"{name_of(page)}: the fence in line {opened} is not closed"
 
 
 def prose(page: Path) -> str:
-    """A page without its blocks of code."""
+    """Return a page without its blocks of code."""
     return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 def rendered(page: Path) -> str:
-    """A page with the tables that MkDocs puts into it."""
+    """Return a page with the tables that MkDocs inserts."""
     return reference.on_page_markdown(page.read_text())
 
 
 def table(page: str, header: str, *, build: bool = False) -> list[list[str]]:
-    """The rows of the one table of a page whose header begins so; each cell without the spaces around it.
+    """Return the rows of the only table with this header; each cell without surrounding spaces.
 
     Args:
         page: Path of the page.
@@ -116,10 +116,10 @@ def table(page: str, header: str, *, build: bool = False) -> list[list[str]]:
 
 
 def tables(text: str) -> list[list[str]]:
-    """The lines of each table of a text."""
+    """Return the lines of each table of a text."""
     return [found.splitlines() for found in re.findall(r"^(?:\|.*\n?)+", text, flags=re.MULTILINE)]
 
 
 def cells(row: str) -> list[str]:
-    """The cells of a row, each without the spaces around it."""
+    """Return the cells of a row, each without surrounding spaces."""
     return [cell.strip() for cell in row.strip("|").split("|")]

@@ -9,7 +9,7 @@ EXAMPLE = ROOT / "examples/browser_client"
 
 
 def test_code_of_the_browser_page_is_that_of_the_example() -> None:
-    """What a reader copies is what the browser has run in the tests."""
+    """The code that a reader copies is the code that the browser runs in the tests."""
     page, script = (block.code for block in blocks("js") if block.page == PAGE)
     (server,) = (block.code for block in blocks("python") if block.page == PAGE)
     assert script == (EXAMPLE / "reconnecting_socket.js").read_text()

@@ -1,4 +1,4 @@
-"""Tests of the pages for contributors: what they name is there."""
+"""Tests of the pages for contributors: what they name exists."""
 
 from __future__ import annotations
 

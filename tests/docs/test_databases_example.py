@@ -23,7 +23,7 @@ def receive(client: WebSocketTestSession) -> Any:
 
 
 def test_each_message_is_stored_in_its_own_transaction() -> None:
-    """What a handler and a loop store is there for the next client, and no session holds a connection in between."""
+    """Data stored by a handler or a loop is there for the next client, and no session holds a database connection."""
 
     def play() -> None:
         with TestClient(databases.app) as client:
@@ -46,7 +46,7 @@ def test_each_message_is_stored_in_its_own_transaction() -> None:
 
 
 async def test_pool_connection_is_returned_between_two_messages(tmp_path: Path) -> None:
-    """A session of a connection takes nothing from the pool outside of its transaction."""
+    """Between two transactions, a session of a connection takes nothing from the pool."""
     checked_out: list[int] = []
     engine = databases.create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'db'}")
     async with databases.async_sessionmaker(engine)() as database:

@@ -1,4 +1,4 @@
-"""Tests of the short examples: each does what its page says. The chat has its own test among the live ones."""
+"""Tests of the short examples: each does what its page says. The chat has its own test among the live tests."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NAMES = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.st
 
 
 def heard(client: WebSocketTestSession) -> Any:
-    """The next message of a client that is no heartbeat: the first of those comes at a random moment."""
+    """Return the next message of a client that is not a heartbeat; the first heartbeat comes at a random moment."""
     while (message := client.receive_json()) == {"type": "ping"}:
         pass
     return message
@@ -52,7 +52,7 @@ def test_every_example_is_app_with_websocket_route(name: str) -> None:
 
 
 def test_quick_start_broadcasts_joins_messages_and_leaves() -> None:
-    """Who comes, what they say and why they leave is heard by all; a bad message is answered."""
+    """All clients receive joins, messages and reasons for leaving; a bad message gets an error reply."""
     with TestClient(quickstart) as client, client.websocket_connect("/ws/ann") as ann:
         assert heard(ann) == {"type": "joined", "who": "ann"}
         with client.websocket_connect("/ws/bob") as bob:
@@ -81,10 +81,10 @@ def test_tutorial_keeps_both_connections_of_a_client() -> None:
 
 
 def test_tutorial_steps_build_its_example() -> None:
-    """Each part of the code of step 3 and later stands in the example, so that no step starts anew."""
+    """Each code block of step 3 and later is part of the example, so no step starts from scratch."""
     steps = [block for block in blocks("python") if name_of(block.page) == "docs/tutorial/first-socket.md"][1:]
     example = (ROOT / "examples/tutorial.py").read_text()
-    replaced = {"manager = WebSocketConnectionManager()"}  # by the diff of step 5
+    replaced = {"manager = WebSocketConnectionManager()"}  # from the diff of step 5
     imports = ("from ", "import ")  # merged in the example
     lines = [line for block in steps for line in block.code.splitlines()]
     parts = [line for line in lines if line not in replaced and not line.startswith(imports)]
@@ -94,7 +94,7 @@ def test_tutorial_steps_build_its_example() -> None:
 
 
 def test_manual_loop_broadcasts_to_others_and_hides_pongs() -> None:
-    """An old loop broadcasts to all but the speaker, and never sees a pong."""
+    """A manual receive loop broadcasts to all clients but the sender, and never sees a pong."""
     with TestClient(by_hand) as client:
         with client.websocket_connect("/ws/ann?plan=gold") as ann, client.websocket_connect("/ws/bob") as bob:
             ann.send_text("ping")
@@ -112,7 +112,7 @@ def test_manual_loop_broadcasts_to_others_and_hides_pongs() -> None:
     [("/ws?token=secret-of-ann", {}), ("/ws", {"authorization": "Bearer secret-of-ann"})],
 )
 def test_logged_in_client_has_id_and_identity(url: str, headers: dict[str, str]) -> None:
-    """The client id and the identity come from the login, by header or by query."""
+    """The client id and the identity come from the login, sent in a header or in the query."""
     with TestClient(authenticated) as client, client.websocket_connect(url, headers=headers) as ws:
         assert heard(ws) == {"hello": "Ann", "client_id": "1"}
 
@@ -123,7 +123,7 @@ def test_logged_in_client_has_id_and_identity(url: str, headers: dict[str, str])
     ids=["header", "cookie"],
 )
 def test_one_dependency_authenticates_http_and_sockets(headers: dict[str, str]) -> None:
-    """Whatever lets somebody use an HTTP route opens a socket too."""
+    """A credential that allows an HTTP route opens a socket too."""
     with TestClient(shared_login) as client:
         assert client.get("/me", headers=headers).json() == {"user": "ann"}
         with client.websocket_connect("/ws", headers=headers) as ws:
@@ -131,7 +131,7 @@ def test_one_dependency_authenticates_http_and_sockets(headers: dict[str, str]) 
 
 
 def test_browser_credential_travels_in_subprotocol() -> None:
-    """A browser, which can set no header, says who it is among the subprotocols."""
+    """A browser cannot set headers, so it sends its credential as a subprotocol."""
     with TestClient(shared_login) as client:
         with client.websocket_connect("/ws", subprotocols=["bearer", "secret-of-ann"]) as ws:
             assert heard(ws) == {"user": "ann"}
@@ -140,21 +140,21 @@ def test_browser_credential_travels_in_subprotocol() -> None:
 
 @pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer wrong"}], ids=["none", "wrong"])
 def test_missing_credential_gets_401_on_http_route(headers: dict[str, str]) -> None:
-    """An HTTP route answers 401, and says how to log in."""
+    """An HTTP route answers 401 and names the authentication scheme."""
     with TestClient(shared_login) as client:
         answer = client.get("/me", headers=headers)
     assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
 
 
 def test_ticker_pushes_and_http_route_reaches_client() -> None:
-    """Ticks come by themselves, also beside an echo; an HTTP route reaches a client, or says that it is not there."""
+    """Ticks are sent beside an echo; an HTTP route reaches a client, or reports that it is not connected."""
     with TestClient(push) as client:
         with client.websocket_connect("/clock/ann") as ann:
             assert heard(ann)["type"] == "tick"
             assert client.post("/notify/ann", json={"n": 1}).json() == {"queued": True}
             assert client.post("/announce", json={"n": 2}).json() == {"queued": 1, "failed": 0}
-            told = [message for message in (heard(ann) for _ in range(2)) if "n" in message]
-            assert told == [{"n": 1}, {"n": 2}]
+            ticks = [message for message in (heard(ann) for _ in range(2)) if "n" in message]
+            assert ticks == [{"n": 1}, {"n": 2}]
         with client.websocket_connect("/both/bob") as bob:
             bob.send_text("hello")
             assert {heard(bob)["type"] for _ in range(2)} == {"tick", "echo"}
@@ -162,7 +162,7 @@ def test_ticker_pushes_and_http_route_reaches_client() -> None:
 
 
 def test_other_threads_broadcast_and_disconnect() -> None:
-    """A thread of its own and `def` routes broadcast, disconnect, and hear that a client is not there."""
+    """A separate thread and `def` routes broadcast, disconnect, and learn that a client is not connected."""
     with TestClient(from_thread) as client:
         with client.websocket_connect("/ws/ann") as ann:
             assert heard(ann) == {"type": "temperature", "celsius": 21.5}
@@ -178,7 +178,7 @@ def test_other_threads_broadcast_and_disconnect() -> None:
 
 
 def test_chat_room_announces_members_and_rejects_strangers() -> None:
-    """Who joins sees who is there, the others are told; words reach the room alone; strangers cannot speak to it."""
+    """A member that joins gets the list of members, and the others an event; only members can send to the room."""
     with TestClient(rooms) as client:
         assert client.get("/rooms/lobby").status_code == 404
         with client.websocket_connect("/ws/ann") as ann:
@@ -199,7 +199,7 @@ def test_chat_room_announces_members_and_rejects_strangers() -> None:
 
 
 def test_each_message_reaches_its_handler() -> None:
-    """A typed handler, one without content, one in the thread pool, and one for all else take what is theirs."""
+    """A typed handler, one without content, one in the thread pool, and a fallback handler get their messages."""
     with TestClient(typed_messages) as client, client.websocket_connect("/ws/ann") as ws:
         ws.send_json({"type": "move", "x": 1, "y": 2})
         assert heard(ws) == {"type": "moved", "who": "ann", "x": 1, "y": 2}
@@ -221,7 +221,7 @@ def test_each_message_reaches_its_handler() -> None:
 
 
 def test_stats_require_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the key, or on a server that has none, every path of the stats is refused."""
+    """Without the key, or on a server that has none configured, every path of the stats is rejected."""
     watched: Any = importlib.import_module("examples.watched")
     paths = ("/ws-stats/", "/ws-stats/connections", "/ws-stats/connections/x", "/ws-stats/health")
     with TestClient(watched.app) as client, client.websocket_connect("/ws/ann") as ann:
@@ -237,7 +237,7 @@ def test_stats_require_key(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.live
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
 async def test_dashboard_receives_messages_of_outage(kind: str) -> None:
-    """Orders are answered or refused, questions are answered, and what was announced meanwhile is there afterwards."""
+    """Orders are answered or rejected, and messages sent during an outage arrive after the reconnect."""
     with LiveServer(kind, app="examples.resumable:app") as server:
         async with connect_client(server.url("/ws/ann"), base_delay=0.05, min_delay=0.01) as ann:
 
@@ -253,7 +253,7 @@ async def test_dashboard_receives_messages_of_outage(kind: str) -> None:
             ann.reconnect()
             assert await asyncio.to_thread(server.post, "/announce?text=hello") == 1
             assert (await asyncio.wait_for(anext(ann), 5)).data == {"type": "announcement", "text": "hello"}
-            async with connect_client(server.url("/ws/bob")) as bob:  # a newcomer gets what was said before
+            async with connect_client(server.url("/ws/bob")) as bob:  # a new member gets the earlier messages
                 said = [(await asyncio.wait_for(anext(bob), 5)).data["type"] for _ in range(2)]
                 assert said == ["ordered", "announcement"]
 
@@ -261,12 +261,12 @@ async def test_dashboard_receives_messages_of_outage(kind: str) -> None:
 @pytest.mark.live
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_identity_rejection_is_http_status(kind: str) -> None:
-    """An HTTPException of the identity, before the accept, is its HTTP status on every server."""
+    """An HTTPException of the identity dependency is the HTTP status of the handshake on every server."""
     with LiveServer(kind, app="examples.authenticated:app") as server:
-        with pytest.raises(InvalidStatus) as refused:
+        with pytest.raises(InvalidStatus) as caught:
             async with connect(server.url("/ws")):
                 pass
-        assert refused.value.response.status_code == 401
+        assert caught.value.response.status_code == 401
         async with connect(server.url("/ws?token=secret-of-ann")) as ws:
             assert json.loads(await asyncio.wait_for(ws.recv(), 5)) == {"hello": "Ann", "client_id": "1"}
 
@@ -274,13 +274,13 @@ async def test_identity_rejection_is_http_status(kind: str) -> None:
 @pytest.mark.live
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_socket_without_credential_gets_401(kind: str) -> None:
-    """Without a credential, or with a wrong one, the handshake gets the 401 that an HTTP route answers."""
+    """Without a credential, or with a wrong one, the handshake gets the same 401 as an HTTP route."""
     with LiveServer(kind, app="examples.shared_login:app") as server:
         for headers in ({}, {"Authorization": "Bearer wrong"}):
-            with pytest.raises(InvalidStatus) as refused:
+            with pytest.raises(InvalidStatus) as caught:
                 async with connect(server.url("/ws"), additional_headers=headers):
                     pass
-            assert refused.value.response.status_code == 401
+            assert caught.value.response.status_code == 401
         async with connect(server.url("/ws"), additional_headers={"Cookie": "session=session-of-ann"}) as ws:
             assert json.loads(await asyncio.wait_for(ws.recv(), 5)) == {"user": "ann"}
 
@@ -288,14 +288,14 @@ async def test_socket_without_credential_gets_401(kind: str) -> None:
 @pytest.mark.live
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_browser_rejection_has_close_code_and_reason(kind: str) -> None:
-    """A page of another site is HTTP 403; one of ours without a login gets 4401 and the reason, and others HTTP 401."""
+    """A foreign origin gets HTTP 403; without a login an own page gets 4401 and a reason, other clients HTTP 401."""
     origin: Any = "https://example.com"
     with LiveServer(kind, app="examples.readable_rejection:app") as server:
         for other, status in ((None, 401), ("https://elsewhere.example", 403)):
-            with pytest.raises(InvalidStatus) as refused:
+            with pytest.raises(InvalidStatus) as caught:
                 async with connect(server.url("/ws"), origin=other):  # type: ignore[arg-type]
                     pass
-            assert refused.value.response.status_code == status
+            assert caught.value.response.status_code == status
         async with connect(server.url("/ws"), origin=origin) as stranger:
             with pytest.raises(ConnectionClosed) as closed:
                 await asyncio.wait_for(stranger.recv(), 5)

@@ -42,14 +42,14 @@ ORIGIN = "http://testserver"
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_every_python_block_compiles(block: Block) -> None:
-    """Each Python block compiles, a fragment as the body of an async function."""
+    """Each Python block compiles; a fragment compiles as the body of an async function."""
     flags = 0 if block.complete else ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
     compile(block.module, str(block), "exec", flags=flags, dont_inherit=True)
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_every_block_uses_existing_names(block: Block) -> None:
-    """What a block takes of a manager, a socket and the config is there."""
+    """Each attribute that a block uses of a manager, a socket or the config exists."""
     known = {"manager": WebSocketConnectionManager(), "ws": StableSocket}
     for node in ast.walk(ast.parse(block.module)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known:
@@ -60,10 +60,10 @@ def test_every_block_uses_existing_names(block: Block) -> None:
 
 @pytest.mark.parametrize("block", COMPLETE, ids=str)
 async def test_every_complete_block_runs(block: Block, run: Callable[[Block], ModuleType]) -> None:
-    """A block that begins with its imports, or extends the quick start, runs, and the tests in it pass."""
+    """A block that begins with imports, or extends the quick start, runs, and the tests in it pass."""
     module = within(DEADLINE, lambda: run(block))
     if "pytest.raises(AssertionError)" in block.code and hasattr(WebSocketTestSession, "should_close"):
-        pytest.skip("TestClient of Starlette 0.37 cancels the endpoint when the test leaves the socket")
+        pytest.skip("TestClient of Starlette 0.37 cancels the endpoint when the test closes the socket")
     for name, function in list(vars(module).items()):
         if not name.startswith("test_"):
             continue
@@ -75,7 +75,7 @@ async def test_every_complete_block_runs(block: Block, run: Callable[[Block], Mo
 
 @pytest.mark.parametrize("block", [block for block in COMPLETE if "@app.websocket(" in block.module], ids=str)
 def test_every_app_on_page_serves_its_sockets(block: Block, run: Callable[[Block], ModuleType]) -> None:
-    """Each WebSocket route of an app on a page accepts a client and lets it go."""
+    """Each WebSocket route of an app on a page accepts a client and closes cleanly."""
     module = run(block)
     routes = [route.path for route in module.app.routes if isinstance(route, APIWebSocketRoute)]
     assert routes
@@ -86,7 +86,7 @@ def test_every_app_on_page_serves_its_sockets(block: Block, run: Callable[[Block
 
 
 def _visit(app: FastAPI, routes: list[str]) -> None:
-    """Connect to each route, with every credential that a page knows, and leave."""
+    """Connect to each route with every credential that a page uses, then disconnect."""
     with TestClient(app) as client:
         for path in routes:
             url = path.replace("{client_id}", "ann") + "?token=secret-of-ann"
@@ -96,18 +96,18 @@ def _visit(app: FastAPI, routes: list[str]) -> None:
 
 @pytest.mark.parametrize("block", [block for block in PYTHON if block.source], ids=str)
 def test_quoted_example_code_matches_its_file(block: Block) -> None:
-    """Code that a page takes from an example stands in it word for word."""
+    """Code that a page takes from an example is identical in both."""
     assert block.code in (ROOT / str(block.source)).read_text()
 
 
 def test_every_short_example_is_on_page() -> None:
-    """No example is kept from the readers."""
+    """Every short example is quoted on a page."""
     examples = {f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")} - {"examples/__init__.py"}
     assert examples == {block.source for block in PYTHON if block.source}
 
 
 def test_json_blocks_are_valid_json() -> None:
-    """A reader can copy each message from a page and send it."""
+    """Each JSON block is valid, so that a reader can copy and send it."""
     messages = blocks("json")
     assert messages
     for block in messages:
@@ -118,7 +118,7 @@ def test_json_blocks_are_valid_json() -> None:
 
 
 def test_checks_table_matches_doctor() -> None:
-    """Every check stands in the table, in order, with its level and its rule."""
+    """Every check is in the table, in order, with its level and its rule."""
     rows = table("docs/deploy/doctor.md", "| Check | Level | Finds |")
     assert rows == [[check.code, check.severity, check.title] for check in CHECKS]
     at_start = next(
@@ -129,7 +129,7 @@ def test_checks_table_matches_doctor() -> None:
 
 @pytest.mark.parametrize("page", ["docs/how-to/hooks-and-error-replies.md", "CHANGELOG.md"])
 def test_error_reply_codes_match_package(page: str) -> None:
-    """A client that knows the codes of a page knows all."""
+    """The error codes on the page are exactly those of the package."""
     source = (ROOT / "fastapi_ws_stabilizer/handlers/registry.py").read_text()
     codes = set(re.findall(r'InvalidMessageError\(\s*"([a-z_]+)"', source))
     assert codes
@@ -147,7 +147,7 @@ def test_every_public_name_is_in_reference() -> None:
 
 @pytest.mark.parametrize("kind", [WebSocketConnectionManager, StableSocket, Counters])
 def test_every_public_member_is_in_reference(kind: type) -> None:
-    """Each method and attribute of the classes that everybody uses is in the reference."""
+    """Each public method and attribute of the main classes is in the reference."""
     members = {name for name in dir(kind) if not name.startswith("_")} | set(getattr(kind, "__annotations__", {}))
     reference = prose(ROOT / "docs/reference/api.md")
     assert {name for name in members if not re.search(rf"\b{name}\b", reference)} == set()
@@ -155,7 +155,7 @@ def test_every_public_member_is_in_reference(kind: type) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_file_named_on_page_exists(page: Path) -> None:
-    """Paths in backticks, and links, lead to files."""
+    """Paths in backticks, and links, lead to existing files."""
     text = prose(page)
     for path in re.findall(r"`((?:examples|tests|docs)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
@@ -166,13 +166,13 @@ def test_every_file_named_on_page_exists(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_make_target_named_on_page_exists(page: Path) -> None:
-    """A command that a page tells to type is in the Makefile."""
+    """Each command on a page that uses make names a target of the Makefile."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), flags=re.MULTILINE)) <= targets
 
 
 def test_every_page_is_in_navigation_once() -> None:
-    """The navigation holds each page once, and nothing else."""
+    """The navigation contains each page once, and nothing else."""
     listed = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
     assert sorted(listed) == sorted(path.relative_to(ROOT / "docs").as_posix() for path in PAGES[2:])
 
@@ -187,7 +187,7 @@ def test_every_promise_names_its_tests() -> None:
 
 
 def test_every_test_named_on_page_exists() -> None:
-    """A row that says which test would be red names one that there is."""
+    """Each test that a page names exists."""
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", prose(page))}
     assert named

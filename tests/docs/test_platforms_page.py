@@ -1,4 +1,4 @@
-"""Tests of the page of the platforms: its tables are those of the package."""
+"""Tests of the page about platforms: its tables match the package."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _sets(name: str) -> str:
 
 
 def test_platforms_table_matches_package() -> None:
-    """Every platform stands in the table, in order, with its values and the options that follow from them."""
+    """Every platform is in the table, in order, with its values and the options that follow from them."""
     assert table(PAGE, "| Name | Platform | Idle timeout |") == [
         [
             f"`{platform.name}`",
@@ -41,7 +41,7 @@ def test_platforms_table_matches_package() -> None:
 
 
 def test_facts_table_matches_package() -> None:
-    """Every fact stands in the table, in order, with its source, the day on which it was read, and how."""
+    """Every fact is in the table, in order, with its source, the date on which it was read, and how."""
     assert table(PAGE, "| Name | Fact | Source |") == [
         [
             f"`{platform.name}`",

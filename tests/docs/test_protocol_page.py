@@ -1,4 +1,4 @@
-"""Tests of the protocol's page: every frame and field of the code and the vectors is there, and the example runs."""
+"""Tests of the protocol's page: it has every frame and field of the code and the vectors, and its example runs."""
 
 from __future__ import annotations
 
@@ -48,23 +48,23 @@ SOURCE = "\n".join(
     )
 )
 FUTURE = {"mood", "later", "priority", "x"}
-"""Types and fields that the vectors use for what receivers have to ignore."""
+"""Types and fields in the vectors that receivers have to ignore."""
 
 
 def fields_on_page(type_: str) -> set[str]:
-    """The fields in the table of one type."""
+    """Return the fields in the table of one type."""
     section = TEXT.split(f"\n### {type_}\n", 1)[1].split("\n#", 1)[0]
     return set(re.findall(r"^\| `([\w.]+)` \|", section, flags=re.MULTILINE))
 
 
 def frames_of_vectors() -> list[dict[str, Any]]:
-    """Every valid frame of the vectors, alone or in a conversation."""
+    """Return every valid frame of the vectors, alone or in a conversation."""
     steps = [step for protocol in CONVERSATIONS for step in protocol["steps"] if "frame" in step]
     return [vector["frame"] for vector in FRAMES if vector["valid"]] + [step["frame"] for step in steps]
 
 
 def known_types() -> set[str]:
-    """Every type of frame that the code reads or writes, or that the vectors know."""
+    """Return every type of frame that the code reads or writes, or that the vectors contain."""
     written = set(re.findall(r'\b(?:control_frame|sequenced_frame|envelope)\(\s*"(\w+)"', SOURCE))
     read = set(re.findall(r'\bkind == "(\w+)"', inspect.getsource(V1Protocol))) | {"hello"}
     return written | read | {frame["type"] for frame in frames_of_vectors()} - FUTURE
@@ -80,7 +80,7 @@ def test_every_type_is_on_the_page() -> None:
 
 @pytest.mark.parametrize("type_", sorted(known_types()))
 def test_every_field_of_the_vectors_is_on_the_page(type_: str) -> None:
-    """A field that a valid frame of the vectors has is in the table of its type."""
+    """Each field of a valid frame in the vectors is in the table of its type."""
     frames = [frame for frame in frames_of_vectors() if frame["type"] == type_]
     fields = {name for frame in frames for name in frame} - FUTURE
     assert fields
@@ -88,7 +88,7 @@ def test_every_field_of_the_vectors_is_on_the_page(type_: str) -> None:
 
 
 def test_every_field_of_the_code_is_on_the_page() -> None:
-    """What the code asks of a frame, or writes into one, is in some table."""
+    """Each field that the code reads from a frame, or writes into one, is in some table."""
     read = set(re.findall(r'\b(?:frame|resume)(?:\.get\(|\[)"(\w+)"', SOURCE))
     read |= set(re.findall(r'\b(?:require_int|optional_\w+)\(\w+, "(\w+)"', SOURCE))
     written = set()
@@ -103,7 +103,7 @@ def test_every_field_of_the_code_is_on_the_page() -> None:
 
 
 def test_every_outcome_and_reason_is_on_the_page() -> None:
-    """The tables of resume have what a welcome can say."""
+    """The tables of resume have every outcome and reason that a welcome can contain."""
     outcomes = {row[0].strip("`") for row in table(PAGE, "| Outcome | Session |")}
     assert outcomes == {outcome.value for outcome in ResumeOutcome}
     reasons = {row[0].strip("`") for row in table(PAGE, "| `why` | With | Meaning |")}
@@ -114,7 +114,7 @@ def test_every_outcome_and_reason_is_on_the_page() -> None:
 
 
 def test_every_error_code_is_on_the_page() -> None:
-    """A client that knows the codes of the page knows all that the library chooses."""
+    """The page has all error codes that the library uses."""
     codes = {RATE_LIMITED} | set(re.findall(r'InvalidMessageError\(\s*"([a-z_]+)"', SOURCE))
     codes |= set(re.findall(r'"code": "([a-z_]+)"', SOURCE)) | set(re.findall(r'\bcode="([a-z_]+)"', SOURCE))
     codes |= set(re.findall(r'_answer_failure\(\w+, \w+, "([a-z_]+)"', SOURCE))
@@ -124,7 +124,7 @@ def test_every_error_code_is_on_the_page() -> None:
 
 
 def test_numbers_are_those_of_the_code() -> None:
-    """Limits and times on the page are the constants of the package."""
+    """Limits and times on the page equal the constants of the package."""
     for text in (
         f"`{v1.SUBPROTOCOL}`",
         f"`{v1.AUTH_PREFIX}`",
@@ -150,7 +150,7 @@ def test_numbers_are_those_of_the_code() -> None:
 
 
 def test_terminal_codes_are_those_of_the_code() -> None:
-    """The row that tells a client to stop has the codes after which it must."""
+    """The row about terminal codes has exactly the codes after which a client must not reconnect."""
     rows = table(PAGE, "| Code | Sent by | What the client does |")
     (stop,) = [row[0] for row in rows if row[2].startswith("stop.")]
     named = {int(code) for row in rows for code in re.findall(r"\b\d{4}\b", row[0]) if row[0] != stop}
@@ -161,7 +161,7 @@ def test_terminal_codes_are_those_of_the_code() -> None:
 
 
 def test_the_example_is_what_the_server_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The transcript, played step by step against the real server."""
+    """The transcript matches the real server, step by step."""
     monkeypatch.setattr("fastapi_ws_stabilizer.hub.heartbeat.random.uniform", lambda _, most: most)
     (transcript,) = [block.code for block in blocks("text") if block.page == ROOT / PAGE]
     steps = [_step(*line.split(" ", 1)) for line in transcript.splitlines()]
@@ -181,7 +181,7 @@ def _step(side: str, what: str) -> dict[str, Any]:
 
 
 def _with_placeholders(frame: dict[str, Any]) -> dict[str, Any]:
-    """A frame in which what the server chooses at random is a placeholder, as in the vectors."""
+    """Return the frame with placeholders for random values of the server, as in the vectors."""
     names_ = {"token": "$token-", "session": "$session-"}
     return {
         name: _with_placeholders(value)

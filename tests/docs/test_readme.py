@@ -29,7 +29,7 @@ RECIPES = [block for block in blocks("python") if block.is_recipe]
 
 
 def recipe(text: str) -> Block:
-    """The one recipe that contains a text."""
+    """Return the one recipe that contains a text."""
     (found,) = [block for block in RECIPES if text in block.code]
     return found
 
@@ -46,7 +46,7 @@ def test_readme_has_at_most_200_lines() -> None:
 
 
 def test_recipes_are_short() -> None:
-    """There are four recipes, none longer than a reader takes in at a glance."""
+    """The README has four recipes, and each is short."""
     assert len(RECIPES) == 4
     assert {str(block): lines for block in RECIPES if (lines := len(block.code.splitlines())) > MAX_RECIPE_LINES} == {}
 
@@ -139,7 +139,7 @@ def test_uvicorn_command_of_the_checklist_passes_the_doctor() -> None:
 
 
 def test_doctor_command_of_the_checklist_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    """The command runs as written, on the quick start, with a platform whose grace the defaults fit."""
+    """The command runs as written on the quick start, with a platform that fits the default timeouts."""
     (arguments,) = re.findall(r"`python -m fastapi_ws_stabilizer (doctor [^`]+)`", README)
     words = shlex.split(arguments.replace("app:app", "examples.quickstart:app"))
     with pytest.raises(SystemExit) as done:

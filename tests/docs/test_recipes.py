@@ -18,7 +18,7 @@ DOCTOR_PAGE = (ROOT / "docs/deploy/doctor.md").read_text(encoding="utf-8")
 
 
 def options_of(words: list[str]) -> dict[str, Any]:
-    """The options of a uvicorn command, by name; numbers as numbers."""
+    """Return the options of a uvicorn command by name; numbers as numbers."""
     options: dict[str, Any] = {}
     for name, value in itertools.pairwise(words):
         if name.startswith("--"):
@@ -27,7 +27,7 @@ def options_of(words: list[str]) -> dict[str, Any]:
 
 
 def test_container_recipe_passes_on_kubernetes() -> None:
-    """The Dockerfile's command and the ConfigMap of the servers page fit the grace of a pod."""
+    """The Dockerfile's command and the ConfigMap of the servers page fit the termination grace of a pod."""
     (command,) = re.findall(r"^CMD (\[.*\])$", SERVERS_PAGE, re.MULTILINE)
     environment = dict(re.findall(r'^  (WS_\w+): "(.*)"$', SERVERS_PAGE, re.MULTILINE))
     assert environment
@@ -50,7 +50,7 @@ def test_uvicorn_commands_pass_without_platform() -> None:
     "platform", [("aws-alb", "nginx", "kubernetes"), ("cloudflare", "nginx"), ("heroku",)], ids=str
 )
 def test_for_platform_and_uvicorn_options_pass_together(platform: tuple[str, ...]) -> None:
-    """`for_platform` with `uvicorn_options`, as the doctor's page recommends, leaves nothing to find."""
+    """`for_platform` with `uvicorn_options`, as the doctor's page recommends, leaves no findings."""
     assert 'for_platform("aws-alb", "nginx", "kubernetes", trusted_proxies=["10.0.0.0/8"])' in DOCTOR_PAGE
     manager = WebSocketConnectionManager(WebSocketConfig.for_platform(*platform, trusted_proxies=["10.0.0.0/8"]))
     found = manager.check(server="uvicorn", server_options=manager.uvicorn_options(), platform=platform)

@@ -1,4 +1,4 @@
-"""Tests of the tables of docs/reference, which the build makes from the code."""
+"""Tests of the tables of docs/reference, which the build generates from the code."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ EVENTS = table(LOG_EVENTS, "| Event | Level | Fields |", build=True)
 
 
 def first(rows: list[list[str]]) -> list[str]:
-    """The first cell of each row, without backticks."""
+    """Return the first cell of each row, without backticks."""
     return [row[0].strip("`") for row in rows]
 
 
 def public_errors(module: Any, base: type[Exception]) -> set[str]:
-    """The names of the errors below a base that a module exports."""
+    """Return the names of the errors below a base that a module exports."""
     exported = {name: getattr(module, name) for name in module.__all__}
     return {name for name, value in exported.items() if inspect.isclass(value) and issubclass(value, base)}
 
@@ -64,20 +64,20 @@ def public_errors(module: Any, base: type[Exception]) -> set[str]:
 
 
 def test_every_marker_is_filled() -> None:
-    """The build replaces each marker on each page, and knows no table that no page has."""
+    """The build replaces each marker on each page, and each table it can generate is used."""
     markers = [marker for page in PAGES for marker in reference.MARKER.findall(page.read_text())]
     assert sorted(markers) == sorted([*reference.TABLES, "events"])
     assert {name_of(page) for page in PAGES if "<!-- generated" in rendered(page)} == set()
 
 
 def test_unknown_marker_stops_the_build() -> None:
-    """A misspelt marker is an error."""
+    """An unknown marker is an error."""
     with pytest.raises(KeyError):
         reference.on_page_markdown("<!-- generated: optoins -->\n")
 
 
 def test_no_page_repeats_a_generated_table() -> None:
-    """No table in docs names more than half of what a generated table names, but the one of meanings of events."""
+    """No table in docs repeats more than half of the names of a generated table, except the one of event meanings."""
     generated = [first(rows) for rows in (OPTIONS, REASONS, ERRORS, EVENTS)]
     repeated = set()
     for page in PAGES[2:]:
@@ -89,7 +89,7 @@ def test_no_page_repeats_a_generated_table() -> None:
 
 
 def test_every_generated_cell_has_text() -> None:
-    """Each option, value, cause and error has a meaning, which ends like a sentence."""
+    """Each option, value, cause and error has a meaning that ends like a sentence."""
     for rows in (OPTIONS, VALUES, REASONS, ERRORS, CLIENT_ERRORS, EVENTS):
         assert [row for row in rows if not row[-1].endswith(".")] == []
     attributes = table(ERRORS_PAGE, "| Error | Attribute |", build=True)
@@ -142,7 +142,7 @@ def test_options_table_bounds_are_enforced() -> None:
 
 
 def test_options_name_their_unit() -> None:
-    """A duration, a rate and a size say what they count."""
+    """Each option with a duration, a rate or a size names its unit."""
     for name, kind, _, meaning in OPTIONS:
         if "`float`" in kind:
             assert re.search("[Ss]econds|per second", meaning), name
@@ -224,7 +224,7 @@ def test_events_table_has_every_event() -> None:
 
 def test_every_log_record_has_an_event_of_the_table() -> None:
     """A name that the source gives to an emitting method, in any spelling of the call, is in the table."""
-    package = ROOT / "fastapi_ws_stabilizer"  # the client emits events to its listeners, which are no log records
+    package = ROOT / "fastapi_ws_stabilizer"  # the client emits events to its listeners; they are not log records
     sources = "\n".join(path.read_text() for path in package.rglob("*.py") if path.parent != package / "client")
     methods = "|".join(reference.EMITTERS)
     named = set(re.findall(rf"\b_?(?:{methods})\(\s*(?:\w+, )?\"([a-z_]+)\"", sources))
@@ -253,7 +253,7 @@ def test_events_table_shows_level_and_fields(event: str, level: str, fields: lis
 
 
 def test_emitted_events_have_level_and_fields_of_the_table() -> None:
-    """What an app emits is within what the table shows of each event."""
+    """The level and fields of each emitted event are within those of the table."""
     manager = WebSocketConnectionManager(WebSocketConfig(max_bad_messages=1, max_connections_per_client=1))
     app = FastAPI(lifespan=manager.lifespan)
     emitted: list[Event] = []

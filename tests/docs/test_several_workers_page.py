@@ -1,4 +1,4 @@
-"""Tests of the page about several workers: each manager stands for one process, and shows what it says of two."""
+"""Tests of the page about several workers. Each manager stands for one process."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ SECRET = "the-same-secret-in-every-process"
 
 
 class Process:
-    """An app with a manager of its own, as each worker has it.
+    """An app with its own manager, as in each worker process.
 
     Args:
-        secret: The `reconnect_secret`; the process makes its own when left out.
+        secret: The `reconnect_secret`; the manager generates one when left out.
     """
 
     def __init__(self, secret: str | None = SECRET) -> None:
@@ -65,12 +65,12 @@ class Process:
 
 
 def leave(ws: WebSocketTestSession) -> None:
-    """Close as a page that goes away does."""
+    """Close the connection as a closed page does."""
     ws.close(1001)
 
 
 def accepts_ticket(client: TestClient, ticket: str) -> bool:
-    """Whether a process lets a ticket in."""
+    """Return whether a process accepts a ticket."""
     try:
         with client.websocket_connect(f"/ticket?ticket={ticket}") as ws:
             return bool(ws.receive_text())
@@ -79,7 +79,7 @@ def accepts_ticket(client: TestClient, ticket: str) -> bool:
 
 
 def test_rooms_and_sends_reach_one_process() -> None:
-    """A broadcast and a direct send reach the clients of their own process alone."""
+    """A broadcast and a direct send reach only the clients of their own process."""
 
     def play() -> None:
         here, there = Process(), Process()
@@ -93,7 +93,7 @@ def test_rooms_and_sends_reach_one_process() -> None:
 
 
 def test_same_client_id_replaces_within_one_process() -> None:
-    """A client may be connected to each process at the same time, and each limit counts for one of them."""
+    """The same client id may be connected to each process at the same time, and limits count for each process."""
 
     def play() -> None:
         here, there = Process(), Process()
@@ -113,7 +113,7 @@ def test_same_client_id_replaces_within_one_process() -> None:
 
 @pytest.mark.parametrize("secret", [SECRET, None], ids=["shared", "own"])
 def test_reconnect_token_restores_state_in_its_own_process_only(secret: str | None) -> None:
-    """Elsewhere the client is new, with a shared secret or without; where it was, it gets back what is held for it."""
+    """Another process treats the client as new, even with a shared secret; its own process restores its state."""
 
     def play() -> None:
         here, there = Process(secret), Process(secret)
@@ -132,7 +132,7 @@ def test_reconnect_token_restores_state_in_its_own_process_only(secret: str | No
 
 
 def test_ticket_is_single_use_in_each_process() -> None:
-    """With a shared secret each process takes a ticket once; with secrets of their own only the one that issued it."""
+    """With a shared secret each process accepts a ticket once; with separate secrets only the issuing process does."""
 
     def play() -> None:
         here, there, own = Process(), Process(), Process(None)
@@ -147,7 +147,7 @@ def test_ticket_is_single_use_in_each_process() -> None:
 
 
 def test_revocation_holds_in_one_process() -> None:
-    """A process in which a client was not revoked keeps its connection, and takes its tickets."""
+    """A process in which a client was not revoked keeps its connection and accepts its tickets."""
 
     def play() -> None:
         here, there = Process(), Process()
@@ -162,7 +162,7 @@ def test_revocation_holds_in_one_process() -> None:
 
 
 def test_doctor_reports_workers_without_a_secret() -> None:
-    """D22 speaks where the number of workers is known and no secret is shared."""
+    """D22 is reported where the number of workers is known and no secret is shared."""
     options = {"workers": 4}
     found = WebSocketConnectionManager().check(server="uvicorn", server_options=options)
     assert "D22" in [finding.code for finding in found]

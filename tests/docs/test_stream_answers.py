@@ -1,4 +1,4 @@
-"""Tests of the example that streams answers: stopped by the client, ended with its session, whole after a reconnect."""
+"""Tests of the example that streams answers: stopped, ended with its session, complete after a reconnect."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def receive(client: WebSocketTestSession, kind: str) -> Any:
 
 @pytest.fixture
 def endless(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A model that never ends by itself. Returns the list in which each of its streams notes its end."""
+    """Replace the model by an endless one; return the list to which each of its streams appends its end."""
     ended: list[str] = []
 
     async def tokens(question: str) -> AsyncGenerator[str, None]:
@@ -45,7 +45,7 @@ def endless(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_stop_message_cancels_the_answer(endless: list[str]) -> None:
-    """After `stop` the model is cancelled and no further part arrives; a new question stops the one before."""
+    """After `stop` the model is cancelled and no further part arrives; a new question stops the previous one."""
 
     def play() -> None:
         with TestClient(stream_answers.app) as client, client.websocket_connect("/ws/ann") as ann:
@@ -68,7 +68,7 @@ def test_stop_message_cancels_the_answer(endless: list[str]) -> None:
 
 
 def test_end_of_the_session_cancels_the_answer(endless: list[str]) -> None:
-    """A client that closes with 1000 is not coming back, so its answer ends."""
+    """When a client closes with 1000, its session ends and its answer is cancelled."""
 
     def play() -> None:
         with TestClient(stream_answers.app) as client:
@@ -83,7 +83,7 @@ def test_end_of_the_session_cancels_the_answer(endless: list[str]) -> None:
 
 
 def test_plain_client_gets_the_text_so_far() -> None:
-    """A plain client that is back with its token has missed parts, and gets the whole text instead."""
+    """A plain client that resumes with its token has missed parts, so it gets the whole text instead."""
 
     def play() -> None:
         with TestClient(stream_answers.app) as client:
@@ -105,7 +105,7 @@ def test_plain_client_gets_the_text_so_far() -> None:
 
 
 def test_failure_of_the_model_reaches_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error of the model's API is logged, and the client hears of it."""
+    """An error of the model's API is logged and reported to the client."""
 
     async def tokens(question: str) -> AsyncGenerator[str, None]:
         yield "Well, "

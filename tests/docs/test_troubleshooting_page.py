@@ -1,4 +1,4 @@
-"""Tests of the page about troubleshooting: what it quotes is what the package says."""
+"""Tests of the page about troubleshooting: its quotes match the package."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SOURCE = "\n".join(path.read_text() for path in (ROOT / "fastapi_ws_stabilizer")
 
 
 def test_quoted_log_lines_are_those_of_the_package(caplog: pytest.LogCaptureFixture) -> None:
-    """A wrong path and a page of another site are logged as the page shows it."""
+    """The log lines for a wrong path and for a foreign origin are as on the page."""
     manager = WebSocketConnectionManager()
     app = FastAPI(lifespan=manager.lifespan)
 
@@ -57,7 +57,7 @@ def test_quoted_errors_are_those_of_the_package() -> None:
 
 
 def test_quoted_close_reasons_are_those_of_the_package() -> None:
-    """A close reason in a table is one that the package sends."""
+    """Each close reason in a table is one that the package sends."""
     rows = re.findall(r"^\| (?:\d{4} \| )?`([a-z]+ [^`_=]*)`", PAGE.read_text(), flags=re.MULTILINE)
     reasons = {policy.text for policy in CLOSE_POLICIES.values()}
     assert rows
@@ -67,13 +67,13 @@ def test_quoted_close_reasons_are_those_of_the_package() -> None:
 
 
 def test_named_events_exist() -> None:
-    """Each event and cause that the page names is one of the package."""
+    """Each event and cause on the page exists in the package."""
     named = set(re.findall(r"`([a-z]+_[a-z_]+)`", prose(PAGE)))
     assert {name for name in named if not re.search(rf"\b{name}\b", SOURCE)} == set()
 
 
 def test_fix_for_a_missing_library_is_that_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command to install is the one that the log names."""
+    """The install command on the page is the one that the log names."""
     monkeypatch.setitem(sys.modules, "uvicorn", logging)
     monkeypatch.setattr("fastapi_ws_stabilizer.servers.detect.importlib.util.find_spec", lambda _: None)
     problem = missing_websocket_library()

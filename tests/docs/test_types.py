@@ -52,7 +52,7 @@ websocket: WebSocket
 
 async def fragment(ws: StableSocket) -> None:
 """
-"""Precedes a fragment. Other names that the fragment takes from the text around it are undefined."""
+"""Code before a fragment. Other names that the fragment takes from its context are undefined."""
 
 OPTIONS = """\
 from fastapi_ws_stabilizer import DuplicatePolicy, WebSocketConfig
@@ -95,7 +95,7 @@ init_typed = True
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a tool in a folder. It finds the package under test, and the interpreter that runs the tests."""
+    """Run a tool in a folder, with the package under test and the interpreter of the tests."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return subprocess.run(
         [sys.executable, "-m", *command],
@@ -113,7 +113,7 @@ def mypy(folder: Path, config: str = os.devnull) -> list[str]:
     answer = run(
         folder,
         *("mypy", "--strict", "--no-error-summary", "--config-file", config),
-        *("--disable-error-code", "import-untyped", "--allow-subclassing-any"),  # packages without types of their own
+        *("--disable-error-code", "import-untyped", "--allow-subclassing-any"),  # packages without types
         *("--cache-dir", str(folder.with_name("cache")), *(path.name for path in sorted(folder.glob("*.py")))),
     )
     assert answer.returncode < 2, answer.stderr
@@ -146,13 +146,13 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def mypy_errors(modules: Path) -> list[str]:
-    """Return what mypy finds; one run for all tests, because a run takes seconds."""
+    """Return the findings of mypy; one run for all tests, because a run takes seconds."""
     return mypy(modules)
 
 
 @pytest.fixture(scope="module")
 def pyright_errors(modules: Path) -> list[str]:
-    """Return what pyright finds; one run for all tests, because a run takes seconds."""
+    """Return the findings of pyright; one run for all tests, because a run takes seconds."""
     return pyright(modules)
 
 
@@ -175,19 +175,19 @@ def test_page_code_passes_pyright(pyright_errors: list[str]) -> None:
 
 @needs_mypy
 def test_wrong_names_and_values_fail_mypy(mypy_errors: list[str]) -> None:
-    """mypy reports a value that is no member, and names that do not exist."""
+    """mypy reports values that are not members of the enumeration, and names that do not exist."""
     assert [int(error.split(":")[1]) for error in mypy_errors if is_expected(error)] == WRONG_LINES
 
 
 @needs_pyright
 def test_wrong_names_and_values_fail_pyright(pyright_errors: list[str]) -> None:
-    """Pyright reports a value that is no member, and names that do not exist."""
+    """Pyright reports values that are not members of the enumeration, and names that do not exist."""
     assert [int(error.split(":")[1]) for error in pyright_errors if is_expected(error)] == WRONG_LINES
 
 
 @needs_mypy
 def test_enum_options_pass_the_mypy_plugin_of_pydantic(tmp_path: Path) -> None:
-    """The plugin replaces the types of `__init__` by its own, and they accept the strings too."""
+    """The plugin of pydantic replaces the types of `__init__`, and they accept strings too."""
     folder = tmp_path / "options"
     folder.mkdir()
     (folder / "options.py").write_text(OPTIONS)
@@ -196,7 +196,7 @@ def test_enum_options_pass_the_mypy_plugin_of_pydantic(tmp_path: Path) -> None:
 
 
 def public_api() -> tuple[set[str], set[str]]:
-    """Return the full names of everything exported, and of the classes of which a user can have an object."""
+    """Return the full names of everything exported, and of the classes of the objects that users get."""
     manager = WebSocketConnectionManager()
     objects: dict[str, Any] = {
         f"{module}.{name}": getattr(importlib.import_module(module), name)
@@ -214,7 +214,7 @@ def public_api() -> tuple[set[str], set[str]]:
 
 
 def has_own_error(diagnostic: dict[str, Any]) -> bool:
-    """Return whether a type lacks a declaration, and not just one inside of another class that it names."""
+    """Return whether the type itself lacks a declaration, and not just a class inside it."""
     first, _, rest = diagnostic["message"].partition("\n")
     return diagnostic["severity"] == "error" and ("partially unknown" not in first or "Unknown" in rest)
 

@@ -1,1 +1,1 @@
-"""Whatever comes in: nothing crashes, nothing hangs, nothing grows. Run with the tests, and for long by `make fuzz`."""
+"""Fuzz tests: no input causes a crash, a hang or unbounded growth. `make fuzz` runs them for longer."""

@@ -1,7 +1,7 @@
 """Fuzz one target, or all of them, with atheris: `python -m tests.fuzz frames --seconds 600`.
 
-An input that breaks a rule, takes too long or makes the process grow is written to `.fuzz/<target>/`. When the fault is
-mended the input goes to `tests/fuzz/corpus/<target>/`, where `test_found.py` replays it for ever.
+An input that breaks a rule, takes too long or makes the process grow is written to `.fuzz/<target>/`. After the fix,
+move the input to `tests/fuzz/corpus/<target>/`, where `test_found.py` replays it in every run.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Final
 
 SEEDS: Final = Path(__file__).parent / "corpus"
 WORK: Final = Path(".fuzz")
-"""What the fuzzers learn, kept from one run to the next, and what they find."""
+"""Directory for what the fuzzers learn from run to run, and for the inputs that fail."""
 
 TOTAL: Final = 600
-"""Seconds for all targets together, where nothing else is said."""
+"""Default duration for all targets together, in seconds."""
 
 JOBS: Final = 2
 TIMEOUT: Final = 10
-"""Seconds for one input; the slowest that is known takes a tenth of one."""
+"""Timeout for one input, in seconds; the slowest known input takes a tenth of a second."""
 
 MAX_BYTES: Final = 4096
 MAX_MIB: Final = 2048
@@ -33,7 +33,7 @@ INSTRUMENTED: Final = ["fastapi_ws_stabilizer", "websockets", "uvicorn.protocols
 
 
 def fuzz(target: str, seconds: int) -> None:
-    """Fuzz one target in this process, which ends with it."""
+    """Fuzz one target in this process, and end the process with it."""
     try:
         import atheris
     except ImportError:
@@ -71,7 +71,7 @@ def fuzz(target: str, seconds: int) -> None:
 
 
 def fuzz_all(targets: list[str], seconds: int, jobs: int) -> int:
-    """Fuzz several targets, each in a process of its own; return how many of them have found something."""
+    """Fuzz several targets, each in its own process; return how many of them failed."""
     with ThreadPoolExecutor(jobs) as pool:
         codes = list(pool.map(lambda target: _fuzz_apart(target, seconds), targets))
     bad = [target for target, code in zip(targets, codes, strict=True) if code]
@@ -100,7 +100,7 @@ def _result_of(target: str, code: int) -> str:
 
 
 def main() -> None:
-    """Read the command line, and fuzz."""
+    """Parse the command line, and fuzz."""
     names = sorted(path.name for path in SEEDS.iterdir() if path.is_dir())
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Fuzz the library.")
     parser.add_argument("target", nargs="?", choices=[*names, "all"], default="all")

@@ -1,4 +1,4 @@
-"""Whether a process keeps growing while it does the same again and again."""
+"""Detection of a process that keeps growing while it repeats the same work."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from pathlib import Path
 from typing import Final
 
 SAMPLES: Final = 24
-"""How often it is looked at; the first half is its warm-up."""
+"""Number of measurements in a run; the first half is the warm-up."""
 
 MAX_BLOCKS: Final = 20_000
-"""Blocks of Python's memory that the second half of a run may add: caches fill late."""
+"""Blocks of Python's memory that the second half of a run may add, because caches fill late."""
 
 MAX_RESIDENT: Final = 256 * 1024 * 1024
-"""Bytes of memory that the second half may add: the fuzzer itself keeps every input that leads somewhere new."""
+"""Bytes of memory that the second half may add: the fuzzer itself keeps every input that reaches new code."""
 
 
 class GrowingError(AssertionError):
-    """It has grown through all of the second half."""
+    """Memory has grown through all of the second half."""
 
 
 class GrowthWatch:
-    """Looks at the memory of this process now and then.
+    """Periodic measurement of the memory of this process.
 
     Args:
-        seconds: How long it will run.
-        clock: What measures that.
+        seconds: Duration of the run.
+        clock: Clock that measures it.
     """
 
     def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
@@ -38,7 +38,7 @@ class GrowthWatch:
         self.resident: list[int] = []
 
     def look(self) -> None:
-        """Measure, if it is time to.
+        """Measure if a measurement is due.
 
         Raises:
             GrowingError: Memory grows, and does not stop.
@@ -50,7 +50,7 @@ class GrowthWatch:
         self.note(sys.getallocatedblocks(), resident_bytes())
 
     def note(self, blocks: int, resident: int) -> None:
-        """Take a measurement.
+        """Record a measurement.
 
         Raises:
             GrowingError: Memory grows, and does not stop.
@@ -59,9 +59,9 @@ class GrowthWatch:
         self.resident.append(resident)
         for unit, values, most in (("blocks", self.blocks, MAX_BLOCKS), ("bytes", self.resident, MAX_RESIDENT)):
             late = values[SAMPLES // 2 :]
-            # A leak goes on to the end; what fills a cache, or a page, comes in steps and is over.
+            # A leak continues to the end. A cache or a page that fills grows in steps and then stops.
             if len(late) >= SAMPLES // 4 and late[-1] - late[0] > most and late[-1] == max(late):
-                raise GrowingError(f"it grows: {late} {unit}")
+                raise GrowingError(f"memory grows: {late} {unit}")
 
     def __str__(self) -> str:
         if not self.blocks:
@@ -74,7 +74,7 @@ class GrowthWatch:
 
 
 def resident_bytes() -> int:
-    """Bytes of memory of this process; 0 where the system does not say it this way."""
+    """Return the resident memory of this process in bytes; 0 where the system does not report it."""
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096
     except OSError:

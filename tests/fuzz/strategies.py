@@ -1,4 +1,4 @@
-"""Inputs that are nearly right: valid ones, and valid ones that something has happened to."""
+"""Inputs that are almost valid: valid ones, and valid ones with mutations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUMBERS = (
     | st.integers(-2, 40).map(str)
     | st.sampled_from(["9" * 400, "9" * 5000, "NaN", "Infinity", "01", "1.", '"1"', "[1]"])
 )
-"""Numbers as they may stand in JSON, and some that may not."""
+"""Numbers that may be in JSON, and some that may not."""
 
 VALUES = (
     st.recursive(
@@ -33,14 +33,14 @@ VALUES = (
     | NUMBERS
     | st.sampled_from(['"\\ud800"', '"\\u0000"', "[" * 300 + "]" * 300, "[" * 150 + "]" * 150, '{"a":1,"a":2}'])
 )
-"""JSON values as text, hostile ones among them."""
+"""JSON values as text, including hostile ones."""
 
 WORDS = st.sampled_from(['"a"', '"k"', '""', "null", "7", json.dumps("x" * 257), '"' + "\u00e9" * 256 + '"']) | VALUES
 
 
 @st.composite
 def v1_frames(draw: DrawFn) -> str:
-    """A text frame of `stabilizer.v1.json` that has the fields it needs, most of them right."""
+    """Draw a text frame of `stabilizer.v1.json` with the required fields, most of them valid."""
     kind = draw(
         st.sampled_from(["msg", "msg", "msg", "ack", "ping", "pong", "reply", "auth", "hello", "welcome", "x", "msg "])
     )
@@ -58,7 +58,7 @@ def v1_frames(draw: DrawFn) -> str:
 
 @st.composite
 def hellos(draw: DrawFn) -> str:
-    """A first frame, with a token or without."""
+    """Draw a first frame, with a token or without."""
     fields = [
         '"type":"hello"',
         f'"v":{draw(st.sampled_from(["1"] * 8 + ["2", "null"]))}',
@@ -72,7 +72,7 @@ def hellos(draw: DrawFn) -> str:
 
 
 def binary_frames() -> SearchStrategy[bytes]:
-    """Binary frames of all kinds, whose lengths agree or do not."""
+    """Draw binary frames of all kinds, with lengths that agree or do not."""
     meta = v1_frames().map(str.encode)
     right = st.tuples(meta, st.binary(max_size=64)).map(lambda one: b"\x01" + _short(one[0]) + one[0] + one[1])
     wrong = st.tuples(st.integers(0, 255), st.integers(0, 0xFFFF), meta).map(
@@ -89,7 +89,7 @@ def _short(meta: bytes) -> bytes:
 
 
 def raw_deflate(data: bytes, *, whole: bool = True) -> bytes:
-    """Some bytes, compressed, with the stream's end or with that of a block."""
+    """Return some bytes compressed, ended as a stream or as a block."""
     packer = zlib.compressobj(wbits=-15)
     packed = packer.compress(data)
     return packed + packer.flush() if whole else (packed + packer.flush(zlib.Z_SYNC_FLUSH))[:-4]
@@ -97,7 +97,7 @@ def raw_deflate(data: bytes, *, whole: bool = True) -> bytes:
 
 @st.composite
 def mutated(draw: DrawFn, valid: SearchStrategy[bytes]) -> bytes:
-    """Something valid after a few accidents."""
+    """Draw valid bytes with a few mutations."""
     data = bytearray(draw(valid))
     for _ in range(draw(st.integers(0, 3))):
         at = draw(st.integers(0, len(data)))
@@ -117,7 +117,7 @@ def mutated(draw: DrawFn, valid: SearchStrategy[bytes]) -> bytes:
 
 
 def client_frame(opcode: int, payload: bytes, *, fin: bool = True, rsv: int = 0, mask: bytes = b"\0\0\0\0") -> bytes:
-    """One frame under a mask."""
+    """Return one masked frame."""
     first = bytes([(0x80 if fin else 0) | rsv | opcode])
     length = len(payload)
     if length < 126:
@@ -134,27 +134,27 @@ MASKS = st.sampled_from([b"\0\0\0\0", b"\1\2\3\4", b"\xff\xff\xff\xff"])
 
 @st.composite
 def conversations(draw: DrawFn) -> tuple[list[str | bytes], bytes]:
-    """Messages that a client sends, and the frames that they are: in fragments, with pings between them, compressed."""
+    """Draw messages and their frames: fragmented, with pings between them, compressed."""
     messages: list[str | bytes] = []
     stream = b""
     for message in draw(st.lists(st.text(max_size=40) | st.binary(max_size=40) | st.just("y" * 2000), max_size=8)):
         if message in ("ping", "pong") or (isinstance(message, str) and message.startswith("{")):
-            continue  # that is a control frame, or may be
+            continue  # a control frame, or possibly one
         messages.append(message)
         payload, opcode = (message.encode(), 1) if isinstance(message, str) else (message, 2)
         parts = draw(st.integers(1, 3))
         size = len(payload) // parts + 1
         pieces = [payload[at : at + size] for at in range(0, len(payload), size)] or [b""]
-        for place, piece in enumerate(pieces):
-            last = place == len(pieces) - 1
-            stream += client_frame(0 if place else opcode, piece, fin=last, mask=draw(MASKS))
+        for position, piece in enumerate(pieces):
+            last = position == len(pieces) - 1
+            stream += client_frame(0 if position else opcode, piece, fin=last, mask=draw(MASKS))
             if draw(st.booleans()):
                 stream += client_frame(draw(st.sampled_from([9, 10])), draw(st.binary(max_size=5)))
     return messages, stream
 
 
 def any_frames() -> SearchStrategy[bytes]:
-    """Frames of which any may break the protocol."""
+    """Draw frames of which any may break the protocol."""
 
     def one(opcode: int, payload: bytes, fin: bool, rsv: int) -> bytes:
         return client_frame(opcode, payload, fin=fin, rsv=rsv)

@@ -1,4 +1,4 @@
-"""JSON as RFC 8259 has it, read by somebody else's parser."""
+"""JSON as in RFC 8259, read by an independent parser."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any, NoReturn
 
 
 def strict_json(text: str | bytes) -> Any:
-    """Read JSON; `NaN` and `Infinity` are none.
+    """Parse JSON; reject `NaN` and `Infinity`.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not valid JSON.
     """
     return json.loads(text, parse_constant=_refuse)
 
 
 def _refuse(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no JSON")
+    raise ValueError(f"{word} is not JSON")
 
 
 def finite(value: Any) -> Any:
-    """A value as it arrives: what JSON does not have has become `null`."""
+    """Return a value as it arrives: values that JSON does not have are `null`."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

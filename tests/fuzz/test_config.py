@@ -14,7 +14,7 @@ _ANYTHING = st.sampled_from(PRESETS) | st.text(max_size=20) | st.integers() | st
 @settings(max_examples=150)
 @given(st.dictionaries(_NAMES, _ANYTHING | st.lists(_ANYTHING, max_size=3), max_size=5))
 def test_any_options_create_config_or_error(options: dict[str, object]) -> None:
-    """A config that a manager can be made with, or a `ValidationError`; never anything else."""
+    """Any options make a config that a manager accepts, or raise `ValidationError`."""
     makes_a_config(options)
 
 
@@ -29,5 +29,5 @@ _OF_SECONDS = st.sampled_from(["reconnect_token_ttl", "session_ttl", "drain_wind
 @settings(max_examples=150)
 @given(st.dictionaries((_NAMES | _OF_SECONDS).map(lambda name: f"WS_{name.upper()}"), _TEXTS, max_size=5))
 def test_any_environment_creates_config_or_error(environ: dict[str, str]) -> None:
-    """The same holds for what an environment says."""
+    """Any environment makes a config that a manager accepts, or raises `ValidationError`."""
     reads_an_environment(environ)

@@ -1,4 +1,4 @@
-"""Every input that a fuzzer begins with or has stumbled on, once more."""
+"""Replay of every input of the corpus: the initial ones and those that fuzzers have found."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILES = sorted(path for path in CORPUS.glob("*/*") if path.is_file())
 
 
 def test_each_target_has_corpus() -> None:
-    """A folder without a target, or a target without a folder, would be replayed by nobody."""
+    """Every folder of the corpus has a target and every target a folder, so that each input is replayed."""
     assert {path.parent.name for path in FILES} == set(TARGETS)
 
 

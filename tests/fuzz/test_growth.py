@@ -1,4 +1,4 @@
-"""Tests of what the fuzzers take for growth."""
+"""Tests of what the fuzzers report as growth."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from tests.fuzz.growth import MAX_BLOCKS, MAX_RESIDENT, SAMPLES, GrowingError, G
 
 
 def watch() -> GrowthWatch:
-    """A watch over a run whose time a test does not need."""
+    """Return a watch over a run of arbitrary duration."""
     return GrowthWatch(1.0, lambda: 0.0)
 
 
 def test_steady_leak_is_growth() -> None:
-    """What grows through all of the second half is told, be it small objects or large ones."""
+    """Growth through all of the second half is reported, for small objects and for large ones."""
     for blocks, resident in ((MAX_BLOCKS // 4, 0), (0, MAX_RESIDENT // 4)):
         one = watch()
-        with pytest.raises(GrowingError, match="it grows"):
-            for place in range(SAMPLES):
-                one.note(place * blocks, place * resident)
+        with pytest.raises(GrowingError, match="memory grows"):
+            for position in range(SAMPLES):
+                one.note(position * blocks, position * resident)
 
 
 def test_warm_up_is_not_growth() -> None:
-    """Caches that fill in the first half, and a step that is over, are not told."""
+    """Caches that fill in the first half, and a single step, are not reported."""
     one = watch()
-    for place in range(SAMPLES):
-        one.note(10**6 * min(place, SAMPLES // 2) + (MAX_BLOCKS // 2 if place > 20 else 0), 0)
+    for position in range(SAMPLES):
+        one.note(10**6 * min(position, SAMPLES // 2) + (MAX_BLOCKS // 2 if position > 20 else 0), 0)
     assert str(one) == f"blocks 0 {10**6 * (SAMPLES // 2)} {10**6 * (SAMPLES // 2) + MAX_BLOCKS // 2}, MiB 0 0 0"
 
 
 def test_memory_is_measured_at_fixed_number_of_times() -> None:
-    """It is looked at a fixed number of times in a run, and not at each input."""
+    """Memory is measured a fixed number of times in a run, and not for each input."""
     now = 0.0
     one = GrowthWatch(SAMPLES, lambda: now)
     for second in range(10):

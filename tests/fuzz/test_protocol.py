@@ -1,4 +1,4 @@
-"""Tests that no bytes break the protocol class, with a link and without one."""
+"""Tests that no bytes break the protocol class, with a direct transport and without one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HOW = st.integers(1, 255)
 @settings(max_examples=300)
 @given(_CIRCUMSTANCES, strategies.mutated(strategies.any_frames()) | st.binary(max_size=100), _HOW)
 def test_any_bytes_after_handshake_are_read_or_close(circumstances: Circumstances, data: bytes, how: int) -> None:
-    """Nothing is raised, nothing grows, nothing is written behind the close, and pieces change nothing."""
+    """Nothing is raised, nothing grows, nothing is written after the close, and pieces change nothing."""
     same_in_pieces(circumstances, data, how)
 
 
@@ -41,7 +41,7 @@ def test_valid_frames_are_delivered_in_any_pieces(
 def test_any_handshake_bytes_are_answered_or_close(
     circumstances: Circumstances, behind: bytes, how: int, data: st.DataObject
 ) -> None:
-    """A handshake that is none is refused in HTTP, or waits for its rest; nothing is raised."""
+    """An invalid handshake is rejected in HTTP, or waits for its rest; nothing is raised."""
     request = data.draw(strategies.mutated(st.just(circumstances.request)) | st.binary(max_size=60))
     switches = circumstances.linked | circumstances.early << 4
     handshake(bytes([switches, how]) + request + behind)

@@ -1,4 +1,4 @@
-"""Tests that nothing but a good token gets in."""
+"""Tests that only a valid token is accepted."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def _bytes_of(text: str) -> bytes:
 @settings(max_examples=200)
 @given(_TEXTS, _TEXTS, _CHANGES)
 def test_only_valid_token_is_accepted_once(client_id: str, text: str, changes: bytes) -> None:
-    """No text, no other spelling or alteration of a good token, and no token a second time."""
+    """No text, no other spelling or alteration of a valid token, and no token a second time is accepted."""
     tokens(b"\0".join([_bytes_of(client_id), _bytes_of(text), changes]))

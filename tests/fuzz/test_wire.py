@@ -1,4 +1,4 @@
-"""Tests that no frame, offer or conversation breaks what reads it."""
+"""Tests that no frame, offer or conversation breaks its parser."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _FRAMES = strategies.v1_frames().map(str.encode)
 @settings(max_examples=400)
 @given(strategies.mutated(_FRAMES | strategies.hellos().map(str.encode)) | st.binary(max_size=200))
 def test_any_frame_is_read_or_rejected(data: bytes) -> None:
-    """A frame is read as another parser reads it, can be written again, or is refused with a code that can be sent."""
+    """A frame is parsed as by another parser and can be written again, or is rejected with a valid close code."""
     frames.frames(data)
 
 
 @settings(max_examples=150)
 @given(strategies.mutated(strategies.binary_frames()))
 def test_any_binary_frame_is_read_or_rejected(data: bytes) -> None:
-    """A binary frame is no larger than was agreed on, and its data is what stands behind its object."""
+    """A binary frame is not larger than negotiated, and its data is what follows its object."""
     frames.reads_frame_of_bytes(data)
 
 
@@ -34,14 +34,14 @@ def test_any_binary_frame_is_read_or_rejected(data: bytes) -> None:
     | st.sampled_from(["ping", "pong", '{"type":"pong","x":1}'])
 )
 def test_any_control_frame_is_answered_in_json(text: str) -> None:
-    """A ping is answered with its own `ts`, as JSON; application data is never taken for one."""
+    """A ping is answered with its own `ts`, as JSON; application data is never treated as a ping."""
     frames.reads_control(text)
 
 
 @settings(max_examples=150)
 @given(st.text(st.characters(codec=None)), st.binary(max_size=2000))
 def test_any_encodable_payload_survives_round_trip(text: str, data: bytes) -> None:
-    """A message arrives as it was sent, as plain clients get it, as v1 clients do, and compressed."""
+    """A message arrives as it was sent: at plain clients, at v1 clients, and compressed."""
     frames.survives_sending(text, data)
     frames.survives_compression(data)
 
@@ -60,7 +60,7 @@ _LINES = st.one_of(
 @settings(max_examples=400)
 @given(st.lists(_LINES, max_size=14).map(b"\n".join))
 def test_any_conversation_follows_protocol_rules(script: bytes) -> None:
-    """Whatever a client says over its connections, its server numbers, answers, keeps and ends by the rules."""
+    """Whatever a client sends over its connections, its server numbers, answers, keeps and ends by the rules."""
     protocol.conversations(script)
 
 
@@ -76,7 +76,7 @@ _OFFERS = st.lists(
 @settings(max_examples=100)
 @given(_OFFERS)
 def test_any_subprotocol_offer_is_parsed(offered: list[str]) -> None:
-    """A list of subprotocols has a version in it or not, and a credential that is one text or none."""
+    """A list of subprotocols has a version or none, and one credential or none."""
     negotiation.offers_subprotocols(offered)
 
 
@@ -91,7 +91,7 @@ _PARAMETERS = st.sampled_from(
 @settings(max_examples=100)
 @given(st.lists(st.lists(_PARAMETERS, max_size=4), max_size=3))
 def test_any_compression_offer_is_negotiated(offers: list[list[str]]) -> None:
-    """What is agreed on of an offer has windows that zlib knows, and compresses both ways."""
+    """An accepted offer has windows that zlib supports, and compresses in both directions."""
     negotiation.offers_extensions(", ".join("; ".join(["permessage-deflate", *one]) for one in offers))
 
 
@@ -105,6 +105,6 @@ def test_any_compression_offer_is_negotiated(offers: list[list[str]]) -> None:
     )
 )
 def test_any_compressed_frame_is_inflated_or_rejected(sent: list[tuple[int, bytes]]) -> None:
-    """Compressed frames in any order are inflated up to the limit, or break the protocol, and nothing else."""
+    """Compressed frames in any order are inflated up to the limit, or are a protocol error."""
     extension = WholeMessageDeflate(True, True, 15, 15)
     negotiation.inflates(extension, b"".join(bytes([head, len(data)]) + data for head, data in sent))

@@ -1,4 +1,4 @@
-"""One event loop in virtual time for all inputs, so that an input costs no loop, and never waits."""
+"""One event loop in virtual time for all inputs, so that an input needs no new loop and never waits."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tests.support.virtual_time import VirtualLoop
 T = TypeVar("T")
 
 OLD: Final = 1e6
-"""Virtual seconds after which a loop is exchanged: asyncio's clock resolution is lost in the digits of a late hour."""
+"""Virtual seconds after which the loop is replaced: large times lose the resolution of asyncio's clock."""
 
 DEADLINE: Final = 3600.0
-"""Virtual seconds after which something hangs."""
+"""Virtual seconds after which a run counts as hanging."""
 
 
 @functools.cache
@@ -34,7 +34,7 @@ def _users_of_the_clock() -> tuple[Any, ...]:
 
 
 def _give_up(loop: VirtualLoop) -> None:
-    """Leave a loop to itself that something may still hang in."""
+    """Abandon a loop in which something may still hang."""
     _loop.cache_clear()
     for task in asyncio.all_tasks(loop):
         task._log_destroy_pending = False  # type: ignore[attr-defined]
@@ -46,7 +46,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end, with the library's clock set to that of the loop.
 
     Raises:
-        AssertionError: It hangs, left a task or a timer behind, or something failed where nobody waits for it.
+        AssertionError: It hangs, left a task or a timer behind, or something failed in the background.
     """
     loop = _loop()
     failures: list[dict[str, Any]] = []
@@ -67,5 +67,5 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     if loop.now > OLD:
         _give_up(loop)
     if failures:
-        raise AssertionError(f"nobody was told of this: {failures!r}") from failures[0].get("exception")
+        raise AssertionError(f"unhandled failures: {failures!r}") from failures[0].get("exception")
     return result

@@ -1,1 +1,1 @@
-"""Apps that are run inside the test: Starlette's TestClient, httpx-ws, pytest-asyncio and anyio's plugin."""
+"""Apps that run inside the test: Starlette's TestClient, httpx-ws, pytest-asyncio and anyio's plugin."""

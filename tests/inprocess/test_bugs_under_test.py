@@ -1,4 +1,4 @@
-"""Under Starlette's TestClient a test sees what an endpoint has raised, as it does without this library."""
+"""Under Starlette's TestClient a test sees the exceptions of an endpoint, as without this library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ENTRY_POINTS = ("endpoint", "assertion", "handler", "explicit", "serve", "connec
 
 
 def made() -> FastAPI:
-    """An app whose endpoints fail in each way."""
+    """Return an app with endpoints that fail at each stage, and its manager."""
     manager = WebSocketConnectionManager()
     app = FastAPI(lifespan=manager.lifespan)
 
@@ -63,11 +63,11 @@ def made() -> FastAPI:
 
 @pytest.mark.skipif(
     hasattr(WebSocketTestSession, "should_close"),
-    reason="TestClient of Starlette 0.37 cancels the endpoint when the test leaves the socket",
+    reason="TestClient of Starlette 0.37 cancels the endpoint when the test closes the socket",
 )
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 def test_test_client_raises_bug_of_endpoint(entry_point: str) -> None:
-    """A bug of an endpoint, of a message handler or of a connect hook is raised into the test."""
+    """A bug of an endpoint, of a message handler or of a connect hook is raised in the test."""
     kind = AssertionError if entry_point == "assertion" else ZeroDivisionError
     with TestClient(made()) as client, pytest.raises(kind), client.websocket_connect(f"/{entry_point}") as ws:
         ws.send_text("do it")
@@ -84,7 +84,7 @@ def test_test_client_without_raising_sees_close_code(entry_point: str) -> None:
 
 
 def test_test_client_does_not_raise_rejections() -> None:
-    """What an endpoint raises to close its client with a code is no bug, and raised into no test."""
+    """An exception with which an endpoint closes its connection is not a bug, and is not raised in the test."""
     with TestClient(made()) as client, client.websocket_connect("/refuses") as ws:
         ws.send_text("do it")
         with pytest.raises(WebSocketDisconnect) as closed:
@@ -93,6 +93,6 @@ def test_test_client_does_not_raise_rejections() -> None:
 
 
 def test_test_client_does_not_raise_on_client_disconnect() -> None:
-    """An endpoint that its client has left raises nothing into the test."""
+    """An endpoint raises nothing in the test after its client has disconnected."""
     with TestClient(made()) as client, client.websocket_connect("/endpoint"):
         pass

@@ -1,4 +1,4 @@
-"""The ways into an app, under the clients that people test with."""
+"""Entry points of an app, under the clients that applications are tested with."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ FOUND_WITHOUT_LIFESPAN = [plain, with_router, installed_twice, named, by_alias]
 
 @pytest.mark.parametrize("make", APPS)
 def test_every_entry_point_works_under_test_client(make: Callable[[], Made]) -> None:
-    """`with TestClient(app)` connects, echoes, and leaves no connection behind; afterwards nothing is taken."""
+    """`with TestClient(app)` connects, echoes, and leaves no connection and no slot behind."""
     app, manager, path = make()
     with TestClient(app) as client:
         for _ in range(2):
@@ -130,7 +130,7 @@ def test_every_entry_point_works_under_test_client(make: Callable[[], Made]) -> 
 
 @pytest.mark.parametrize("make", FOUND_WITHOUT_LIFESPAN)
 def test_manager_is_found_without_lifespan(make: Callable[[], Made]) -> None:
-    """A TestClient without `with` runs no lifespan and makes an event loop for each connection; both are no matter."""
+    """A TestClient without `with` works, although it runs no lifespan and creates an event loop for each connection."""
     app, manager, path = make()
     client = TestClient(app)
     for _ in range(2):
@@ -151,7 +151,7 @@ def test_second_event_loop_raises_wrong_loop_error() -> None:
 
 @pytest.mark.parametrize("make", APPS)
 async def test_every_entry_point_works_under_httpx_ws(make: Callable[[], Made]) -> None:
-    """httpx-ws connects to the app, with its lifespan run as the application server would."""
+    """httpx-ws connects to the app, with its lifespan run as an application server runs it."""
     app, manager, path = make()
     async with app.router.lifespan_context(app) as state:
 
@@ -170,7 +170,7 @@ async def test_every_entry_point_works_under_httpx_ws(make: Callable[[], Made]) 
 
 @pytest.mark.anyio
 async def test_socket_dependency_works_under_anyio_plugin(anyio_backend_name: str) -> None:
-    """Nothing of it minds a task group or a cancel scope around it."""
+    """The socket dependency works inside a task group and a cancel scope."""
     app, manager, path = plain()
     async with anyio.create_task_group() as group:
         group.cancel_scope.deadline = anyio.current_time() + 5
@@ -188,7 +188,7 @@ def anyio_backend() -> str:
 
 
 def test_socket_dependency_can_be_overridden() -> None:
-    """`app.dependency_overrides[stable_socket]` puts another manager's socket, or a fake, in its place."""
+    """`app.dependency_overrides[stable_socket]` replaces the socket by another manager's socket, or by a fake."""
     app, manager, path = plain()
     other = WebSocketConnectionManager()
     app.dependency_overrides[stable_socket] = other.socket
@@ -221,7 +221,7 @@ def app_for(*args: Any, **options: Any) -> tuple[FastAPI, WebSocketConnectionMan
 
 
 def test_client_id_comes_from_any_dependency() -> None:
-    """socket_for takes the id from another dependency, which can be overridden and whose result is ws.identity."""
+    """socket_for takes the id from another dependency, which can be overridden; ws.identity is its result."""
     app, _ = app_for(current_user, key=lambda user: user.name)
     with TestClient(app) as client:
         with client.websocket_connect("/ws?token=ann") as ws:
@@ -232,7 +232,7 @@ def test_client_id_comes_from_any_dependency() -> None:
 
 
 def test_identity_without_client_id_raises_with_hint() -> None:
-    """An object without a key is refused with the advice to give one."""
+    """An object without a key is rejected with the advice to give one."""
     app, _ = app_for(current_user)
     with TestClient(app) as client, pytest.raises(TypeError, match="key=lambda identity"):
         with client.websocket_connect("/ws?token=ann"):
@@ -249,7 +249,7 @@ def test_control_frames_false_delivers_ping_to_endpoint() -> None:
 
 
 def test_missing_manager_raises_with_hint() -> None:
-    """An app that no manager belongs to gets an error with the lines to write."""
+    """An app without a manager gets an error with the lines to write."""
     app = FastAPI()
     app.websocket("/ws/{client_id}")(echo)
     with pytest.raises(ManagerNotFoundError, match=r"FastAPI\(lifespan=manager.lifespan\)"):
@@ -258,7 +258,7 @@ def test_missing_manager_raises_with_hint() -> None:
 
 
 def test_client_id_is_path_then_query_then_generated() -> None:
-    """The path parameter wins over the query parameter, and without both each connection has an id of its own."""
+    """The path parameter takes precedence over the query parameter; without both each connection gets its own id."""
     manager = WebSocketConnectionManager()
     app = FastAPI(lifespan=manager.lifespan)
 
@@ -319,7 +319,7 @@ def test_stable_socket_has_attributes_of_websocket() -> None:
 
 @pytest.mark.parametrize("by_hand", [True, False])
 def test_error_after_close_reaches_earlier_dependency(by_hand: bool) -> None:
-    """An endpoint that closes the WebSocket itself and raises then still makes an earlier dependency roll back."""
+    """When an endpoint closes the WebSocket itself and then raises, an earlier dependency still rolls back."""
     manager = WebSocketConnectionManager()
     app = FastAPI(lifespan=manager.lifespan)
     seen: list[str] = []
@@ -358,7 +358,7 @@ def test_error_after_close_reaches_earlier_dependency(by_hand: bool) -> None:
         client.websocket_connect("/ws") as ws,
     ):
         assert ws.receive()["code"] == 4000
-        deadline = time.monotonic() + 5  # leaving cancels the endpoint, in older TestClients before it is done
+        deadline = time.monotonic() + 5  # older TestClients cancel the endpoint on exit, before it is done
         while not seen and time.monotonic() < deadline:
             time.sleep(0.01)
     assert seen == ["rolled back"]
@@ -374,7 +374,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("what", REFUSALS)
 def test_rejection_has_status_and_body_under_test_client(what: str) -> None:
-    """Status and body arrive, and nothing waits for ever, on the oldest Starlette that is supported too."""
+    """Status and body arrive, and nothing hangs, on the oldest supported Starlette too."""
     path, headers, status, detail = REFUSALS[what]
     manager = WebSocketConnectionManager(WebSocketConfig(max_connections=1))
     app = FastAPI(lifespan=manager.lifespan)
@@ -384,7 +384,7 @@ def test_rejection_has_status_and_body_under_test_client(what: str) -> None:
 
     @app.websocket("/who")
     async def who(ws: StableSocket = Depends(manager.socket_for(reject_identity))) -> None:
-        raise AssertionError("nobody is let in")
+        raise AssertionError("every client is rejected")
 
     @app.websocket("/path/{client_id}")
     async def by_path(ws: StableSocket = Depends(stable_socket)) -> None:
@@ -401,16 +401,16 @@ def test_rejection_has_status_and_body_under_test_client(what: str) -> None:
 
 
 class TeapotError(HTTPException):
-    """An error that the application answers itself."""
+    """Error that the application answers with its own handler."""
 
 
 OLD_STARLETTE = tuple(map(int, starlette.__version__.split(".")[:2])) < (0, 41)
-"""Whether it sends nothing that a handler answers a handshake with, so that ours is sent."""
+"""Whether it sends nothing that can answer a handshake, so that the library's answer is sent."""
 
 
 @pytest.mark.parametrize("kind", [HTTPException, TeapotError, 418])
 def test_app_handler_answers_rejection(kind: Any) -> None:
-    """What an application answers an HTTP route with, it answers a handshake with, where Starlette sends that."""
+    """The application's handler answers a handshake like an HTTP route, where Starlette sends that answer."""
     manager = WebSocketConnectionManager()
     app = FastAPI(lifespan=manager.lifespan)
 
@@ -419,7 +419,7 @@ def test_app_handler_answers_rejection(kind: Any) -> None:
 
     @app.websocket("/who")
     async def who(ws: StableSocket = Depends(manager.socket_for(reject_identity))) -> None:
-        raise AssertionError("nobody is let in")
+        raise AssertionError("every client is rejected")
 
     @app.exception_handler(kind)
     async def answer(_: object, error: HTTPException) -> PlainTextResponse:

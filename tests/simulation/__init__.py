@@ -1,1 +1,1 @@
-"""Client and server of `stabilizer.v1.json` against a network that does its worst, on a clock that does not wait."""
+"""Client and server of `stabilizer.v1.json` in virtual time, against a network with random faults."""

@@ -1,4 +1,4 @@
-"""A network between real clients and real servers that loses, delays and lies, by the dice of one seed."""
+"""A network between real clients and real servers that loses, delays and cuts, decided by the dice of one seed."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Direction:
     _next: float = 0.0
 
     def carry(self, arrive: Callable[[], None]) -> None:
-        """Let something arrive, after everything that was sent before."""
+        """Deliver something, after everything that was sent before."""
         if self.dead:
             return
-        self._next = max(self._next + 1e-6, self.loop.time() + self.latency())  # the loop keeps no order among equals
+        self._next = max(self._next + 1e-6, self.loop.time() + self.latency())  # equal times keep no order
         self.loop.call_at(self._next, lambda: None if self.dead else arrive())
 
 
@@ -42,7 +42,7 @@ class Link:
     """One WebSocket: the client's end is a `Transport`, the server's end an ASGI `receive` and `send`.
 
     Args:
-        network: What it is a part of.
+        network: The network of the link.
     """
 
     subprotocol = SUBPROTOCOL
@@ -59,21 +59,21 @@ class Link:
         self._client_lost: tuple[int, str] | None = None
         self._client_event = asyncio.Event()
         self._to_server: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._server_told = False
+        self._server_informed = False
         self.accepted: asyncio.Future[None] = loop.create_future()
         self._to_server.put_nowait({"type": "websocket.connect"})
 
     # ── the client's end ──
 
     async def send(self, message: str | bytes) -> None:
-        """As `Transport`."""
+        """Implement `Transport.send`."""
         if self._client_lost is not None:
             raise TransportClosedError(*self._client_lost)
         kind = "text" if isinstance(message, str) else "bytes"
         self.up.carry(lambda: self._arrives({"type": "websocket.receive", kind: message}))
 
     async def receive(self) -> str | bytes:
-        """As `Transport`."""
+        """Implement `Transport.receive`."""
         while not self._to_client:
             if self._client_lost is not None:
                 raise TransportClosedError(*self._client_lost)
@@ -82,18 +82,18 @@ class Link:
         return self._to_client.popleft()
 
     async def close(self, code: int, reason: str) -> None:
-        """As `Transport`."""
+        """Implement `Transport.close`."""
         self.up.carry(lambda: self.tell_server(code, reason))
         self.lose_client(1006)
 
     # ── the server's end ──
 
     async def asgi_receive(self) -> dict[str, Any]:
-        """The server's `receive`."""
+        """Implement the ASGI `receive`."""
         return await self._to_server.get()
 
     async def asgi_send(self, message: Any) -> None:
-        """The server's `send`."""
+        """Implement the ASGI `send`."""
         kind = message["type"]
         if kind == "websocket.accept":
             self.down.carry(lambda: None if self.accepted.done() else self.accepted.set_result(None))
@@ -107,7 +107,7 @@ class Link:
             self.tell_server(code, reason)
 
     def _arrives(self, event: dict[str, Any]) -> None:
-        if not self._server_told:
+        if not self._server_informed:
             self._to_server.put_nowait(event)
 
     def _reaches_client(self, data: str | bytes) -> None:
@@ -115,16 +115,16 @@ class Link:
             self._to_client.append(data)
             self._client_event.set()
 
-    # ── what goes wrong ──
+    # ── faults ──
 
     def tell_server(self, code: int, reason: str = "") -> None:
-        """The server learns that the connection is over."""
-        if not self._server_told:
-            self._server_told = True
+        """Inform the server that the connection is lost."""
+        if not self._server_informed:
+            self._server_informed = True
             self._to_server.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
 
     def lose_client(self, code: int, reason: str = "") -> None:
-        """The client learns that the connection is over."""
+        """Inform the client that the connection is lost."""
         if self._client_lost is None:
             self._client_lost = (code, reason)
             self._client_event.set()
@@ -138,9 +138,9 @@ class Network:
     """Everything between the clients and the server.
 
     Attributes:
-        dice: Decides.
+        dice: Source of all random decisions.
         serve: The server that takes new connections.
-        faulty: Whether anything goes wrong.
+        faulty: Whether faults happen.
     """
 
     dice: random.Random
@@ -150,7 +150,7 @@ class Network:
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     async def dial(self, _: str, subprotocols: Sequence[str]) -> Link:
-        """As `Connect`."""
+        """Implement `Connect`."""
         dice = self.dice
         if self.faulty and dice.random() < 0.2:
             await asyncio.sleep(0.005 + dice.random() * 0.05)
@@ -158,7 +158,7 @@ class Network:
         if self.faulty and dice.random() < 0.05:
             await asyncio.Event().wait()  # a black hole: nothing ever answers
         link = Link(self)
-        self.links = [one for one in self.links if not one._server_told] + [link]
+        self.links = [one for one in self.links if not one._server_informed] + [link]
         scope = {
             "type": "websocket",
             "path": "/ws/ann",
@@ -181,21 +181,21 @@ class Network:
         task.add_done_callback(self.tasks.discard)
 
     def _break(self, link: Link) -> None:
-        """One of the things that happen to connections."""
+        """Apply a random fault to a link."""
         kind = self.dice.random()
-        if kind < 0.25:  # half-open: nobody is told
+        if kind < 0.25:  # half-open: neither end is informed
             link.up.dead = link.down.dead = True
-        elif kind < 0.5:  # the client sees it, the server does not; what the client has sent still arrives
+        elif kind < 0.5:  # the client notices, the server does not; what the client has sent still arrives
             link.down.dead = True
             link.lose_client(1006)
-        elif kind < 0.7:  # the server sees it, the client does not
+        elif kind < 0.7:  # the server notices, the client does not
             link.up.dead = True
             link.tell_server(1006)
-        elif kind < 0.9:  # both see it
+        elif kind < 0.9:  # both notice
             link.up.dead = link.down.dead = True
             link.lose_client(1006)
             link.tell_server(1006)
-        else:  # somebody in between closes it properly, with a hint
+        else:  # an intermediary closes it properly, with a hint
             code = 1011 if self.dice.random() < 0.5 else 4503
             reason = f"x; retry={int(self.dice.random() * 300)}"
             link.down.carry(lambda: link.lose_client(code, reason))

@@ -1,4 +1,4 @@
-"""One run: a client and a server through forty seconds of storm, a calm, and a last look at what each of them has."""
+"""One run: a client and a server through 40 s of faults, a calm, and a final check of what each of them has."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ PROBES = 20
 
 @dataclass(frozen=True)
 class Scenario:
-    """What kind of storm.
+    """Kind of storm.
 
     Attributes:
-        restart: What a restart of the server loses: nothing ever restarts, the sessions, or the end of the log.
-        log: Messages that a session's log keeps.
+        restart: What a restart of the server loses: `None` for no restarts, the sessions, or the end of the replay
+            buffer.
+        log: Maximum messages in the replay buffer of a session.
         replay_on_lost: Whether the client sends messages of a lost session again.
     """
 
@@ -65,11 +66,11 @@ class Published:
 
 @dataclass
 class Outcome:
-    """What came of a run.
+    """Result of a run.
 
     Attributes:
         violations: Promises that were broken.
-        counts: What happened how often.
+        counts: Events by how often they happened.
     """
 
     violations: list[str] = field(default_factory=list)
@@ -80,9 +81,9 @@ class Storm:
     """One run.
 
     Args:
-        seed: Decides everything.
-        scenario: What kind.
-        weaken: Called with the manager when it is made, to take a protection away.
+        seed: Seed of all random decisions.
+        scenario: Kind of storm.
+        weaken: Called with a new manager, to remove a protection.
     """
 
     def __init__(self, seed: int, scenario: Scenario, weaken: Callable[[Any], None] | None = None) -> None:
@@ -150,7 +151,7 @@ class Storm:
         self.published.setdefault(session.connection_id, []).append(entry)
 
     def restart(self) -> None:
-        """The server goes away and comes back, and has forgotten something."""
+        """Restart the server, which forgets a part of its state."""
         if self.scenario.restart == "rewind":
             for connection in list(self.manager._node.connections):
                 connection.on_peer_close(CloseInfo(DisconnectReason.NETWORK_LOST, 1006, by_peer=True))
@@ -176,7 +177,7 @@ class Storm:
             link.tell_server(1006)
 
     def drain(self) -> None:
-        """Ask every client to leave soon."""
+        """Ask every client to reconnect soon."""
         for session in self.sessions:
             if session.connection is not None:
                 session.connection.answer(control_frame("drain", after=self.dice.randrange(500), within=1000))  # type: ignore[attr-defined]
@@ -192,21 +193,21 @@ class Storm:
             self.outcome.counts["refused at once"] += 1
 
     async def request(self, data: str, timeout: float) -> Any:
-        """Ask for an answer."""
+        """Send a request."""
         try:
             return await self.client.request("q", data, timeout=timeout)
         except (ClientError, RequestError, RequestTimeoutError) as error:
             return error
 
     async def read(self) -> None:
-        """Note everything that the client gets."""
+        """Record everything that the client receives."""
         async for message in self.client:
             self.received.setdefault(self.client.session, []).append(message.data)
 
     # ── the run ──
 
     async def run(self) -> Outcome:
-        """Run it."""
+        """Run the storm, the calm and the checks."""
         loop = asyncio.get_running_loop()
         self.client = Client(
             "ws://server/ws/ann",
@@ -256,7 +257,7 @@ class Storm:
             self.client.reconnect()
 
     async def _last_look(self) -> None:
-        """With the storm over, everything has to arrive."""
+        """Check that everything arrives after the storm."""
         probes = [f"z{number}" for number in range(PROBES)]
         session = self.manager._node.sessions.get(self.client.session or "")
         for probe in probes:
@@ -273,7 +274,7 @@ class Storm:
         if self.client.state != "open":
             self._broken(f"not connected at the end: {self.client.state}")
 
-    # ── the judgement ──
+    # ── the checks ──
 
     def _broken(self, what: str) -> None:
         self.outcome.violations.append(what)
@@ -285,7 +286,7 @@ class Storm:
         self.outcome.counts["gaps"] = len(self.gaps)
 
     def _judge_downward(self) -> None:
-        """What the server sent: once and in order in each session, and a gap for everything else of the last one."""
+        """Check messages of the server: once and in order in each session, a gap for all others of the last one."""
         for session, got in self.received.items():
             numbers = [int(data[1:]) for data in got if data.startswith("p")]
             if sorted(set(numbers)) != numbers:
@@ -309,7 +310,7 @@ class Storm:
         return gap.why in ("ahead", "epoch") or gap.first <= entry.seq <= (gap.last or 0)
 
     def _judge_upward(self) -> None:
-        """What the client sent: handled once and in order, and every promise settled."""
+        """Check messages of the client: handled once and in order, and every promise settled."""
         times = Counter(data for _, data in self.processed)
         for data, done in self.sent.items():
             if not done.done():

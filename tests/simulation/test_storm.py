@@ -1,4 +1,4 @@
-"""Client and server keep their promises in every storm, and would not without any one of their protections."""
+"""Client and server keep their promises in every storm, and would break one without any of their protections."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ NO_RESTARTS, LOSES, REWINDS, SMALL_LOG, _ = SCENARIOS
 
 
 def storm(seed: int, scenario: Scenario) -> Outcome:
-    """One run."""
+    """Run one storm."""
     return run_virtually(Storm(seed * 7919, scenario).run())
 
 
 def first_violation(scenario: Scenario) -> str | None:
-    """What the first run that goes wrong complains of; `None` if none does."""
+    """Return the violations of the first run that breaks a promise; `None` if no run does."""
     for seed in MUTATION_SEEDS:
         outcome = storm(seed, scenario)
         if outcome.violations:
@@ -37,7 +37,7 @@ def first_violation(scenario: Scenario) -> str | None:
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
 def test_storm_delivers_once_in_order_or_declares_gap(scenario: Scenario) -> None:
-    """Whatever breaks: once and in order or a declared gap, every promise settles, connected at the end."""
+    """Messages arrive once and in order or in a declared gap, every promise settles, and the client ends connected."""
     counts: Counter[str] = Counter()
     for seed in SEEDS:
         outcome = storm(seed, scenario)
@@ -52,18 +52,18 @@ def test_storm_delivers_once_in_order_or_declares_gap(scenario: Scenario) -> Non
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
 def test_storm_promises_hold_for_500_seeds(scenario: Scenario) -> None:
-    """The same promises, in 500 storms of each kind."""
+    """The same promises hold in 500 storms of each kind."""
     assert [seed for seed in MANY_SEEDS if storm(seed, scenario).violations] == []
 
 
 def test_missing_epoch_breaks_promise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Taking the epoch away breaks a promise."""
+    """Without the epoch a promise is broken."""
     monkeypatch.setattr(Session, "rewind", ReplayBuffer.rewind)
     assert first_violation(REWINDS) is not None
 
 
 def test_missing_fence_breaks_promise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Taking the fence away breaks a promise."""
+    """Without the fence a promise is broken."""
 
     def detach(self: Session, connection: Any) -> bool:
         self.connection = None
@@ -74,7 +74,7 @@ def test_missing_fence_breaks_promise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_missing_second_token_breaks_promise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Taking the window of two tokens away breaks a promise."""
+    """Without the window of two tokens a promise is broken."""
     present = Session.present
 
     def newest_only(self: Session, secret: str) -> int | None:
@@ -86,7 +86,7 @@ def test_missing_second_token_breaks_promise(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_missing_first_seq_check_breaks_promise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Taking the check of the oldest number away breaks a promise."""
+    """Without the check of the oldest number a promise is broken."""
     why = store.replay_gap
 
     def forgiving(session: Session, epoch: int, seq: int) -> str | None:
@@ -102,7 +102,7 @@ def test_missing_first_seq_check_breaks_promise(monkeypatch: pytest.MonkeyPatch)
 
 
 def resend_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that does not look at what the welcome says is accepted already."""
+    """Make a client ignore which messages the welcome acknowledges."""
 
     def resumed(self: SendBuffer, accepted: int) -> None:
         self._next = max(self._next, accepted + 1)
@@ -112,16 +112,16 @@ def resend_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_resent_client_messages_are_handled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Messages that the server has accepted are handled once, however often they come."""
+    """Messages that the server has accepted are handled once, however often they are sent again."""
     resend_everything(monkeypatch)
     assert [seed for seed in SEEDS if storm(seed, NO_RESTARTS).violations] == []
 
 
 def test_missing_deduplication_breaks_promise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Taking the look at the client's numbers away breaks a promise.
+    """Without the check of the client's numbers a promise is broken.
 
-    The fence and the welcome's `ack` keep our own client from ever sending anything twice to a session that goes on, so
-    this is shown with a client that does not read it.
+    The fence and the welcome's `ack` prevent our own client from sending anything twice to a session that continues, so
+    this uses a client that does not read `ack`.
     """
     resend_everything(monkeypatch)
 
@@ -135,7 +135,7 @@ def test_missing_deduplication_breaks_promise(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_storm_contains_takeovers_of_half_open_connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A storm has half-open connections, and the next one takes the session from them."""
+    """A storm has half-open connections, and the next connection takes the session over."""
     attach = Session.attach
     taken_over: list[bool] = []
 
@@ -144,7 +144,7 @@ def test_storm_contains_takeovers_of_half_open_connections(monkeypatch: pytest.M
         return attach(self, connection, seq, welcome)
 
     monkeypatch.setattr(Session, "attach", note)
-    for seed in range(10):  # backoff and heartbeats have dice of their own, so one storm may have none
+    for seed in range(10):  # backoff and heartbeats have their own dice, so a single storm may have none
         assert storm(seed, NO_RESTARTS).violations == []
         if any(taken_over):
             return

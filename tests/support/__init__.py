@@ -1,1 +1,1 @@
-"""Servers, clients, networks and clocks of the tests: real ones to run, and fakes that record."""
+"""Servers, clients, networks and clocks for tests: real ones to run, and fakes that record."""

@@ -11,14 +11,14 @@ from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 
 
 class FakeAttachment:
-    """A connection whose outbox is a list, and takes frames as a test says.
+    """A connection with a list as its outbox, which takes frames as a test decides.
 
     Attributes:
-        frames: What was queued.
-        calm: Whether frames are taken on the fast path.
-        room: Whether they are taken otherwise.
-        verdict: What an offer on the slow path leads to.
-        meanwhile: Called before a frame is queued on the slow path, as a sender that has waited would be.
+        frames: Frames that were queued.
+        calm: Whether the fast path takes frames.
+        room: Whether other paths take frames.
+        verdict: Result of `offer`, the slow path.
+        before_enqueue: Called before a frame is queued on the slow path, as if the sender had waited.
     """
 
     def __init__(self, *, calm: bool = True, room: bool = True) -> None:
@@ -27,13 +27,13 @@ class FakeAttachment:
         self.room = room
         self.verdict = EnqueueResult.QUEUED
         self.pressed = False
-        self.meanwhile: Callable[[], None] | None = None
+        self.before_enqueue: Callable[[], None] | None = None
         self.close_info: CloseInfo | None = None
-        self.socket: Any = f"face of {id(self)}"
+        self.socket: Any = f"socket of {id(self)}"
 
     @property
     def outbox(self) -> FakeAttachment:
-        """It is its own outbox."""
+        """Itself: it is its own outbox."""
         return self
 
     @property
@@ -52,16 +52,16 @@ class FakeAttachment:
         return self.try_enqueue(frame)
 
     def flush(self) -> None:
-        """Send what is queued: nothing waits here."""
+        """Do nothing: no frame waits here."""
 
     def lingers(self) -> bool:
-        """Whether something waits: nothing does."""
+        """Return `False`: no frame waits here."""
         return False
 
     def offer(self, frame: EncodedMessage) -> EnqueueResult:
         """Queue a frame on the slow path."""
-        if self.meanwhile is not None:
-            self.meanwhile()
+        if self.before_enqueue is not None:
+            self.before_enqueue()
         if self.verdict is EnqueueResult.SLOW or not self.room:
             self.close(DisconnectReason.SLOW_CONSUMER)
             return EnqueueResult.CLOSED
@@ -76,15 +76,15 @@ class FakeAttachment:
         return self.room
 
     def make_room(self, size: int) -> bool:
-        """Whether there is room."""
+        """Return whether there is room."""
         return self.room
 
     def preload(self, frames: Iterable[EncodedMessage]) -> None:
-        """Queue frames, whatever room there is."""
+        """Queue frames regardless of the room."""
         self.frames.extend(frames)
 
     async def put_wait(self, frame: EncodedMessage, queued: Callable[[EncodedMessage], object] | None = None) -> bool:
-        """Queue a frame if there is room; `False` if it is over."""
+        """Queue a frame if there is room; return `False` if it is closed."""
         if not self.room:
             return False
         self.frames.append(frame)
@@ -93,7 +93,7 @@ class FakeAttachment:
         return True
 
     def is_backpressured(self) -> bool:
-        """Whether more than half of it is used."""
+        """Return whether it is backpressured."""
         return self.pressed
 
     def close(
@@ -104,7 +104,7 @@ class FakeAttachment:
         text: str | None = None,
         from_outside: bool = False,
     ) -> bool:
-        """Begin the end."""
+        """Begin to close."""
         if self.close_info is not None:
             return False
         self.close_info = local_close(reason, code=code, text=text, from_outside=from_outside)

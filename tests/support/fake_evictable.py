@@ -1,4 +1,4 @@
-"""Clients of a ledger that note what becomes of them."""
+"""Clients of a memory budget that record what happens to them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from fastapi_ws_stabilizer.memory.budget import MemoryBudget, SharedMessage
 
 
 class Note:
-    """A message that several may hold."""
+    """A message that several clients may hold."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.refcount = 0
 
 
-class FakeClient:
-    """Somebody who holds bytes of their own, and messages.
+class FakeEvictable:
+    """A client that holds its own bytes, and shared messages.
 
     Attributes:
-        evicted: Whether it had to go for others.
-        ended_at: How much it held when that was too much for one.
+        evicted: Whether it was evicted to free memory for others.
+        ended_at: Bytes that it held when they exceeded the limit for one client.
     """
 
     def __init__(self, budget: MemoryBudget, name: str, held: int = 0) -> None:
@@ -32,7 +32,7 @@ class FakeClient:
         self.takes(held)
 
     def takes(self, size: int) -> None:
-        """Hold that much more."""
+        """Hold that many more bytes."""
         self.memory_usage += size
         self._budget.add(size)
         self._budget.on_nonzero(self)
@@ -45,7 +45,7 @@ class FakeClient:
         self._budget.on_nonzero(self)
 
     def evict(self) -> None:
-        """As `Evictable`."""
+        """Implement `Evictable`."""
         self.evicted = True
         own = self.memory_usage - sum(note.size for note in self._notes)
         self._budget.add(-own)
@@ -55,5 +55,5 @@ class FakeClient:
         self._notes.clear()
 
     def on_limit_exceeded(self, held: int) -> None:
-        """As `Evictable`."""
+        """Implement `Evictable`."""
         self.ended_at = held

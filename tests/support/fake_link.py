@@ -1,4 +1,4 @@
-"""The network and the server of a client, both played by a test, on a clock that does not wait."""
+"""The network and the server of a client, both played by a test, in virtual time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.virtual_time import run_virtually
 
 
 def virtually(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run an async test on a loop whose clock jumps: what takes a minute takes none."""
+    """Run an async test in virtual time: a minute passes at once."""
 
     @functools.wraps(test)
     def run(*args: Any, **options: Any) -> None:
@@ -25,7 +25,7 @@ def virtually(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., N
 
 
 async def soon() -> None:
-    """Let everything happen that is ready to happen: a virtual millisecond passes when nothing is left to do."""
+    """Run everything that is ready, until a virtual millisecond has passed."""
     await asyncio.sleep(0.001)
 
 
@@ -33,11 +33,11 @@ class FakeLink:
     """One connection, as a client's `Transport`.
 
     Attributes:
-        sent: What the client has sent.
-        closed: The close frame of the client.
-        broken: Whether nothing can be sent, though nothing says that it is over.
-        came: Bytes that have come in so far, and when the last came.
-        taken: What the server's machine has taken; `None` if that is not known.
+        sent: Frames that the client has sent.
+        closed: Code and reason of the client's close frame.
+        broken: Whether sends fail although the connection was not reported lost.
+        came: Bytes received so far, and the time of the last one.
+        taken: Bytes that the server's machine has acknowledged; `None` if unknown.
     """
 
     def __init__(self, subprotocol: str | None) -> None:
@@ -56,10 +56,10 @@ class FakeLink:
         self._incoming: asyncio.Queue[str | bytes | Exception] = asyncio.Queue()
         self._lost: TransportClosedError | None = None
 
-    # ── as a transport ──
+    # ── Transport ──
 
     async def send(self, message: str | bytes) -> None:
-        """As `Transport`."""
+        """Implement `Transport.send`."""
         await self.may_send.wait()
         if self._lost is not None or self.broken:
             raise self._lost or TransportClosedError(1006, "broken pipe")
@@ -67,60 +67,60 @@ class FakeLink:
         self.sent.append(parse(message))
 
     async def receive(self) -> str | bytes:
-        """As `Transport`."""
+        """Implement `Transport.receive`."""
         message = await self._incoming.get()
         if isinstance(message, Exception):
             raise message
         return message
 
     async def close(self, code: int, reason: str) -> None:
-        """As `Transport`."""
+        """Implement `Transport.close`."""
         self.closed = (code, reason)
         await self.may_close.wait()
         self.lose(1006)
 
     def received(self) -> tuple[int, float]:
-        """As `Transport`."""
+        """Implement `Transport.received`."""
         return self.came
 
     def send_progress(self) -> int | None:
-        """As `Transport`."""
+        """Implement `Transport.send_progress`."""
         return self.taken
 
-    # ── what the server does ──
+    # ── actions of the server ──
 
     async def trickle(self, count: int, seconds: float) -> None:
-        """Let so many bytes of an incomplete message come in, some each second."""
+        """Receive bytes of an incomplete message, some each second."""
         began = asyncio.get_running_loop().time()
         for second in range(1, int(seconds) + 1):
             await asyncio.sleep(began + second - asyncio.get_running_loop().time())
             self.came = (self.came[0] + int(count // seconds), asyncio.get_running_loop().time())
 
     async def say(self, *frames: dict[str, Any] | str | bytes) -> None:
-        """Send frames to the client, and let it deal with them."""
+        """Send frames to the client, and let it process them."""
         for frame in frames:
             self._incoming.put_nowait(json.dumps(frame) if isinstance(frame, dict) else frame)
         await soon()
 
     async def welcome(self, resume: str = "none", **fields: Any) -> None:
-        """Welcome the client."""
+        """Send a welcome to the client."""
         defaults = {"session": "s", "token": "s.token", "seq": 0, "ack": 0, "ping": 25_000, "timeout": 20_000}
         more = {"ttl": 120_000, "max": 1_000_000, "caps": []}
         await self.say({"type": "welcome", "v": 1, "resume": resume, **defaults, **more, **fields})
 
     def lose(self, code: int, reason: str = "") -> None:
-        """End the connection."""
+        """Lose the connection."""
         if self._lost is None:
             self._lost = TransportClosedError(code, reason)
             self._incoming.put_nowait(self._lost)
 
     async def closes(self, code: int, reason: str = "") -> None:
-        """End the connection, and let the client deal with it."""
+        """Lose the connection, and let the client process it."""
         self.lose(code, reason)
         await soon()
 
     def of(self, kind: str) -> list[dict[str, Any]]:
-        """The frames of one type that the client has sent."""
+        """Return the frames of one type that the client has sent."""
         return [frame for frame in self.sent if frame["type"] == kind]
 
     @property
@@ -135,9 +135,9 @@ class Scene:
 
     Attributes:
         links: The connections that were made.
-        dials: When each of them was dialled, those that failed included.
-        failures: What the next dials end with.
-        told: What the listeners were told, in order.
+        dials: Times of all attempts to connect, including those that failed.
+        failures: Errors of the next attempts.
+        heard: Events of the client's listeners, in order.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -147,13 +147,13 @@ class Scene:
         self.failures: list[Exception] = []
         self.black_hole = False
         self.subprotocol: str | None = SUBPROTOCOL
-        self.told: list[tuple[Any, ...]] = []
+        self.heard: list[tuple[Any, ...]] = []
         self.client = Client(options.pop("url", "ws://server/ws"), dial=self._dial, **options)
-        self.client.on_open(lambda outcome: self.told.append(("open", outcome)))
-        self.client.on_gap(lambda gap: self.told.append(("gap", gap)))
-        self.client.on_close(lambda code, reason: self.told.append(("close", code, reason)))
-        self.client.on_drain(lambda after, within: self.told.append(("drain", after, within)))
-        self.client.on_error(lambda error: self.told.append(("error", error)))
+        self.client.on_open(lambda outcome: self.heard.append(("open", outcome)))
+        self.client.on_gap(lambda gap: self.heard.append(("gap", gap)))
+        self.client.on_close(lambda code, reason: self.heard.append(("close", code, reason)))
+        self.client.on_drain(lambda after, within: self.heard.append(("drain", after, within)))
+        self.client.on_error(lambda error: self.heard.append(("error", error)))
 
     async def _dial(self, url: str, subprotocols: Sequence[str]) -> FakeLink:
         self.dials.append(asyncio.get_running_loop().time())
@@ -184,20 +184,20 @@ class Scene:
         return self.links[-1]
 
     def of(self, name: str) -> list[Any]:
-        """What listeners of one event were told; of those with one argument that."""
-        return [fields[0] if len(fields) == 1 else tuple(fields) for event, *fields in self.told if event == name]
+        """Return the arguments of one event's listeners; a single argument without its tuple."""
+        return [fields[0] if len(fields) == 1 else tuple(fields) for event, *fields in self.heard if event == name]
 
     async def opened(self, **options: Any) -> FakeLink:
-        """Welcome the client in its first connection."""
+        """Welcome the client on its first connection."""
         await self.link.welcome(**options)
         assert self.client.state == "open"
         return self.link
 
     async def redialled(self, count: int = 2) -> FakeLink:
-        """The connection after `count - 1` others, as soon as it is made."""
+        """Return the connection after `count - 1` others, as soon as it is made."""
         for _ in range(4000):
             if len(self.links) >= count:
                 await soon()
                 return self.links[count - 1]
             await asyncio.sleep(0.05)
-        raise AssertionError("the client has not dialled again")
+        raise AssertionError("the client has not reconnected")

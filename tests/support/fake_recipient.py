@@ -15,12 +15,12 @@ _numbers = itertools.count(1)
 
 
 class FakeRecipient:
-    """A connection that writes down what the hub does to it.
+    """A connection that records what the hub does to it.
 
     Attributes:
-        frames: What was queued for it.
-        room: Whether a frame that may be left out finds room.
-        takes: Whether it can be queued for at all.
+        frames: Frames that were queued for it.
+        room: Whether a heartbeat, which may be left out, finds room.
+        takes: Whether its outbox takes frames at all.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class FakeRecipient:
         self.reading_paused = False
         self.context: contextvars.Context | None = None
         self.pings_by_protocol = False
-        self.socket: Any = f"face of {self.connection_id}"
+        self.socket: Any = f"socket of {self.connection_id}"
         self.frames: list[EncodedMessage] = []
         self.protocol_pings: list[bytes] = []
         self.takes = takes
@@ -49,30 +49,30 @@ class FakeRecipient:
         self.memory_usage = 0
 
     def evict(self) -> None:
-        """End, because room is needed."""
+        """Close, to free memory."""
         self.close(DisconnectReason.MEMORY)
 
     def on_limit_exceeded(self, _: int) -> None:
-        """End, because more is held than may be."""
+        """Close, because it holds more than it may."""
         self.close(DisconnectReason.MEMORY)
 
     @property
     def owner(self) -> FakeRecipient:
-        """It is its own owner."""
+        """Itself: it is its own owner."""
         return self
 
     @property
     def outbox(self) -> FakeRecipient:
-        """It is its own outbox."""
+        """Itself: it is its own outbox."""
         return self
 
     @property
     def recipient(self) -> FakeRecipient:
-        """It has no session."""
+        """Itself: it has no session."""
         return self
 
     def offer(self, frame: EncodedMessage) -> EnqueueResult:
-        """Queue a frame, or end as a connection whose outbox is full."""
+        """Queue a frame, or close like a connection with a full outbox."""
         if not self.takes:
             self.close(DisconnectReason.SLOW_CONSUMER)
             return EnqueueResult.CLOSED
@@ -82,7 +82,7 @@ class FakeRecipient:
         return EnqueueResult.BACKPRESSURE if self.pressed else self.verdict
 
     def ping(self, frame: EncodedMessage | None, now: float) -> bool:
-        """Send a heartbeat, if there is room."""
+        """Send a heartbeat if there is room."""
         if not self.room:
             return False
         if frame is None:
@@ -93,34 +93,34 @@ class FakeRecipient:
         return True
 
     def has_backlog(self) -> bool:
-        """Whether something waits to be sent."""
+        """Return whether frames wait to be sent."""
         return self.backlog
 
     def unsent_bytes(self) -> int | None:
-        """What its machine has not acknowledged."""
+        """Return the bytes that the client's machine has not acknowledged."""
         return self.unsent
 
     def send_progress(self) -> int | None:
-        """What its machine has taken."""
+        """Return the bytes that the client's machine has acknowledged."""
         return self.taken
 
     def seconds_since_received(self) -> float | None:
-        """For how long no bytes have come from it."""
+        """Return the seconds since the last bytes came from it."""
         return self.silent
 
     def offer_now(self, frame: EncodedMessage) -> EnqueueResult:
-        """As `offer`."""
+        """Do the same as `offer`."""
         return self.offer(frame)
 
     def flush(self) -> None:
-        """Send what is queued: nothing waits here."""
+        """Do nothing: no frame waits here."""
 
     def lingers(self) -> bool:
-        """Whether something waits: nothing does."""
+        """Return `False`: no frame waits here."""
         return False
 
     def is_backpressured(self) -> bool:
-        """Whether more than half of the outbox is used."""
+        """Return whether it is backpressured."""
         return self.pressed
 
     def close(
@@ -131,7 +131,7 @@ class FakeRecipient:
         text: str | None = None,
         from_outside: bool = False,
     ) -> bool:
-        """Begin the end."""
+        """Begin to close."""
         if self.close_info is not None:
             return False
         self.close_info = local_close(reason, code=code, text=text, from_outside=from_outside)

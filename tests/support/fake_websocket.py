@@ -1,4 +1,4 @@
-"""A real `WebSocket` over the server's side of a connection that does what a test tells it to."""
+"""A real `WebSocket` over a fake server side of a connection, which a test controls."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from starlette.websockets import WebSocket
 T = TypeVar("T")
 
 DEADLINE = 5.0
-"""Seconds after which a test gives up waiting."""
+"""Deadline of a test's waits, in seconds."""
 
 
 class FakeServer:
-    """What an ASGI server is to one connection: it feeds events, and takes messages, late or never if it is told so.
+    """ASGI server of one connection: it feeds events, and takes messages at once, late or never.
 
     Attributes:
-        websocket: The `WebSocket` that an application would be handed.
+        websocket: The `WebSocket` for the application.
         offered: All messages that the application has begun to send.
-        taken: Those that were taken, the handshake's answer included.
+        taken: Messages that were taken, including the handshake's answer.
     """
 
     def __init__(self, path: str = "/ws", *, query: str = "", app: Any = None, **scope: Any) -> None:
@@ -49,17 +49,17 @@ class FakeServer:
         }
         self.websocket = WebSocket(full_scope, self.receive, self.send)
 
-    # ── what the server does ──
+    # ── ASGI ──
 
     async def receive(self) -> dict[str, Any]:
-        """The ASGI `receive`."""
+        """Implement the ASGI `receive`."""
         event = await self._events.get()
         if isinstance(event, Exception):
             raise event
         return event
 
     async def send(self, message: Any) -> None:
-        """The ASGI `send`."""
+        """Implement the ASGI `send`."""
         self.offered.append(message)
         self._something_happened.set()
         await self._may_send.wait()
@@ -68,7 +68,7 @@ class FakeServer:
         self.taken.append(message)
         self._something_happened.set()
 
-    # ── what a test makes it do ──
+    # ── control by a test ──
 
     def feed(self, event: dict[str, Any] | Exception) -> None:
         """Let the application receive an event, or let its `receive` fail."""
@@ -84,7 +84,7 @@ class FakeServer:
         self.feed({"type": "websocket.receive", "bytes": data})
 
     def feed_disconnect(self, code: int = 1000, reason: str | None = "") -> None:
-        """Let the client go."""
+        """Let the client disconnect."""
         self.feed({"type": "websocket.disconnect", "code": code, "reason": reason})
 
     def block(self) -> None:
@@ -96,16 +96,16 @@ class FakeServer:
         self._may_send.set()
 
     def fail(self, error: Exception) -> None:
-        """Refuse every message from now on."""
+        """Reject every message from now on."""
         self._failure = error
         self._may_send.set()
 
     async def accepted(self) -> WebSocket:
-        """The WebSocket, after its handshake."""
+        """Return the WebSocket after its handshake."""
         await self.websocket.accept()
         return self.websocket
 
-    # ── what a test sees ──
+    # ── observation by a test ──
 
     async def until(self, condition: Callable[[], Any]) -> None:
         """Wait until a message makes `condition` true."""
@@ -134,25 +134,25 @@ class FakeServer:
 
 
 async def with_deadline(awaitable: Awaitable[T]) -> T:
-    """Wait for something that has to happen soon; what has not happened then is a failure, and is not cancelled."""
+    """Wait for something that has to happen soon; fail after the deadline, without cancelling it."""
     future = asyncio.ensure_future(awaitable)
     done, _ = await asyncio.wait({future}, timeout=DEADLINE)
     if not done:
-        raise AssertionError(f"nothing has happened for {DEADLINE} seconds: {awaitable!r}")
+        raise AssertionError(f"not done within {DEADLINE} s: {awaitable!r}")
     return future.result()
 
 
 async def eventually(condition: Callable[[], Any]) -> None:
-    """Give the event loop as many turns as `condition` needs to become true, until the deadline."""
+    """Run the event loop until `condition` is true, or fail at the deadline."""
 
     deadline = asyncio.get_running_loop().time() + DEADLINE
     while not condition():
         if asyncio.get_running_loop().time() > deadline:
-            raise AssertionError(f"this has not become true for {DEADLINE} seconds")
+            raise AssertionError(f"not true within {DEADLINE} s")
         await asyncio.sleep(0)
 
 
 async def settle(scheduler: int = 20) -> None:
-    """Let everything happen that is ready to happen."""
+    """Run everything that is ready."""
     for _ in range(scheduler):
         await asyncio.sleep(0)

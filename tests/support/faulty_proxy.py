@@ -1,4 +1,4 @@
-"""A TCP proxy that cuts, stalls and swallows what goes through it."""
+"""A TCP proxy that cuts, stalls and swallows connections."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class Stream:
     """One connection through the proxy.
 
     Attributes:
-        stalled: Whether nothing is carried for the moment.
-        swallowed: Whether everything is taken and nothing is carried, for good.
+        stalled: Whether it carries nothing for the moment.
+        swallowed: Whether it reads everything and carries nothing, permanently.
     """
 
     def __init__(self, near: asyncio.StreamWriter, far: asyncio.StreamWriter) -> None:
@@ -40,17 +40,17 @@ class Stream:
         self.far.transport.abort()
 
     def cut_near(self) -> None:
-        """Reset the client's end; the server is not told."""
+        """Reset the client's end; the server does not notice."""
         self.swallowed = True
         self.near.transport.abort()
 
     def cut_far(self) -> None:
-        """Reset the server's end; the client is not told."""
+        """Reset the server's end; the client does not notice."""
         self.swallowed = True
         self.far.transport.abort()
 
     def swallow(self) -> None:
-        """Carry nothing any more, and tell nobody."""
+        """Read everything and carry nothing from now on; neither end notices."""
         self.swallowed = True
 
     async def stall(self, seconds: float) -> None:
@@ -61,11 +61,11 @@ class Stream:
 
 
 class CuttingProxy:
-    """Listens on a port of its own and carries to another.
+    """Proxy that listens on its own port and carries to another.
 
     Attributes:
-        port: Where it listens.
-        streams: The connections that go through it, the newest last.
+        port: The port on which it listens.
+        streams: The connections through it, the newest last.
         rejector: Whether new connections are reset.
     """
 
@@ -100,8 +100,8 @@ class CuttingProxy:
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
         stream = Stream(writer, far_writer)
         self.streams.append(stream)
-        ways = ((reader, far_writer), (far_reader, writer))
-        tasks = [asyncio.ensure_future(stream.carry(*way)) for way in ways]
+        directions = ((reader, far_writer), (far_reader, writer))
+        tasks = [asyncio.ensure_future(stream.carry(*direction)) for direction in directions]
         self._tasks.update(tasks)
         await asyncio.gather(*tasks, return_exceptions=True)
         self._tasks.difference_update(tasks)

@@ -1,4 +1,4 @@
-"""Clients under `max_total_memory`, and what should be held for them: counted from nothing, with the worst in order."""
+"""Clients under `max_total_memory`, and a model that counts what should be held and evicted."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _clock = itertools.count(1)
 
 
 class ModelClient:
-    """One client, and all that a policy may ask of it: the moments are numbers that only grow.
+    """One client, with the facts that an eviction policy uses. Moments are numbers that only grow.
 
     Attributes:
-        line: Its connection; `None` while it is away.
-        member: By what its eviction is reported: a connection or a session; `None` when nothing is held for it.
-        came: When it has come, or has come back.
-        spoke: When its last message came.
-        got: When the last message was delivered to it.
-        left: When it has left something behind; `None` while it is here.
+        line: Its connection; `None` while it is detached.
+        recipient: Id in the event of its eviction: of a connection or a session; `None` when nothing is held for it.
+        connected: Moment of its last connect.
+        spoke: Moment of its last message.
+        got: Moment at which the last message was delivered to it.
+        detached: Moment at which it became detached; `None` while it is connected.
         said: Number of its last message.
-        sent: How large its messages were, by their numbers.
+        sent: Sizes of its messages in bytes, by number.
     """
 
     def __init__(self, client_id: str, *, numbered: bool, deaf: bool) -> None:
@@ -49,21 +49,25 @@ class ModelClient:
         self.peer: Peer | None = None
         self.line: Line | None = None
         self.token: str | None = None
-        self.member: str | None = None
-        self.came = self.spoke = self.got = 0
-        self.left: int | None = None
+        self.recipient: str | None = None
+        self.connected = self.spoke = self.got = 0
+        self.detached: int | None = None
         self.said = 0
         self.sent: dict[int, int] = {}
 
-    def worst_first(self, policy: str) -> tuple[bool, int]:
-        """What puts it in order: those that are away go first."""
-        if self.left is not None:
-            return False, self.left
-        return True, {"lru": max(self.came, self.spoke), "fifo": self.came, "oldest": max(self.came, self.got)}[policy]
+    def eviction_order(self, policy: str) -> tuple[bool, int]:
+        """Return its sort key: detached clients are evicted first."""
+        if self.detached is not None:
+            return False, self.detached
+        return True, {
+            "lru": max(self.connected, self.spoke),
+            "fifo": self.connected,
+            "oldest": max(self.connected, self.got),
+        }[policy]
 
 
 class Taken(list[dict[str, Any]]):
-    """What a server has taken; it notes when."""
+    """Messages that a server has taken, with the moment of the last one."""
 
     got = 0
 
@@ -73,8 +77,8 @@ class Taken(list[dict[str, Any]]):
             self.got = next(_clock)
 
 
-class NotingServer(FakeServer):
-    """A server that notes when it has taken its last message."""
+class RecordingServer(FakeServer):
+    """Server that records when it has taken its last message."""
 
     def __init__(self, *args: Any, **scope: Any) -> None:
         super().__init__(*args, **scope)
@@ -82,11 +86,11 @@ class NotingServer(FakeServer):
 
 
 class World:
-    """A manager and its guests.
+    """A manager and its clients.
 
     Attributes:
-        problems: What was not as the model says.
-        evictions: How many had to go.
+        problems: Differences from the model.
+        evictions: Number of evictions.
     """
 
     def __init__(self, policy: str, limit: int) -> None:
@@ -107,7 +111,7 @@ class World:
         )
         self.stage.manager.events.subscribe(self._hear)
         self.stage.endpoint = self._endpoint
-        self.guests: dict[str, ModelClient] = {}
+        self.clients: dict[str, ModelClient] = {}
         self.problems: list[str] = []
         self.evictions = 0
         self._writer: ModelClient | None = None
@@ -115,211 +119,211 @@ class World:
         self._stop = asyncio.Event()
 
     async def _endpoint(self, ws: StableSocket) -> None:
-        if self.guests[ws.client_id].deaf:
+        if self.clients[ws.client_id].deaf:
             await self._stop.wait()
         else:
             await ws.run()
 
     @property
     def budget(self) -> Any:
-        """The sums under test."""
+        """The memory budget under test."""
         return self.stage.manager._node.budget
 
-    # ── who goes ──
+    # ── evictions ──
 
     def _hear(self, report: Event) -> None:
         fields = report.fields
-        away = report.event == "session_evicted" and fields.get("why") == "memory"
-        if away or report.event == "connection_evicted":
-            self._goes(fields["client_id"])
-        elif report.event == "slow_client" and fields["how"] == "disconnected":  # its session waits for it
-            guest = self.guests[fields["client_id"]]
-            guest.left, guest.line = next(_clock), None
+        is_detached = report.event == "session_evicted" and fields.get("why") == "memory"
+        if is_detached or report.event == "connection_evicted":
+            self._evicted(fields["client_id"])
+        elif report.event == "slow_client" and fields["how"] == "disconnected":  # its session is detached
+            client = self.clients[fields["client_id"]]
+            client.detached, client.line = next(_clock), None
 
-    def _goes(self, client_id: str) -> None:
+    def _evicted(self, client_id: str) -> None:
         self.evictions += 1
-        victim = self.guests[client_id]
-        for guest in self.guests.values():
-            if guest.line is not None:
-                guest.got = guest.line.server.taken.got  # type: ignore[attr-defined]
+        victim = self.clients[client_id]
+        for client in self.clients.values():
+            if client.line is not None:
+                client.got = client.line.server.taken.got  # type: ignore[attr-defined]
         candidates = [
-            guest
-            for guest in self.guests.values()
-            if guest.member and guest is not self._writer and (guest is victim or self._holds(guest))
+            client
+            for client in self.clients.values()
+            if client.recipient and client is not self._writer and (client is victim or self._holds(client))
         ]
-        worst = min(candidates, key=lambda guest: guest.worst_first(self.policy), default=None)
+        worst = min(candidates, key=lambda client: client.eviction_order(self.policy), default=None)
         if victim is not worst:
-            self.problems.append(f"{client_id} went, and {worst and worst.client_id} is worse")
+            self.problems.append(f"{client_id} was evicted before {worst and worst.client_id}")
         if self.budget.total + self._wanted <= self.limit:
-            self.problems.append(f"{client_id} went though there was room")
-        victim.member = None
+            self.problems.append(f"{client_id} was evicted although there was room")
+        victim.recipient = None
         victim.line = None
 
-    def _holds(self, guest: ModelClient) -> bool:
-        """Whether anything is held for a guest: else its end would free nothing."""
+    def _holds(self, client: ModelClient) -> bool:
+        """Return whether memory is held for a client. If not, evicting it would free nothing."""
         node = self.stage.manager._node
-        client: Any = None
-        if guest.left is not None:
-            client = node.sessions.get(guest.member or "") or node.resumption.detached.of(guest.client_id)
-        elif guest.line is not None and guest.line.socket is not None:
-            client = guest.line.socket._connection
-        return client is not None and client.memory_usage > 0
+        holder: Any = None
+        if client.detached is not None:
+            holder = node.sessions.get(client.recipient or "") or node.resumption.detached.of(client.client_id)
+        elif client.line is not None and client.line.socket is not None:
+            holder = client.line.socket._connection
+        return holder is not None and holder.memory_usage > 0
 
-    # ── what should be held ──
+    # ── expected totals ──
 
     def full_count(self) -> int:
-        """Everything that is held, each message once, counted from nothing."""
+        """Return the bytes of everything that is held, each message once, counted from scratch."""
         node = self.stage.manager._node
         sessions = list(node.sessions._by_id.values())
         frames = {id(frame): frame.size + FRAME_OVERHEAD_BYTES for session in sessions for frame in session.entries}
         inboxes: dict[int, tuple[str, Inbox]] = {
             id(session.inbox): (session.client_id, session.inbox) for session in sessions if session.inbox is not None
         }
-        kept: dict[int, Any] = {id(session.user_data): session.user_data for session in sessions}
+        user_data: dict[int, Any] = {id(session.user_data): session.user_data for session in sessions}
         for connection in node.connections:
             outbox = connection.outbox
             waiting = [outbox._single] if outbox._single is not None else outbox._queue[outbox._head :]
             frames.update((id(frame), frame.size + FRAME_OVERHEAD_BYTES) for frame in waiting)
             inboxes[id(connection.inbox)] = (connection.client_id, connection.inbox)
             if connection.close_info is None and connection.protocol is None:
-                kept[id(connection.socket._user_data)] = connection.socket._user_data
-        kept.update((id(left.user_data), left.user_data) for left in node.resumption.detached._states.values())
+                user_data[id(connection.socket._user_data)] = connection.socket._user_data
+        user_data.update((id(one.user_data), one.user_data) for one in node.resumption.detached._states.values())
         unread = [(client_id, item) for client_id, inbox in inboxes.values() for item in inbox.unread()]
         return (
             sum(frames.values())
             + sum(self._size_of(client_id, item) + UNREAD_OVERHEAD_BYTES for client_id, item in unread)
-            + sum(sys.getsizeof(key) + deep_size(value) for data in kept.values() for key, value in _entries(data))
+            + sum(sys.getsizeof(key) + deep_size(value) for data in user_data.values() for key, value in _entries(data))
         )
 
     def _size_of(self, client_id: str, item: Any) -> int:
-        if isinstance(item, Message):  # what is counted is the text as it came
-            return self.guests[client_id].sent[item.seq or 0]
+        if isinstance(item, Message):  # the received text is what is counted
+            return self.clients[client_id].sent[item.seq or 0]
         return sys.getsizeof(item)
 
     def check(self) -> None:
-        """Compare."""
+        """Compare the budget with the model."""
         total = self.budget.total
         assert self.problems == []
         assert total == self.full_count()
         assert total <= self.limit
         assert self.stage.bugs == []
 
-    # ── what guests do ──
+    # ── actions of clients ──
 
-    async def comes(self, guest: ModelClient) -> None:
-        """A client connects, for the first time or again."""
-        if guest.line is not None:
+    async def connects(self, client: ModelClient) -> None:
+        """Connect a client, for the first time or again."""
+        if client.line is not None:
             return
-        if guest.numbered:
-            guest.peer = guest.peer or Peer(self.stage, guest.client_id)
-            guest.said = 0 if guest.member is None else guest.said
-            line = await guest.peer.dial()
+        if client.numbered:
+            client.peer = client.peer or Peer(self.stage, client.client_id)
+            client.said = 0 if client.recipient is None else client.said
+            line = await client.peer.dial()
         else:
-            line = self.stage.plain(guest.client_id, token=guest.token)
+            line = self.stage.plain(client.client_id, token=client.token)
             await soon()
-        guest.line, guest.left, guest.token = line, None, None
-        guest.came = next(_clock)
+        client.line, client.detached, client.token = line, None, None
+        client.connected = next(_clock)
         assert line.socket is not None
-        guest.member = line.socket.recipient_id
-        line.server.taken.got = max(line.server.taken.got, guest.came)  # type: ignore[attr-defined]
+        client.recipient = line.socket.recipient_id
+        line.server.taken.got = max(line.server.taken.got, client.connected)  # type: ignore[attr-defined]
 
-    async def leaves(self, guest: ModelClient) -> None:
-        """Its connection breaks; a plain one has got a token before, every other time."""
-        if guest.line is None:
+    async def leaves(self, client: ModelClient) -> None:
+        """Break its connection; a plain client gets a reconnect token before."""
+        if client.line is None:
             return
-        if not guest.numbered:
-            guest.token = self.stage.manager.generate_reconnect_token(guest.client_id)
-        guest.left = next(_clock)
-        line, guest.line = guest.line, None
+        if not client.numbered:
+            client.token = self.stage.manager.generate_reconnect_token(client.client_id)
+        client.detached = next(_clock)
+        line, client.line = client.line, None
         await line.leaves()
 
-    async def close_normally(self, guest: ModelClient) -> None:
-        """It is over for good."""
-        if guest.line is None:
+    async def close_normally(self, client: ModelClient) -> None:
+        """Close its connection with 1000, so that its session ends."""
+        if client.line is None:
             return
-        line, guest.line, guest.member = guest.line, None, None
+        line, client.line, client.recipient = client.line, None, None
         await line.leaves(1000)
 
-    async def keeps(self, guest: ModelClient, key: str, size: int) -> None:
-        """The application keeps something for it."""
-        if guest.line is None or guest.line.socket is None:
+    async def stores(self, client: ModelClient, key: str, size: int) -> None:
+        """Store user data for it."""
+        if client.line is None or client.line.socket is None:
             return
-        data = guest.line.socket.user_data
+        data = client.line.socket.user_data
         value = [["x" * size]]
         old = sys.getsizeof(key) + deep_size(data[key]) if key in data else 0
         before = dict(data)
-        self._writer, self._wanted = guest, sys.getsizeof(key) + deep_size(value) - old
+        self._writer, self._wanted = client, sys.getsizeof(key) + deep_size(value) - old
         try:
-            await self.stage.manager.set_user_data(guest.client_id, key, value)
+            await self.stage.manager.set_user_data(client.client_id, key, value)
         except MemoryLimitExceededError:
             assert dict(data) == before
-            held = guest.line.socket._connection.memory_usage
-            if held + self._wanted <= self.limit // 2:  # what others hold can go
-                self.problems.append(f"{guest.client_id} was refused {self._wanted} bytes, and holds {held}")
+            held = client.line.socket._connection.memory_usage
+            if held + self._wanted <= self.limit // 2:  # data of other clients can be evicted
+                self.problems.append(f"{client.client_id} could not store {self._wanted} bytes, and holds {held}")
         finally:
             self._writer, self._wanted = None, 0
 
-    async def grows(self, guest: ModelClient, size: int) -> None:
-        """A value grows inside, and is found at the next look."""
-        if guest.line is None or guest.line.socket is None:
+    async def grows(self, client: ModelClient, size: int) -> None:
+        """Let a value grow in place, and wait for the next check."""
+        if client.line is None or client.line.socket is None:
             return
-        for value in list(guest.line.socket.user_data.values()):
+        for value in list(client.line.socket.user_data.values()):
             value[0].append("x" * size)
         await asyncio.sleep(CHECK_INTERVAL + 1)
 
-    async def says(self, guest: ModelClient, size: int) -> None:
-        """It sends a message."""
-        if guest.line is None or guest.line.socket is None or len(guest.line.socket._connection.inbox) >= 5:
-            return  # what is behind a full inbox is not read, so no message has come
-        guest.spoke = next(_clock)
-        guest.said += 1
-        if guest.numbered:
-            message = {"type": "msg", "seq": guest.said, "event": "note", "data": "x" * size}
-            guest.sent[guest.said] = sys.getsizeof(json.dumps(message))
-            await guest.line.say(message)
+    async def says(self, client: ModelClient, size: int) -> None:
+        """Send a message from it."""
+        if client.line is None or client.line.socket is None or len(client.line.socket._connection.inbox) >= 5:
+            return  # a message behind a full inbox is not read, so it does not count
+        client.spoke = next(_clock)
+        client.said += 1
+        if client.numbered:
+            message = {"type": "msg", "seq": client.said, "event": "note", "data": "x" * size}
+            client.sent[client.said] = sys.getsizeof(json.dumps(message))
+            await client.line.say(message)
         else:
-            await guest.line.say({"type": "note", "data": "x" * size})
+            await client.line.say({"type": "note", "data": "x" * size})
 
-    async def acknowledges(self, guest: ModelClient) -> None:
-        """It has got everything that it was sent."""
-        if guest.line is None or not guest.numbered:
+    async def acknowledges(self, client: ModelClient) -> None:
+        """Acknowledge everything that it was sent."""
+        if client.line is None or not client.numbered:
             return
-        seqs = [frame["seq"] for frame in guest.line.frames if "seq" in frame]
+        seqs = [frame["seq"] for frame in client.line.frames if "seq" in frame]
         if seqs:
-            await guest.line.say({"type": "ack", "seq": max(seqs)})
+            await client.line.say({"type": "ack", "seq": max(seqs)})
 
-    def blocks(self, guest: ModelClient) -> None:
-        """It reads nothing."""
-        if guest.line is not None:
-            guest.line.server.block()
+    def blocks(self, client: ModelClient) -> None:
+        """Let it stop reading."""
+        if client.line is not None:
+            client.line.server.block()
 
-    def reads(self, guest: ModelClient) -> None:
-        """It reads again."""
-        if guest.line is not None:
-            guest.line.server.release()
+    def reads(self, client: ModelClient) -> None:
+        """Let it read again."""
+        if client.line is not None:
+            client.line.server.release()
 
-    async def joins(self, guest: ModelClient, room: str) -> None:
-        """It enters a room."""
-        if guest.line is not None and guest.line.socket is not None:
-            await guest.line.socket.join(room)
+    async def joins(self, client: ModelClient, room: str) -> None:
+        """Let it join a room."""
+        if client.line is not None and client.line.socket is not None:
+            await client.line.socket.join(room)
 
     async def broadcast(self, size: int, room: str | None, key: str | None) -> None:
-        """Everybody, or a room, is sent one message."""
+        """Send one message to all clients, or to a room."""
         await self.stage.manager.broadcast("x" * size, room=room, coalesce_key=key)
 
-    async def tell(self, guest: ModelClient, size: int) -> None:
-        """One client is sent a message."""
-        await self.stage.manager.send_to_client(guest.client_id, "x" * size)
+    async def sends_to(self, client: ModelClient, size: int) -> None:
+        """Send one message to one client."""
+        await self.stage.manager.send_to_client(client.client_id, "x" * size)
 
     async def end(self) -> None:
-        """Everything is over, and nothing is held."""
+        """Close everything, and check that nothing is held."""
         self._stop.set()
         await self.stage.__aexit__(None, None, None)
         assert self.budget.total == 0
 
     def add(self, client_id: str, *, numbered: bool, deaf: bool) -> ModelClient:
-        """One more client."""
-        return self.guests.setdefault(client_id, ModelClient(client_id, numbered=numbered, deaf=deaf))
+        """Add a client."""
+        return self.clients.setdefault(client_id, ModelClient(client_id, numbered=numbered, deaf=deaf))
 
 
 def _entries(data: Any) -> Iterable[tuple[str, Any]]:
@@ -327,7 +331,7 @@ def _entries(data: Any) -> Iterable[tuple[str, Any]]:
 
 
 @contextmanager
-def noting_servers() -> Iterator[None]:
-    """Let the servers of all lines note when they have taken what."""
-    with mock.patch.object(stage_module, "FakeServer", NotingServer):
+def recording_servers() -> Iterator[None]:
+    """Replace the servers of all lines by ones that record when they take messages."""
+    with mock.patch.object(stage_module, "FakeServer", RecordingServer):
         yield

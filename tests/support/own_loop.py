@@ -10,12 +10,12 @@ T = TypeVar("T")
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine on a loop of its own, and leave the thread's current loop alone, as `asyncio.run` does not."""
+    """Run a coroutine on a new loop, and leave the thread's current loop alone, unlike `asyncio.run`."""
     loop = asyncio.new_event_loop()
     try:
         return loop.run_until_complete(coroutine)
     finally:
-        if left := asyncio.all_tasks(loop):  # a task that the loop dies with fails the test that collects it
+        if left := asyncio.all_tasks(loop):  # a task that is destroyed with its loop fails the test that collects it
             for task in left:
                 task.cancel()
             loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))

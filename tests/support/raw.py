@@ -1,4 +1,4 @@
-"""Clients that do what no WebSocket library does: read nothing, answer nothing, reset, or speak garbage."""
+"""Clients that do what no WebSocket library does: read nothing, answer nothing, reset, or send garbage."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class RawClient:
                 return struct.unpack("!H", payload[:2])[0], payload[2:].decode()
 
     def is_cut(self, timeout: float) -> bool:
-        """Whether the server ends the connection within that time, without another frame."""
+        """Return whether the server closes the connection within that time without another frame."""
         self.socket.settimeout(timeout)
         try:
             return self.socket.recv(1) == b""
@@ -103,7 +103,7 @@ class RawClient:
 
 @asynccontextmanager
 async def idle_cutting_proxy(target: int, idle: float) -> AsyncIterator[int]:
-    """A TCP proxy that cuts a connection on which nothing has passed for `idle` seconds; yields its port."""
+    """Run a TCP proxy that cuts connections after `idle` seconds without data; yield its port."""
     tasks: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -148,7 +148,7 @@ async def idle_cutting_proxy(target: int, idle: float) -> AsyncIterator[int]:
 
 @asynccontextmanager
 async def slow_link(target: int, rate: int, *, upload: bool) -> AsyncIterator[int]:
-    """A TCP proxy that carries `rate` bytes a second in one direction, and all in the other; yields its port."""
+    """Run a TCP proxy that carries `rate` bytes per second in one direction, and all in the other; yield its port."""
     tasks: set[asyncio.Task[None]] = set()
 
     async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter, slow: bool) -> None:
@@ -172,7 +172,7 @@ async def slow_link(target: int, rate: int, *, upload: bool) -> AsyncIterator[in
             await asyncio.gather(
                 copy(reader, up_writer, upload), copy(up_reader, writer, not upload), return_exceptions=True
             )
-        except asyncio.CancelledError:  # by us, at the end; the streams would log it
+        except asyncio.CancelledError:  # closed by us, at the end; the streams would log it
             pass
         finally:
             writer.transport.abort()

@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 QUICK = {"disconnect_grace": 0.5, "heartbeat_interval": 1000}
-"""Options of the test apps where a test names no others: no waiting at the end, no pings among the messages."""
+"""Default options of the test apps: no waits at shutdown, no pings among the messages."""
 
 UVICORN = ("uvicorn-sansio", "uvicorn-wsproto", "uvicorn-websockets", "uvicorn-stable")
 SERVERS = (*UVICORN, "hypercorn", "granian")
@@ -29,14 +29,16 @@ SERVERS = (*UVICORN, "hypercorn", "granian")
 
 _PORTS = 1_500
 _FIRST_PORT = 20_000 + _PORTS * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 8)
-"""Below the ports that systems give to whoever does not choose, and each process of a run has its own: so nobody takes
-one between our look and the server's."""
+"""Below the ports that systems assign, and different for each process of a test run.
 
-_tried = itertools.count(os.getpid() * 7)  # another run begins elsewhere
+So no other process takes a port between our check and the server's bind.
+"""
+
+_tried = itertools.count(os.getpid() * 7)  # another test run begins at another port
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on, and that this process has not named before."""
+    """Return a free port of the loopback that this process has not returned before."""
     for _ in range(_PORTS):
         port = _FIRST_PORT + next(_tried) % _PORTS
         with socket.socket() as probe:
@@ -50,7 +52,7 @@ def free_port() -> int:
 
 
 async def until(condition: Callable[[], Any], timeout: float = 5.0, what: str = "") -> Any:
-    """Wait for something that another process does, and return what `condition` gave when it was true."""
+    """Wait for something that another process does; return the true result of `condition`."""
     deadline = time.monotonic() + timeout
     while True:
         value = condition()
@@ -61,17 +63,17 @@ async def until(condition: Callable[[], Any], timeout: float = 5.0, what: str = 
 
 
 class LiveServer:
-    """One server process, serving one of the test apps.
+    """One server process, which serves one of the test apps.
 
     Args:
         kind: One of `SERVERS`.
         app: The application, `module:name`.
         config: Options of its `WebSocketConfig`, for apps that read them.
-        args: More command line arguments.
+        args: Further command line arguments.
         python: The interpreter.
-        cwd: Where it runs.
+        cwd: Its working directory.
         auto: Whether uvicorn chooses its WebSocket implementation itself.
-        port: Where it listens; on a free one when left out.
+        port: The port; a free one when left out.
     """
 
     def __init__(
@@ -150,7 +152,7 @@ class LiveServer:
                 return
 
     def stop(self) -> None:
-        """End the process and everything that it has started."""
+        """End the process and all processes that it has started."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
@@ -166,7 +168,7 @@ class LiveServer:
         Path(self._log.name).unlink(missing_ok=True)
 
     def terminate(self, timeout: float) -> float:
-        """Send SIGTERM and return after how many seconds the process was gone, at most `timeout`."""
+        """Send SIGTERM; return the seconds until the process ended, at most `timeout`."""
         started = time.monotonic()
         self.process.send_signal(signal.SIGTERM)
         try:
@@ -177,11 +179,11 @@ class LiveServer:
 
     @property
     def log(self) -> str:
-        """Everything that it has printed."""
+        """Return everything that it has printed."""
         return Path(self._log.name).read_text(errors="replace")
 
     def url(self, path: str) -> str:
-        """Address of a WebSocket route."""
+        """Return the address of a WebSocket route."""
         return f"ws://127.0.0.1:{self.port}{path}"
 
     def get(self, path: str) -> Any:
@@ -201,22 +203,22 @@ class LiveServer:
             return json.load(response)
 
     def probe(self) -> dict[str, Any]:
-        """What the test app says of itself: connections, tasks, events."""
+        """Return what the test app reports: connections, tasks, events."""
         found: dict[str, Any] = self.get("/probe")
         return found
 
     def events(self, prefix: str = "") -> list[str]:
-        """The events that the app has noted."""
+        """Return the events that the app has recorded."""
         return [event for event in self.probe()["events"] if event.startswith(prefix)]
 
     async def until_event(self, event: str, timeout: float = 5.0) -> None:
-        """Wait until the app has noted an event that begins so."""
+        """Wait until the app has recorded an event with this beginning."""
         try:
             await until(lambda: self.events(event), timeout, f"event {event!r}")
         except AssertionError as error:
             raise AssertionError(f"{error}, but {self.events()}") from None
 
     def errors(self) -> list[str]:
-        """Lines of the log that tell of a crash."""
+        """Return lines of the log that indicate a crash."""
         marks = ("Traceback", "Exception in ASGI", "Error in ASGI", "panicked", "ERROR", "CRITICAL")
         return [line for line in self.log.splitlines() if any(mark in line for mark in marks)]

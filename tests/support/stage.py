@@ -1,4 +1,4 @@
-"""A manager whose hooks and handlers take notes, and clients that do to it what a test tells them to. Virtual time."""
+"""A manager with recording hooks and handlers, and clients that a test controls, in virtual time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL, parse
 from tests.support.fake_link import soon
 from tests.support.fake_websocket import FakeServer, with_deadline
-from tests.unit.conftest import Heard
+from tests.unit.conftest import EventRecorder
 
 _instances = itertools.count(1)
 
@@ -28,22 +28,22 @@ class Stage:
     """A manager, and everything that its application has seen.
 
     Attributes:
-        events: Which hooks were called, in order.
+        events: Calls of hooks, in order.
         notes: The data of all messages that were handled, in order.
-        gate: What the handler of `wait` waits for.
-        endpoint: What the endpoint does.
-        refusal: What the connect hook raises.
+        gate: Event that the handler of `wait` waits for.
+        endpoint: The endpoint of all connections.
+        rejection: Exception that the connect hook raises.
     """
 
     def __init__(self, **options: Any) -> None:
         self.manager = WebSocketConnectionManager(WebSocketConfig(**{"heartbeat_type": "off", **options}))
-        self.heard = Heard()
+        self.heard = EventRecorder()
         self.manager.events.subscribe(self.heard)
         self.events: list[str] = []
         self.notes: list[Any] = []
         self.gate = asyncio.Event()
         self.endpoint: Callable[[StableSocket], Awaitable[None]] = lambda ws: ws.run()
-        self.refusal: Exception | None = None
+        self.rejection: Exception | None = None
         self.lines: list[Line] = []
         self._note_hooks()
         self._handle()
@@ -54,8 +54,8 @@ class Stage:
         @manager.on_connect
         async def connected(ws: StableSocket) -> None:
             events.append(f"connect {ws.client_id}")
-            if self.refusal is not None:
-                raise self.refusal
+            if self.rejection is not None:
+                raise self.rejection
 
         @manager.on_resume
         async def resumed(ws: StableSocket, outcome: ResumeOutcome) -> None:
@@ -104,17 +104,17 @@ class Stage:
         await with_deadline(asyncio.gather(*(line.task for line in self.lines)))
 
     def plain(self, client_id: str | None = "ann", *, token: str | None = None) -> Line:
-        """Let a plain client dial."""
+        """Connect a plain client."""
         return Line(self, client_id, query="" if token is None else f"token={token}")
 
     def socket(self, client_id: str = "ann") -> StableSocket:
-        """The only open socket of a client."""
+        """Return the only open socket of a client."""
         (socket,) = self.manager.get_sockets(client_id)
         return socket
 
     @property
     def bugs(self) -> list[str]:
-        """The events that were reported with an error."""
+        """The events that were emitted with an error."""
         return [report.event for report in self.heard.all if report.error is not None]
 
 
@@ -122,8 +122,8 @@ class Line:
     """One connection.
 
     Attributes:
-        socket: What the endpoint has got.
-        error: What left the endpoint.
+        socket: The socket of the endpoint.
+        error: Exception that the endpoint raised.
     """
 
     def __init__(
@@ -151,14 +151,14 @@ class Line:
             self.error = error
 
     async def say(self, *frames: dict[str, Any] | str) -> None:
-        """Let the client send frames, and let everything happen that they lead to."""
+        """Let the client send frames, and run everything that follows from them."""
         self.server.feed_text(*(json.dumps(frame) if isinstance(frame, dict) else frame for frame in frames))
         await soon()
 
     async def message(self, event: str, *data: Any, first: int = 1, **fields: Any) -> None:
         """Let the client send numbered messages."""
         numbered = [
-            {"type": "msg", "seq": first + place, "event": event, "data": one} for place, one in enumerate(data)
+            {"type": "msg", "seq": first + position, "event": event, "data": one} for position, one in enumerate(data)
         ]
         await self.say(*({**one, **fields} for one in numbered))
 
@@ -169,11 +169,11 @@ class Line:
 
     @property
     def frames(self) -> list[dict[str, Any]]:
-        """What the server has sent, without acknowledgements."""
+        """Frames that the server has sent, without acknowledgements."""
         return [frame for frame in map(parse, self.server.data) if frame["type"] != "ack"]
 
     def of(self, kind: str) -> list[dict[str, Any]]:
-        """The frames of one type that the server has sent."""
+        """Return the frames of one type that the server has sent."""
         return [frame for frame in map(parse, self.server.data) if frame["type"] == kind]
 
     @property
@@ -183,13 +183,13 @@ class Line:
 
     @property
     def welcome(self) -> dict[str, Any]:
-        """The welcome."""
+        """The only welcome."""
         (welcome,) = self.of("welcome")
         return welcome
 
     @property
     def outcome(self) -> str:
-        """What the welcome says of the session that was asked for."""
+        """The outcome of resuming, from the welcome."""
         outcome: str = self.welcome["resume"]
         return outcome
 
@@ -201,11 +201,11 @@ class Line:
 
 
 class Peer:
-    """A client of `stabilizer.v1.json` that is played by hand.
+    """A client of `stabilizer.v1.json` that a test controls.
 
     Attributes:
         token: The token of its last welcome.
-        dials: How often it has dialled.
+        dials: Number of its connections so far.
     """
 
     def __init__(self, stage: Stage, client_id: str | None = "ann", *, instance: str | None = None) -> None:
@@ -224,7 +224,7 @@ class Peer:
         subprotocols: tuple[str, ...] = (SUBPROTOCOL,),
         caps: list[str] | None = None,
     ) -> Line:
-        """Connect and say hello, with the token of the last welcome."""
+        """Connect and send a hello, with the token of the last welcome."""
         self.dials += 1
         line = Line(self.stage, self.client_id, subprotocols=subprotocols)
         hello: dict[str, Any] = {"type": "hello", "v": 1, "n": self.dials, "client": self.instance}

@@ -1,4 +1,4 @@
-"""An event loop whose clock jumps to the next timer as soon as nothing is left to do."""
+"""An event loop that moves its clock to the next timer as soon as nothing is left to do."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ T = TypeVar("T")
 
 
 MAX_TURNS = 10_000
-"""Turns of the loop without any time between them."""
+"""Iterations of the loop for which the clock does not move."""
 
 
 class _NoWaiting(selectors.SelectSelector):
-    """Never waits: whoever asked to wait moves the clock instead."""
+    """Selector that never waits: a wait moves the clock instead."""
 
     def __init__(self, loop: VirtualLoop) -> None:
         super().__init__()
@@ -26,21 +26,21 @@ class _NoWaiting(selectors.SelectSelector):
 
     def select(self, timeout: float | None = None) -> list[Any]:
         if timeout is None:
-            raise AssertionError("nothing is left to do, and nobody will ever be woken")
+            raise AssertionError("deadlock: no timer is set and no callback is ready")
         self._loop.now += timeout
         self._scheduler = 0 if timeout else self._scheduler + 1
         if self._scheduler and self._scheduler % 1000 == 0:
-            self._loop.now += 1e-9  # a deadline that sums of floats miss by a hair: on a real clock it passes
+            self._loop.now += 1e-9  # sums of floats miss a deadline by a rounding error: on a real clock it passes
         if self._scheduler > MAX_TURNS:
-            raise AssertionError("the loop turns and turns, and no time passes")
+            raise AssertionError("the loop keeps running without time passing")
         return []
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Time passes only while everybody waits for it.
+    """Loop in which time passes only while everything waits.
 
     Attributes:
-        now: Seconds since it was made.
+        now: Seconds since it was created.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 def run_virtually(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine on a loop of its own, with the library's clock set to that of the loop."""
+    """Run a coroutine on a new loop, with the library's clock set to that of the loop."""
     loop = VirtualLoop()
     clocks = [
         mock.patch.object(module, "monotonic", loop.time)
@@ -64,7 +64,7 @@ def run_virtually(coroutine: Coroutine[Any, Any, T]) -> T:
     try:
         return loop.run_until_complete(coroutine)
     finally:
-        if left := asyncio.all_tasks(loop):  # a task that the loop dies with fails the test that collects it
+        if left := asyncio.all_tasks(loop):  # a task that is destroyed with its loop fails the test that collects it
             for task in left:
                 task.cancel()
             loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))

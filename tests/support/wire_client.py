@@ -1,6 +1,6 @@
-"""A client that keeps or breaks each rule of RFC 6455 and RFC 7692, and a witness that nobody else suffers from it.
+"""Client that follows or breaks each rule of RFC 6455 and RFC 7692, and a witness that is not affected by it.
 
-It shares no code with the server: frames are built and read here, and messages are deflated and inflated with zlib.
+It shares no code with the server: frames are built and parsed here, and messages are deflated and inflated with zlib.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.support.raw import RawClient
 from tests.support.server import LiveServer
 
 KIND = "uvicorn-stable"
-"""The server of the tests of both RFCs, one of `tests.support.server.SERVERS`."""
+"""The server in the tests of both RFCs, one of `tests.support.server.SERVERS`."""
 
 NO_UVICORN_PINGS = ("--ws-ping-interval", "0")
 
@@ -61,12 +61,12 @@ class Answer(NamedTuple):
     headers: list[tuple[str, str]]
 
     def all(self, name: str) -> list[str]:
-        """All values of one header."""
+        """Return all values of one header."""
         return [value for header, value in self.headers if header == name.lower()]
 
     @property
     def deflate(self) -> dict[str, str | None] | None:
-        """Parameters of the permessage-deflate that the server agrees to; `None` if it agrees to no extension."""
+        """Parameters of the permessage-deflate that the server accepts; `None` if it accepts no extension."""
         agreed = [part.strip() for value in self.all("Sec-WebSocket-Extensions") for part in value.split(",")]
         if not agreed:
             return None
@@ -79,7 +79,7 @@ class Answer(NamedTuple):
 
 
 def masked(payload: bytes, mask: bytes) -> bytes:
-    """The payload under its masking key, RFC 6455 section 5.3."""
+    """Return the payload under its masking key, RFC 6455 section 5.3."""
     size = len(payload)
     key = (mask * (size // 4 + 1))[:size]
     return (int.from_bytes(payload, "big") ^ int.from_bytes(key, "big")).to_bytes(size, "big")
@@ -95,7 +95,7 @@ def frame(
     length_bits: int | None = None,
     announced: int | None = None,
 ) -> bytes:
-    """Build one frame, right or wrong.
+    """Build one frame, valid or invalid.
 
     Args:
         opcode: Its opcode.
@@ -103,8 +103,8 @@ def frame(
         fin: Whether it ends a message.
         rsv: Reserved bits to set.
         mask: Masking key; `None` leaves the frame unmasked.
-        length_bits: Width of the length field, 7, 16 or 64; the shortest that does when left out.
-        announced: Length that the header tells; that of the payload when left out.
+        length_bits: Width of the length field, 7, 16 or 64; the shortest possible when left out.
+        announced: Length in the header; that of the payload when left out.
     """
     length = len(payload) if announced is None else announced
     if length_bits is None:
@@ -161,7 +161,7 @@ def compressed_with(compressor: zlib._Compress, data: bytes) -> bytes:
 
 
 def inflated_with(decompressor: zlib._Decompress, data: bytes) -> bytes:
-    """Inflate one message in small steps: zlib checks a distance against the window only from one call to the next."""
+    """Inflate one message in small steps: zlib checks a distance against the window only between two calls."""
     output = bytearray()
     rest = data + SYNC_TAIL
     while chunk := decompressor.decompress(rest, 64):
@@ -172,13 +172,13 @@ def inflated_with(decompressor: zlib._Decompress, data: bytes) -> bytes:
 
 
 def far_repeats(distance: int, seed: int = 7) -> bytes:
-    """Text of twice `distance` bytes that repeats itself at that distance and at no shorter one."""
+    """Return text of twice `distance` bytes that repeats itself at that distance and at no shorter one."""
     half = random.Random(seed).randbytes(distance // 2 + 1).hex().encode()[:distance]
     return half * 2
 
 
 def request(port: int, path: str, headers: Mapping[str, str | None] | None = None) -> bytes:
-    """Build a handshake request; `headers` are added, and with `None` left out."""
+    """Build a handshake request; `headers` are added, or left out where the value is `None`."""
     fields: dict[str, str | None] = {
         "Host": f"127.0.0.1:{port}",
         "Upgrade": "websocket",
@@ -192,9 +192,9 @@ def request(port: int, path: str, headers: Mapping[str, str | None] | None = Non
 
 
 class WireClient(RawClient):
-    """A WebSocket on a bare socket, with every bit of every frame in the hands of the test.
+    """WebSocket on a bare socket on which a test controls every bit of every frame.
 
-    `RawClient` sends a fixed request when it is made; here the test sends its own with `upgrade`.
+    `RawClient` sends a fixed request on creation; here the test sends its own with `upgrade`.
     """
 
     def __init__(self, port: int) -> None:
@@ -209,7 +209,7 @@ class WireClient(RawClient):
         return self
 
     def request(self, path: str = "/echo", headers: Mapping[str, str | None] | None = None) -> bytes:
-        """The handshake request for a route of the test app and this client's name."""
+        """Return the handshake request for a route of the test app and this client's name."""
         path, sign, query = path.partition("?")
         return request(self.port, f"{path}/{self.name}{sign}{query}", headers)
 
@@ -232,16 +232,16 @@ class WireClient(RawClient):
         return answer
 
     def write(self, *data: bytes) -> None:
-        """Send all of it in one segment, as far as TCP lets it."""
+        """Send all of it in one segment, as far as TCP allows it."""
         self.socket.sendall(b"".join(data))
 
     def drip(self, *data: bytes) -> None:
-        """Send each byte in a segment of its own."""
+        """Send each byte in its own segment."""
         for byte in b"".join(data):
             self.socket.sendall(bytes([byte]))
 
     def next_frame(self) -> Frame:
-        """Read one frame, and hold the server to what RFC 6455 section 5 says of every frame that it sends."""
+        """Read one frame, and check the rules of RFC 6455 section 5 for every frame of a server."""
         first, second = self._exactly(2)
         assert not second & 0x80, "a server must not mask"
         length = second & 127
@@ -256,14 +256,14 @@ class WireClient(RawClient):
         assert found.rsv in (0, RSV1)
         if found.rsv:
             assert self.parameters is not None, "RSV1 without an extension"
-            assert found.opcode in (TEXT, BINARY), "RSV1 on what is not the first frame of a message"
+            assert found.opcode in (TEXT, BINARY), "RSV1 on a frame that is not the first of a message"
         if found.opcode >= CLOSE:
             assert found.fin
             assert length <= 125
         return found
 
     def message(self) -> Message:
-        """Read one whole message, inflated as the handshake has agreed; control frames are not expected before it."""
+        """Read one whole message, inflated as negotiated; no control frame may come before it."""
         first = last = self.next_frame()
         payload = first.payload
         assert first.opcode in (TEXT, BINARY), first
@@ -290,21 +290,21 @@ class WireClient(RawClient):
         return int(self.parameters.get("client_max_window_bits") or 15)
 
     def echoed(self, opcode: int, payload: bytes) -> bool:
-        """Whether the next message from the server is this one."""
+        """Check that the next message from the server is this one."""
         found = self.message()
         return (found.opcode, found.payload) == (opcode, payload)
 
     def close_info(self, *, answer: bool = False) -> tuple[int | None, str]:
-        """Read the close frame, which comes next, and after it the end of TCP; return its code and reason.
+        """Read the close frame, which comes next, and then the end of TCP; return its code and reason.
 
         Args:
             answer: Whether to answer the close frame, as a client must that has not sent one itself. A server that
-                fails a connection does not wait for it.
+                fails a connection does not wait for the answer.
         """
         found = self.next_frame()
         assert found.opcode == CLOSE, found
         if answer:
-            with suppress(ConnectionError):  # the server need not wait for it
+            with suppress(ConnectionError):  # the server need not wait for the answer
                 self.write(frame(CLOSE, found.payload))
         self.eof()
         if not found.payload:
@@ -312,19 +312,19 @@ class WireClient(RawClient):
         return struct.unpack("!H", found.payload[:2])[0], found.payload[2:].decode()
 
     def eof(self) -> None:
-        """Wait for the end of TCP; nothing may come before it."""
+        """Wait for the end of TCP; no data may come before it."""
         try:
             rest = self.socket.recv(1)
         except ConnectionError:
             return
-        assert not rest, "something follows the close frame"
+        assert not rest, "data after the close frame"
 
 
 def quiet_server(*args: str, **config: Any) -> LiveServer:
-    """A server that sends nothing on its own: neither side of it pings.
+    """Run a server that sends nothing unprompted: no side of it pings.
 
     Args:
-        args: More command line arguments.
+        args: Further command line arguments.
         config: Options of the test app's `WebSocketConfig`.
     """
     return LiveServer(KIND, config={"heartbeat_type": "off", **config}, args=(*NO_UVICORN_PINGS, *args))
@@ -345,7 +345,7 @@ def connect(server: LiveServer, path: str = "/echo", *, offer: str | None = None
 
 
 class Witness:
-    """A well-behaved connection that shall not suffer from what others do on the same server."""
+    """Well-behaved connection that must not be affected by other clients of the same server."""
 
     def __init__(self, server: LiveServer) -> None:
         self._server = server
@@ -354,14 +354,14 @@ class Witness:
         self._errors_seen = 0
 
     def barrier(self) -> None:
-        """Return after the event loop of the server has come round: what was sent before has been read by then."""
+        """Return after an iteration of the server's event loop: what was sent before has been read by then."""
         token = f"witness {next(self._numbers)}".encode()
         self._client.write(frame(TEXT, token))
-        while self._client.message().payload != token:  # broadcasts reach it too
+        while self._client.message().payload != token:  # broadcasts reach this connection too
             pass
 
     def check(self) -> None:
-        """The connection still echoes, and the server has logged no error since the last check."""
+        """Check that the connection still echoes, and that the server has logged no error since the last check."""
         self.barrier()
         errors = self._server.errors()
         new, self._errors_seen = errors[self._errors_seen :], len(errors)
@@ -373,10 +373,10 @@ class Witness:
 
 
 class PeakMemory:
-    """The most memory that a server has held since this was made, beyond what it held then.
+    """Peak memory of a server since the creation of this object, relative to its memory then.
 
-    `ru_maxrss` of the probe never sinks, so that what an earlier test has needed would hide what this one needs: Linux
-    resets the mark of its process file system instead.
+    `ru_maxrss` of the probe never decreases, so the peak of an earlier test would hide that of this test. On Linux the
+    mark in its process file system is reset instead.
     """
 
     def __init__(self, server: LiveServer) -> None:
@@ -386,7 +386,7 @@ class PeakMemory:
         self._before = self._mark()
 
     def growth(self) -> int:
-        """Bytes by which the mark has risen."""
+        """Return the bytes by which the peak has risen."""
         return self._mark() - self._before
 
     def _mark(self) -> int:

@@ -56,7 +56,7 @@ class Finding(NamedTuple):
 
 
 def findings(path: Path) -> list[Finding]:
-    """The words that are left in one file, by line."""
+    """Return the words that are left in one file, by line."""
     text = path.read_text()
     read = _in_python if path.suffix == ".py" else _in_markdown
     lines = text.splitlines()
@@ -83,7 +83,7 @@ def _in_python(path: Path, text: str) -> Iterator[tuple[int, str]]:
 
 
 def _texts_of_users(path: Path, text: str) -> Iterator[tuple[int, str]]:
-    """The docstrings of a module, and in the package the other texts too: errors, log lines, close reasons."""
+    """Yield the docstrings of a module, and in the package the other texts too: errors, log lines, close reasons."""
     everything = "fastapi_ws_stabilizer" in path.parts
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
@@ -102,7 +102,7 @@ def _in_markdown(_: Path, text: str) -> Iterator[tuple[int, str]]:
 
 
 def files(*roots: str) -> list[Path]:
-    """The files below some folders, or the files themselves."""
+    """Return the files below some folders, or the files themselves."""
     found: list[Path] = []
     for root in roots:
         path = ROOT / root

@@ -1,1 +1,1 @@
-"""Tests of each part by itself; their folders mirror the package."""
+"""Unit tests; their folders mirror the package."""

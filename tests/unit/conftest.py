@@ -1,4 +1,4 @@
-"""Parts of a connection, made for one test and taken down after it."""
+"""Fixtures with the parts of a connection, and with managers."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from tests.support.fake_websocket import FakeServer
 
 
 @dataclass
-class Heard:
-    """What a manager or a connection has reported."""
+class EventRecorder:
+    """Recorder of the events of a manager or a connection."""
 
     all: list[Event] = field(default_factory=list)
 
@@ -37,21 +37,21 @@ class Heard:
 
     @property
     def events(self) -> list[str]:
-        """The names of all events, in order."""
+        """Names of all events, in order."""
         return [report.event for report in self.all]
 
     def of(self, event: str) -> list[Event]:
-        """The reports of one event."""
+        """Return the events with one name."""
         return [report for report in self.all if report.event == event]
 
 
 @dataclass
 class Bench:
-    """One connection on a bench, without a manager: what it is made of, and what it has told."""
+    """One connection without a manager: the objects it needs, and a record of its callbacks."""
 
     config: WebSocketConfig
     server: FakeServer = field(default_factory=FakeServer)
-    heard: Heard = field(default_factory=Heard)
+    heard: EventRecorder = field(default_factory=EventRecorder)
     events: EventBus = field(default_factory=EventBus)
     left: list[Connection] = field(default_factory=list)
     finished: list[Connection] = field(default_factory=list)
@@ -108,37 +108,37 @@ class Bench:
         self.failed.append(error)
 
     async def run(self, socket: StableSocket, concurrency: int) -> None:
-        """Note what was to be dispatched."""
+        """Record what was to be dispatched."""
         self.dispatched = (socket, concurrency)
 
     def join(self, connection: Connection, room: str, metadata: Any) -> list[Presence]:
-        """Note who has joined."""
+        """Record the room."""
         self.rooms.append(room)
         return [Presence(connection.client_id, room, metadata or {}, 1, 0.0)]
 
     def leave_room(self, connection: Connection, room: str) -> bool:
-        """Note who has left."""
+        """Forget the room."""
         if room not in self.rooms:
             return False
         self.rooms.remove(room)
         return True
 
     def history(self, connection: Connection, room: str, count: int, *, newcomer: bool) -> None:
-        """Note whose history was wanted."""
+        """Record the room with the requested history."""
         self.rooms.append(f"history of {room}")
 
     def address_of(self, connection: Connection) -> str:
-        """Where every client on a bench comes from."""
+        """Return the address of every client here."""
         return "10.0.0.7"
 
     def rooms_of(self, connection: Connection) -> tuple[str, ...]:
-        """The rooms that were joined."""
+        """Return the joined rooms."""
         return tuple(self.rooms)
 
 
 @pytest.fixture
 async def bench() -> AsyncIterator[Callable[..., Bench]]:
-    """Make benches; what is left of their tasks is cancelled at the end."""
+    """Return a factory of benches; remaining tasks are cancelled at the end."""
     made: list[Bench] = []
 
     def make(**options: Any) -> Bench:
@@ -152,13 +152,13 @@ async def bench() -> AsyncIterator[Callable[..., Bench]]:
 
 
 @pytest.fixture
-async def manager_with() -> AsyncIterator[Callable[..., tuple[WebSocketConnectionManager, Heard]]]:
-    """Make managers, each with an ear on its reports; they are shut down at the end."""
+async def manager_with() -> AsyncIterator[Callable[..., tuple[WebSocketConnectionManager, EventRecorder]]]:
+    """Return a factory of managers with event recorders; the managers are shut down at the end."""
     made: list[WebSocketConnectionManager] = []
 
-    def make(**options: Any) -> tuple[WebSocketConnectionManager, Heard]:
+    def make(**options: Any) -> tuple[WebSocketConnectionManager, EventRecorder]:
         manager = WebSocketConnectionManager(WebSocketConfig(**options))
-        heard = Heard()
+        heard = EventRecorder()
         manager.events.subscribe(heard)
         made.append(manager)
         return manager, heard
@@ -169,16 +169,16 @@ async def manager_with() -> AsyncIterator[Callable[..., tuple[WebSocketConnectio
 
 
 @pytest.fixture
-def heard() -> tuple[EventBus, Heard]:
-    """Reports, and an ear on them."""
-    events, ear = EventBus(), Heard()
+def heard() -> tuple[EventBus, EventRecorder]:
+    """Return an event bus and a recorder of its events."""
+    events, ear = EventBus(), EventRecorder()
     events.subscribe(ear)
     return events, ear
 
 
 @pytest.fixture(autouse=True)
 def untouched_logger() -> Iterator[None]:
-    """Give the library's logger back as it was."""
+    """Restore the library's logger after the test."""
     logger = get_logger()
     level, handlers, propagate = logger.level, list(logger.handlers), logger.propagate
     yield

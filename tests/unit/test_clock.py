@@ -1,4 +1,4 @@
-"""Tests of the one place where time is read."""
+"""Tests of the only module that reads the time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from fastapi_ws_stabilizer import clock
 
 
 def test_durations_use_monotonic_clock() -> None:
-    """The clock of durations never goes back, and is the event loop's own."""
+    """Durations use a monotonic clock, the event loop's own."""
     before = time.monotonic()
     assert before <= clock.monotonic() <= time.monotonic()

@@ -1,4 +1,4 @@
-"""Tests of the one table of endings."""
+"""Tests of the table of close policies."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def test_sendable_close_code_is_returned(code: int) -> None:
 
 @pytest.mark.parametrize("code", [0, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, -1, True, "1000", 1000.0, None])
 def test_unsendable_close_code_raises(code: object) -> None:
-    """A code that may not stand in a close frame is a `ValueError` that says which ones may."""
+    """A code that is not allowed in a close frame is a `ValueError` that names the allowed ones."""
     with pytest.raises(ValueError, match="4000 to 4999"):
         check_close_code(code)  # type: ignore[arg-type]
 
 
 @given(st.text(max_size=400))
 def test_truncated_reason_fits_into_close_frame(text: str) -> None:
-    """A cut reason has at most 123 bytes of UTF-8, is a prefix, and loses no more than a character needs."""
+    """A truncated reason has at most 123 bytes of UTF-8, is a prefix, and is cut at a character."""
     whole = text.encode("utf-8", "replace")
     cut = truncate_reason(text).encode("utf-8")
     assert len(cut) <= MAX_REASON_BYTES
@@ -43,13 +43,13 @@ def test_truncated_reason_fits_into_close_frame(text: str) -> None:
 
 @given(st.text(alphabet=st.characters(), max_size=200).map(lambda text: text + "\ud800"))
 def test_half_surrogate_in_reason_is_replaced(text: str) -> None:
-    """A reason that UTF-8 cannot hold is sent with a replacement instead of failing."""
+    """A reason that UTF-8 cannot encode is sent with a replacement character."""
     assert len(truncate_reason(text).encode("utf-8")) <= MAX_REASON_BYTES
 
 
 @pytest.mark.parametrize("reason", DisconnectReason)
 def test_every_cause_has_policy_with_sendable_code(reason: DisconnectReason) -> None:
-    """Each way to end stands in the table, with a close code that can be sent where anything can."""
+    """Every cause is in the table, with a valid close code where one can be sent."""
     rule = CLOSE_POLICIES[reason]
     if reason is DisconnectReason.NETWORK_LOST:
         assert rule.code == 1006
@@ -72,19 +72,19 @@ def test_every_cause_has_policy_with_sendable_code(reason: DisconnectReason) -> 
     ],
 )
 def test_close_codes_match_wire_protocol(reason: DisconnectReason, code: int) -> None:
-    """Each ending has its own close code, and only a normal one has 1000."""
+    """Each cause has its own close code, and only a normal close has 1000."""
     assert local_close(reason).code == code
 
 
 def test_local_close_defaults_to_code_and_reason_of_policy() -> None:
-    """The table says what is sent when the caller says nothing."""
+    """Without arguments the code and the reason come from the table."""
     made = local_close(DisconnectReason.HEARTBEAT_TIMEOUT)
     assert made == CloseInfo(DisconnectReason.HEARTBEAT_TIMEOUT, 4408, "heartbeat timeout", by_peer=False)
     assert made.rule is CLOSE_POLICIES[DisconnectReason.HEARTBEAT_TIMEOUT]
 
 
 def test_local_close_uses_code_and_reason_of_caller() -> None:
-    """A named code and text win over the table, the text cut to size."""
+    """The caller's code and reason override the table; the reason is truncated."""
     assert local_close(DisconnectReason.POLICY, code=4401, text="who?") == CloseInfo(
         DisconnectReason.POLICY, 4401, "who?"
     )
@@ -93,7 +93,7 @@ def test_local_close_uses_code_and_reason_of_caller() -> None:
 
 
 def test_local_close_with_unsendable_code_raises() -> None:
-    """No ending of ours can carry a code that a close frame may not."""
+    """A local close cannot carry a code that is not allowed in a close frame."""
     with pytest.raises(ValueError, match="1006"):
         local_close(DisconnectReason.APPLICATION, code=1006)
 
@@ -115,11 +115,11 @@ def test_local_close_with_unsendable_code_raises() -> None:
 def test_disconnect_event_distinguishes_remote_close_and_loss(
     code: int, close_frame: bool, reason: DisconnectReason, seen_code: int
 ) -> None:
-    """A close frame is told from a lost network, and the server's own endings from the client's."""
+    """A close frame is distinguished from a lost connection, and the server's own closes from the client's."""
     made = remote_close(code, None, close_frame=close_frame)
     assert made == CloseInfo(reason, seen_code, "", by_peer=True)
 
 
 def test_remote_close_has_reason_of_peer() -> None:
-    """What the client says in its close frame reaches the ending."""
+    """The reason of the client's close frame is in the close info."""
     assert remote_close(4000, "see you", close_frame=True).reason == "see you"

@@ -66,14 +66,14 @@ WORDS = {
     ],
 )
 def test_options_have_documented_defaults(option: str, default: Any) -> None:
-    """Every option that was promised exists, with the default that was promised."""
+    """Every documented option exists, with its documented default."""
     assert getattr(WebSocketConfig(), option) == default
 
 
 @pytest.mark.parametrize("option", SECONDS)
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), float("-inf"), True, "soon", None])
 def test_invalid_duration_names_option(option: str, value: Any) -> None:
-    """Zero, negative, nan, infinite and other values that are no duration are an error that names the option."""
+    """Zero, negative, nan, infinite and other invalid durations are an error that names the option."""
     with pytest.raises(ValidationError, match=option):
         WebSocketConfig(**{option: value})
 
@@ -81,20 +81,20 @@ def test_invalid_duration_names_option(option: str, value: Any) -> None:
 @pytest.mark.parametrize("option", COUNTS + OPTIONAL_COUNTS)
 @pytest.mark.parametrize("value", [0, -1, 1.5, float("nan"), float("inf"), True, "many"])
 def test_invalid_count_names_option(option: str, value: Any) -> None:
-    """Zero, negative, broken and other values that are no count are an error that names the option."""
+    """Zero, negative and other invalid counts are an error that names the option."""
     with pytest.raises(ValidationError, match=option):
         WebSocketConfig(**{option: value})
 
 
 @pytest.mark.parametrize("option", OPTIONAL_COUNTS)
 def test_none_means_no_limit(option: str) -> None:
-    """A cap can be taken away."""
+    """`None` disables a limit."""
     assert getattr(WebSocketConfig(**{option: None}), option) is None
 
 
 @pytest.mark.parametrize(("option", "words"), WORDS.items())
 def test_invalid_choice_lists_allowed_values(option: str, words: tuple[str, ...]) -> None:
-    """An error about a word names the option and every allowed value."""
+    """The error names the option and every allowed value."""
     with pytest.raises(ValidationError) as caught:
         WebSocketConfig(**{option: "nonsense"})
     assert option in str(caught.value)
@@ -104,7 +104,7 @@ def test_invalid_choice_lists_allowed_values(option: str, words: tuple[str, ...]
 
 @pytest.mark.parametrize(("option", "words"), WORDS.items())
 def test_choices_are_case_insensitive(option: str, words: tuple[str, ...]) -> None:
-    """`"PING"` and `"ping"` mean the same, and so does the member of the enum."""
+    """`"PING"`, `"ping"` and the member of the enum are equivalent."""
     for word in words:
         given_with = {"heartbeat_payload": "beat"} if word == "custom" else {}
         for spelling in (word, word.upper(), word.lower()):
@@ -126,13 +126,13 @@ def test_enum_members_are_accepted() -> None:
 
 @pytest.mark.parametrize("value", ["zstd", "deflat", 1])
 def test_unknown_compression_is_rejected(value: Any) -> None:
-    """A compression that nobody can do does not pass."""
+    """An unknown compression is an error."""
     with pytest.raises(ValidationError, match="compression"):
         WebSocketConfig(compression=value)
 
 
 def test_unknown_option_is_rejected_with_hint() -> None:
-    """A typo is an error that says which option may have been meant."""
+    """An unknown option is an error that suggests the likely one."""
     with pytest.raises(ValidationError, match="no option 'heartbeat_intervall'; did you mean 'heartbeat_interval'"):
         WebSocketConfig(heartbeat_intervall=5)
     with pytest.raises(ValidationError, match=r"no option 'xyzzy'(?!; did)"):
@@ -140,20 +140,20 @@ def test_unknown_option_is_rejected_with_hint() -> None:
 
 
 def test_config_from_non_mapping_raises() -> None:
-    """Something that is no mapping of options is a clear error."""
+    """A value that is not a mapping of options raises a clear error."""
     with pytest.raises(ValidationError):
         WebSocketConfig.model_validate("heartbeat_interval=5")
 
 
 def test_config_is_immutable() -> None:
-    """A config is frozen: a running manager's options do not move."""
+    """A config is frozen, so the options of a running manager do not change."""
     config = WebSocketConfig()
     with pytest.raises(ValidationError, match="frozen"):
         config.heartbeat_interval = 5.0
 
 
 def test_model_copy_validates_changes() -> None:
-    """The documented way to a changed config lets no value pass that the constructor refuses."""
+    """`model_copy` rejects the values that the constructor rejects."""
     with pytest.raises(ValueError, match="heartbeat_interval"):
         WebSocketConfig().model_copy(update={"heartbeat_interval": float("nan")})
 
@@ -167,13 +167,13 @@ def test_model_copy_changes_only_given_options() -> None:
 
 
 def test_custom_heartbeat_requires_payload() -> None:
-    """`heartbeat_type="custom"` without a payload would send nothing, so it is an error."""
+    """`heartbeat_type="custom"` without a payload is an error, because there would be nothing to send."""
     with pytest.raises(ValidationError, match="heartbeat_payload"):
         WebSocketConfig(heartbeat_type="custom")
 
 
 def test_payload_without_custom_heartbeat_is_rejected() -> None:
-    """A payload that would never be sent is an error, not a dead option."""
+    """A payload that would never be sent is an error."""
     with pytest.raises(ValidationError, match="heartbeat_type='custom'"):
         WebSocketConfig(heartbeat_payload="beat")
 
@@ -189,21 +189,21 @@ def test_custom_payload_is_unchanged(payload: Any) -> None:
     [("auto", "auto"), ("AUTO", "auto"), (True, True), ("true", True), ("No", False), ("0", False), (False, False)],
 )
 def test_require_pong_accepts_auto_true_and_false(value: Any, meaning: Any) -> None:
-    """`require_pong` is `"auto"`, true or false, also in the words of an environment variable."""
+    """`require_pong` is `"auto"`, true or false, also as text in an environment variable."""
     assert WebSocketConfig(require_pong=value).require_pong is meaning or meaning == "auto"
     assert WebSocketConfig(require_pong=value).require_pong == meaning
 
 
 @pytest.mark.parametrize("value", ["sometimes", None, 7])
 def test_require_pong_rejects_other_values(value: Any) -> None:
-    """Another value of `require_pong` is an error that names it."""
+    """Another value of `require_pong` is an error that names the option."""
     with pytest.raises(ValidationError, match="require_pong"):
         WebSocketConfig(require_pong=value)
 
 
 @pytest.mark.parametrize("value", [timedelta(0), timedelta(seconds=-1), "later"])
 def test_token_ttl_is_positive(value: Any) -> None:
-    """The life of a token is more than nothing."""
+    """The ttl of a token must be positive."""
     with pytest.raises(ValidationError, match="reconnect_token_ttl"):
         WebSocketConfig(reconnect_token_ttl=value)
 
@@ -215,7 +215,7 @@ def test_changed_options_excludes_defaults() -> None:
 
 
 def test_heartbeat_interval_below_clock_resolution_is_rejected() -> None:
-    """An interval so short that adding it to the clock changes nothing would beat for ever; it is refused."""
+    """An interval that is too short for the clock's resolution is rejected, because it would never advance."""
     with pytest.raises(ValidationError, match="heartbeat_interval"):
         WebSocketConfig(heartbeat_interval=1e-300)
 
@@ -232,14 +232,14 @@ def test_from_env_reads_prefixed_variables(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_from_env_accepts_custom_prefix_and_any_case() -> None:
-    """The prefix is the caller's, and case does not matter."""
+    """The prefix is configurable, and case does not matter."""
     config = WebSocketConfig.from_env("chat_", {"CHAT_Log_Level": "debug", "WS_NUM_SHARDS": "3"})
     assert (config.log_level, config.num_shards) == ("DEBUG", 16)
 
 
 @pytest.mark.parametrize("text", ["", "none", "None", " null "])
 def test_empty_variable_means_no_limit(text: str) -> None:
-    """A variable can say that there is no limit."""
+    """An empty variable disables a limit."""
     assert WebSocketConfig.from_env(environ={"WS_MAX_BAD_MESSAGES": text}).max_bad_messages is None
 
 
@@ -249,7 +249,7 @@ OPTIONAL = sorted(name for name, field in WebSocketConfig.model_fields.items() i
 @pytest.mark.parametrize("option", OPTIONAL)
 @pytest.mark.parametrize("text", ["", "none", "NONE", " null "])
 def test_empty_or_none_variable_unsets_optional_option(option: str, text: str) -> None:
-    """Each option that may be absent is absent when its variable is empty or says `none`."""
+    """Each optional option is `None` when its variable is empty or `none`."""
     assert getattr(WebSocketConfig.from_env(environ={f"WS_{option.upper()}": text}), option) is None
 
 
@@ -260,7 +260,7 @@ def test_empty_trusted_proxies_variable_trusts_none(text: str) -> None:
 
 
 def test_compression_variable_none_disables_compression() -> None:
-    """`WS_COMPRESSION=none` switches compression off, and is not the absence of a value."""
+    """`WS_COMPRESSION=none` disables compression, and does not count as an absent value."""
     assert WebSocketConfig.from_env(environ={"WS_COMPRESSION": "none"}).compression is CompressionMode.NONE
 
 
@@ -272,7 +272,7 @@ def test_token_ttl_variable_is_in_seconds() -> None:
 
 @pytest.mark.parametrize("text", ["soon", "nan", "-5", "inf", "1e300"])
 def test_invalid_token_ttl_variable_names_option(text: str) -> None:
-    """A life that is no duration is the one clear error, whatever Python thinks of the number."""
+    """An invalid duration is one clear error, regardless of Python's number formats."""
     with pytest.raises(ValidationError, match="reconnect_token_ttl"):
         WebSocketConfig.from_env(environ={"WS_RECONNECT_TOKEN_TTL": text})
 
@@ -285,14 +285,14 @@ def test_invalid_variable_names_option(name: str, text: str) -> None:
 
 
 def test_foreign_variable_with_prefix_is_ignored(caplog: pytest.LogCaptureFixture) -> None:
-    """A variable with the prefix that is no option, as Kubernetes adds them, changes nothing and says nothing."""
+    """A variable with the prefix that is not an option, such as those of Kubernetes, has no effect and no warning."""
     config = WebSocketConfig.from_env(environ={"WS_PORT_80_TCP_ADDR": "10.0.0.1", "WS_SERVICE_HOST": "x"})
     assert config == WebSocketConfig()
     assert not caplog.records
 
 
 def test_misspelt_variable_warns_with_hint(caplog: pytest.LogCaptureFixture) -> None:
-    """A variable that looks like an option is told, with the option that may have been meant."""
+    """A variable similar to an option causes a warning with the likely option."""
     with caplog.at_level(logging.WARNING, logger="fastapi_ws_stabilizer"):
         WebSocketConfig.from_env(environ={"WS_HEARTBEAT_INTERVALL": "5"})
     assert "did you mean WS_HEARTBEAT_INTERVAL?" in caplog.text
@@ -323,13 +323,13 @@ def _as_text(value: Any) -> str:
 
 @given(st.fixed_dictionaries({}, optional=_TEXTS), st.sampled_from(["WS_", "ws_", "CHAT_WS_"]))
 def test_config_survives_round_trip_through_environment(options: dict[str, Any], prefix: str) -> None:
-    """Options that are written to an environment and read back are the same options."""
+    """Options that are written to an environment and read back are equal."""
     environ = {f"{prefix}{name}".upper(): _as_text(value) for name, value in options.items()}
     assert WebSocketConfig.from_env(prefix, environ) == WebSocketConfig(**options)
 
 
 def test_list_variables_are_comma_separated() -> None:
-    """Names are separated by commas; a regular expression, which may have some in it, stands alone; `none` is none."""
+    """Names are separated by commas; a regular expression, which may contain commas, stands alone; `none` is empty."""
     environ = {"WS_TRUSTED_PROXIES": "10.0.0.0/8, ::1", "WS_ALLOWED_ORIGINS": "https://a.example,https://b.example"}
     config = WebSocketConfig.from_env(environ=environ)
     assert config.trusted_proxies == ("10.0.0.0/8", "::1")
@@ -343,7 +343,7 @@ def test_list_variables_are_comma_separated() -> None:
 @pytest.mark.parametrize("option", ["trusted_proxies", "allowed_origins"])
 @pytest.mark.parametrize("many", [tuple, list])
 def test_list_option_accepts_sequence_and_is_frozen(option: str, many: Any) -> None:
-    """One entry, a list or a tuple is taken, and what is kept is a tuple: nobody changes it afterwards."""
+    """One entry, a list or a tuple is accepted and stored as a tuple, so that it cannot be changed afterwards."""
     entry = {"trusted_proxies": "10.0.0.1", "allowed_origins": "https://example.com"}[option]
     given = many([entry])
     config = WebSocketConfig(**{option: given})
@@ -354,7 +354,7 @@ def test_list_option_accepts_sequence_and_is_frozen(option: str, many: Any) -> N
 
 
 def test_compiled_origin_pattern_is_unchanged() -> None:
-    """A compiled pattern is kept as it is, beside texts."""
+    """A compiled pattern is stored unchanged, beside texts."""
     pattern = re.compile(r"https://pr-\d+\.example\.com")
     assert WebSocketConfig(allowed_origins=["https://example.com", pattern]).allowed_origins == (
         "https://example.com",

@@ -1,4 +1,4 @@
-"""Tests of the context variables that the timers, tasks and hooks of a manager run with."""
+"""Tests of the context variables of a manager's timers, tasks and hooks."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ tenant: contextvars.ContextVar[Any] = contextvars.ContextVar("tenant", default="
 
 
 class Tenant:
-    """What a middleware puts into a context variable for one connection."""
+    """Value that a middleware sets in a context variable for one connection."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
 
 def client_of(manager: WebSocketConnectionManager, name: str, value: Any = None) -> Client:
-    """A client whose handshake has a context variable of its own."""
+    """Return a client that sets a context variable in its handshake."""
 
     def dial() -> Client:
         tenant.set(name if value is None else value)
@@ -38,12 +38,12 @@ def client_of(manager: WebSocketConnectionManager, name: str, value: Any = None)
 
 
 async def has(client: Client, message: str) -> None:
-    """Wait until a client has got a message."""
+    """Wait until a client has received a message."""
     await client.server.until(lambda: message in client.server.data)
 
 
 async def test_heartbeat_payload_sees_context_of_its_connection(manager_with: Any) -> None:
-    """`heartbeat_payload` is called with the context variables of the connection that it is made for."""
+    """`heartbeat_payload` is called with the context variables of its connection."""
     manager, _ = manager_with(
         heartbeat_type="custom",
         heartbeat_interval=0.02,
@@ -56,7 +56,7 @@ async def test_heartbeat_payload_sees_context_of_its_connection(manager_with: An
     for client in clients:
         await client.server.until(lambda server=client.server: len(server.data) >= 2)  # type: ignore[misc]
         assert set(client.server.data) == {f"{client.client_id} of {client.client_id}"}
-        await client.gone()
+        await client.disconnect()
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -71,12 +71,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("started", [True, False], ids=["started before", "started by the first connection"])
 @pytest.mark.parametrize("option", OPTIONS)
 async def test_manager_timers_do_not_hold_first_connection_context(option: str, started: bool) -> None:
-    """Nothing holds the context of a connection that has ended, while others are connected and timers run."""
+    """No timer holds the context of a closed connection while others are connected."""
     manager = WebSocketConnectionManager(WebSocketConfig(**{"heartbeat_type": "off", **OPTIONS[option]}))
     if started:
         await manager.start()
     value = Tenant("ann")
-    gone = weakref.ref(value)
+    reference = weakref.ref(value)
     first = client_of(manager, "ann", value)
     del value
     ws = await first.connected()
@@ -87,19 +87,19 @@ async def test_manager_timers_do_not_hold_first_connection_context(option: str, 
     await second.connected()
     await manager.broadcast("all")
     await has(first, "all")
-    await first.gone()
+    await first.disconnect()
     await eventually(lambda: not any(one.client_id == "ann" for one in manager._node.connections))
     del first, ws
     for _ in range(3):
         await asyncio.sleep(0)
     gc.collect()
-    assert gone() is None
-    await second.gone()
+    assert reference() is None
+    await second.disconnect()
     await manager.graceful_shutdown(1.0)
 
 
 async def test_on_slow_runs_in_context_of_slow_client(manager_with: Any) -> None:
-    """on_slow sees the context variables of the slow client, and not those of the code that has sent to it."""
+    """on_slow sees the context variables of the slow client, and not those of the sender."""
     manager, _ = manager_with(outbox_max_messages=2)
     seen: list[tuple[str, Any]] = []
 
@@ -121,13 +121,13 @@ async def test_on_slow_runs_in_context_of_slow_client(manager_with: Any) -> None
 
 
 async def test_slow_client_does_not_hold_publisher_context(manager_with: Any) -> None:
-    """The task and the timers that wait for a slow client do not hold the context of the code that has sent to it."""
+    """The task and the timers of a slow client do not hold the context of the sender."""
     manager, _ = manager_with()
     ann = client_of(manager, "ann")
     await ann.connected()
     ann.server.block()
     value = Tenant("publisher")
-    gone = weakref.ref(value)
+    reference = weakref.ref(value)
 
     async def publish(value: Tenant) -> None:
         tenant.set(value)
@@ -141,13 +141,13 @@ async def test_slow_client_does_not_hold_publisher_context(manager_with: Any) ->
     for _ in range(3):
         await asyncio.sleep(0)
     gc.collect()
-    assert gone() is None
+    assert reference() is None
     ann.server.release()
-    await ann.gone()
+    await ann.disconnect()
 
 
 async def test_timed_close_runs_hooks_in_connection_context(manager_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The end that a timer decides runs the disconnect hooks with the connection's own context variables."""
+    """A close by a timer runs the disconnect hooks with the connection's own context variables."""
     monkeypatch.setattr(lifetimes_module, "COALESCE_DELAY", 0.0)
     manager, _ = manager_with(max_lifetime=0.05)
     seen: list[tuple[str, Any]] = []
@@ -167,7 +167,7 @@ async def test_timed_close_runs_hooks_in_connection_context(manager_with: Any, m
 
 @pytest.mark.parametrize("by_hand", [False, True])
 async def test_leftover_endpoint_task_does_not_hold_connection(manager_with: Any, *, by_hand: bool) -> None:
-    """A task that outlives the endpoint that has started it holds neither the connection nor its WebSocket."""
+    """A task that outlives the endpoint that started it holds neither the connection nor its WebSocket."""
     manager, _ = manager_with()
     left_running: list[asyncio.Task[None]] = []
 
@@ -177,19 +177,19 @@ async def test_leftover_endpoint_task_does_not_hold_connection(manager_with: Any
 
     client = Client(manager, "ann", by_hand=by_hand)
     ws = await client.connected()
-    gone = weakref.ref(ws.websocket)
-    await client.gone()
+    reference = weakref.ref(ws.websocket)
+    await client.disconnect()
     await eventually(lambda: not manager._node.connections)
     del client, ws
     for _ in range(3):
         await asyncio.sleep(0)
     gc.collect()
-    assert gone() is None
+    assert reference() is None
     left_running[0].cancel()
 
 
 async def test_task_serving_sockets_in_turn_holds_only_last_one(manager_with: Any) -> None:
-    """What a task remembers of the connections that it has opened shrinks when it opens the next one."""
+    """A task's record of the connections that it has opened shrinks when it opens the next one."""
     manager, _ = manager_with()
     alive: list[weakref.ref[Any]] = []
     for number in range(5):
@@ -205,7 +205,7 @@ async def test_task_serving_sockets_in_turn_holds_only_last_one(manager_with: An
 
 
 async def test_task_of_adopted_connection_releases_it_at_its_end(manager_with: Any) -> None:
-    """Without FastAPI around it a connection is remembered until its task is over, whichever of the two ends first."""
+    """Without FastAPI a connection is referenced until its task ends, whichever of the two ends first."""
     manager, _ = manager_with()
     alive: list[weakref.ref[Any]] = []
     left_running: list[asyncio.Task[None]] = []

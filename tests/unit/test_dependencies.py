@@ -1,4 +1,4 @@
-"""Tests of `stable_socket`, and of how the manager of an app is found."""
+"""Tests of `stable_socket`, and of finding the manager of an app."""
 
 import logging
 import threading
@@ -19,19 +19,19 @@ from fastapi_ws_stabilizer.socket import StableSocket
 from tests.support.fake_websocket import FakeServer
 
 
-async def greet(ws: StableSocket = Depends(stable_socket)) -> None:
-    """An endpoint that says who its client is."""
+async def send_id(ws: StableSocket = Depends(stable_socket)) -> None:
+    """Send the client its id."""
     await ws.send(ws.client_id)
 
 
 def with_endpoint(app: Any, path: str = "/ws/{client_id}") -> Any:
     """Add the endpoint to an app or router."""
-    app.add_api_websocket_route(path, greet)
+    app.add_api_websocket_route(path, send_id)
     return app
 
 
 def resume_result(client: TestClient, path: str = "/ws/ann") -> str:
-    """What the endpoint says to a client, which is then closed with 1000."""
+    """Return the text that the endpoint sends to a client, which is then closed with 1000."""
     with client.websocket_connect(path) as ws:
         said = ws.receive_text()
         closed = ws.receive()
@@ -40,14 +40,14 @@ def resume_result(client: TestClient, path: str = "/ws/ann") -> str:
 
 
 def test_manager_lifespan_serves_sockets() -> None:
-    """`FastAPI(lifespan=manager.lifespan)` is all that is needed."""
+    """`FastAPI(lifespan=manager.lifespan)` is sufficient."""
     app = with_endpoint(FastAPI(lifespan=WebSocketConnectionManager().lifespan))
     with TestClient(app) as client:
         assert resume_result(client) == "ann"
 
 
 def test_socket_works_without_running_lifespan() -> None:
-    """A test client without `with` runs no lifespan, and sockets work all the same."""
+    """A test client without `with` runs no lifespan, and sockets work nevertheless."""
     app = with_endpoint(FastAPI(lifespan=WebSocketConnectionManager().lifespan))
     assert resume_result(TestClient(app)) == "ann"
     assert resume_result(TestClient(app)) == "ann"
@@ -63,7 +63,7 @@ def test_installed_manager_serves_sockets() -> None:
 
 
 def test_manager_lifespan_inside_own_lifespan_serves_sockets() -> None:
-    """`async with manager.lifespan(app) as state: yield state` in the app's own lifespan."""
+    """`async with manager.lifespan(app) as state: yield state` works in the app's own lifespan."""
     manager = WebSocketConnectionManager()
 
     @asynccontextmanager
@@ -76,7 +76,7 @@ def test_manager_lifespan_inside_own_lifespan_serves_sockets() -> None:
 
 
 def test_manager_is_found_from_router_and_mounted_app() -> None:
-    """The manager of the app that runs is found from an included router and from a mounted sub-app."""
+    """The manager of the running app is found from an included router and from a mounted sub-app."""
     app = FastAPI(lifespan=WebSocketConnectionManager().lifespan)
     app.include_router(with_endpoint(APIRouter()), prefix="/router")
     app.mount("/sub", with_endpoint(FastAPI()))
@@ -119,21 +119,21 @@ def test_named_managers_share_one_app() -> None:
 
 
 class User:
-    """Somebody who is logged in."""
+    """A logged-in user."""
 
     def __init__(self, token: str) -> None:
         self.id = f"user-{token}"
 
 
 def current_user(token: Annotated[str, Query()]) -> User:
-    """A dependency that knows who it is."""
+    """Return the user of a connection."""
     if token == "bad":
         raise HTTPException(401)
     return User(token)
 
 
 def test_socket_for_uses_client_id_of_dependency() -> None:
-    """`manager.socket_for` takes the id from any dependency, and keeps the identity."""
+    """`manager.socket_for` takes the id from any dependency, and stores its result as the identity."""
     manager = WebSocketConnectionManager()
     app = FastAPI(lifespan=manager.lifespan)
     socket = manager.socket_for(current_user, key=lambda user: user.id, control_frames=False)
@@ -167,7 +167,7 @@ def test_dependency_overrides_replace_identity_and_socket() -> None:
 
 @pytest.mark.parametrize("disconnect_code", [1000, 1005, 1006])
 def test_disconnect_in_endpoint_leaves_no_traceback(disconnect_code: int, caplog: pytest.LogCaptureFixture) -> None:
-    """An endpoint that lets the disconnect escape, or refuses afterwards, leaves no traceback, whatever the code."""
+    """An endpoint that lets the disconnect propagate, or rejects afterwards, logs no traceback."""
     app = FastAPI(lifespan=WebSocketConnectionManager().lifespan)
     seen: list[str] = []
 
@@ -192,7 +192,7 @@ def test_disconnect_in_endpoint_leaves_no_traceback(disconnect_code: int, caplog
 
 
 def test_dependencies_of_endpoint_are_closed() -> None:
-    """Dependencies before and after the socket get their whole clean-up, and learn that something failed."""
+    """Dependencies before and after the socket run their whole cleanup, and get the exception."""
     app = FastAPI(lifespan=WebSocketConnectionManager().lifespan)
     log: list[str] = []
     closed = threading.Event()
@@ -222,13 +222,13 @@ def test_dependencies_of_endpoint_are_closed() -> None:
             with client.websocket_connect(path) as ws:
                 assert ws.receive_text() == "db"
                 assert ws.receive()["code"] == code
-                assert closed.wait(5)  # an older TestClient cancels what is still at work when it is left
+                assert closed.wait(5)  # an older TestClient cancels running code on exit
                 closed.clear()
     assert log == ["committed", "rolled back after WebSocketException"]
 
 
 def test_invalid_parameter_after_accept_closes_with_1008() -> None:
-    """A validation error of the endpoint's parameters refuses, and no endpoint runs."""
+    """A validation error of the endpoint's parameters rejects the connection, and the endpoint does not run."""
     app = FastAPI(lifespan=WebSocketConnectionManager().lifespan)
 
     @app.websocket("/ws")
@@ -239,7 +239,7 @@ def test_invalid_parameter_after_accept_closes_with_1008() -> None:
         assert ws.receive()["code"] == 1008
 
 
-# ── finding ──
+# ── finding the manager ──
 
 
 @pytest.mark.parametrize(
@@ -248,13 +248,13 @@ def test_invalid_parameter_after_accept_closes_with_1008() -> None:
     ids=["none", "object", "plain", "lifespan"],
 )
 def test_missing_manager_error_lists_three_fixes(app: Any) -> None:
-    """An app without a manager is an error with the three ways out of it."""
+    """In an app without a manager the error lists three solutions."""
     with pytest.raises(ManagerNotFoundError, match=r"FastAPI\(lifespan=manager\.lifespan\)"):
         find_manager(FakeServer(app=app).websocket)
 
 
 def test_foreign_object_in_app_state_is_not_manager() -> None:
-    """What is found has to be a manager."""
+    """An object of another type is not taken for a manager."""
     app = FastAPI()
     app.state.fastapi_ws_stabilizer = "not a manager"
     with pytest.raises(ManagerNotFoundError):
@@ -262,7 +262,7 @@ def test_foreign_object_in_app_state_is_not_manager() -> None:
 
 
 def test_lifespan_closure_with_empty_variable_is_skipped() -> None:
-    """A closure with an empty variable hides no manager behind another error."""
+    """A closure with an empty variable is skipped, and does not cause another error."""
 
     def make() -> Any:
         if False:
@@ -280,7 +280,7 @@ def test_lifespan_closure_with_empty_variable_is_skipped() -> None:
 
 
 def test_endless_lifespan_chain_is_abandoned() -> None:
-    """Looking through merged lifespans has an end."""
+    """The search through merged lifespans is bounded."""
 
     def around(inner: Any) -> Any:
         async def lifespan(app: Any) -> Any:
@@ -298,16 +298,16 @@ def test_endless_lifespan_chain_is_abandoned() -> None:
     assert dependencies._manager_from_lifespan(lifespan) is None
 
 
-# ── a socket that no dependency gives ──
+# ── a socket without a dependency ──
 
 
 @pytest.mark.parametrize("annotation", [StableSocket, StableSocket | None, Annotated[StableSocket, "a note"]])
 @pytest.mark.parametrize("decorate", [lambda app: app.websocket("/ws"), lambda app: app.get("/page")])
 def test_bare_stable_socket_annotation_names_dependency(annotation: Any, decorate: Any) -> None:
-    """`ws: StableSocket` alone is refused with the name of the dependency."""
+    """`ws: StableSocket` alone is rejected with the name of the dependency."""
 
     async def endpoint(ws: Any) -> None:
-        """Ask for a socket as if it were a query parameter."""
+        """Declare a socket as if it were a query parameter."""
 
     endpoint.__annotations__["ws"] = annotation
     with pytest.raises(TypeError, match=r"write `ws: StableSocketDep`, or `ws: StableSocket = Depends\("):
@@ -315,7 +315,7 @@ def test_bare_stable_socket_annotation_names_dependency(annotation: Any, decorat
 
 
 def test_socket_is_allowed_in_arbitrary_types_model() -> None:
-    """A model or dataclass of the application can hold sockets."""
+    """A model or dataclass of the application can contain sockets."""
 
     class Player(BaseModel):
         """A player of a game."""

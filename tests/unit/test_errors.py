@@ -1,4 +1,4 @@
-"""Tests of the tree of errors."""
+"""Tests of the error classes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ ERRORS = [
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_each_error_has_base_sentence_and_close_code(error: errors.WebSocketStabilizerError) -> None:
-    """Each error has the one base, a sentence, and a close code that can be sent."""
+    """Each error has the common base, a sentence, and a valid close code."""
     assert isinstance(error, errors.WebSocketStabilizerError)
     assert str(error)
     assert check_close_code(error.close_code)
@@ -56,7 +56,7 @@ def test_each_error_has_base_sentence_and_close_code(error: errors.WebSocketStab
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_each_error_survives_pickling(error: errors.WebSocketStabilizerError) -> None:
-    """An error crosses a process border with its facts and its sentence."""
+    """A pickled error keeps its attributes and its sentence."""
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is type(error)
     assert str(copy) == str(error)
@@ -64,7 +64,7 @@ def test_each_error_survives_pickling(error: errors.WebSocketStabilizerError) ->
 
 
 def test_all_errors_are_tested() -> None:
-    """No class of the module escapes these tests."""
+    """These tests cover every class of the module."""
     classes = {
         value
         for value in vars(errors).values()
@@ -95,12 +95,12 @@ def test_all_errors_are_tested() -> None:
     ],
 )
 def test_error_inherits_from_expected_builtin(kind: type, builtin: type) -> None:
-    """Code that knows only Python's or Starlette's error catches ours."""
+    """Code that catches only Python's or Starlette's error catches the library's error too."""
     assert issubclass(kind, builtin)
 
 
 def test_socket_closed_error_has_close_info() -> None:
-    """The error has the ending, and code and reason as in Starlette's `WebSocketDisconnect`."""
+    """The error has the close info, and code and reason as in Starlette's `WebSocketDisconnect`."""
     how = local_close(DisconnectReason.REPLACED)
     error = errors.closed_error_for(how)
     assert type(error) is errors.SocketClosed
@@ -110,7 +110,7 @@ def test_socket_closed_error_has_close_info() -> None:
 
 
 def test_socket_closed_error_without_reason_shows_cause_and_code() -> None:
-    """An empty close reason leaves no empty brackets."""
+    """An empty close reason leaves no empty brackets in the text."""
     assert (
         str(errors.closed_error_for(local_close(DisconnectReason.COMPLETED)))
         == "the connection is closed: completed, code 1000"
@@ -118,7 +118,7 @@ def test_socket_closed_error_without_reason_shows_cause_and_code() -> None:
 
 
 def test_heartbeat_timeout_raises_connection_timeout_error() -> None:
-    """After a heartbeat timeout readers and senders get a `ConnectionTimeoutError`, which is no `TimeoutError`."""
+    """After a heartbeat timeout readers and senders get a `ConnectionTimeoutError`, which is not a `TimeoutError`."""
     error = errors.closed_error_for(local_close(DisconnectReason.HEARTBEAT_TIMEOUT))
     assert isinstance(error, errors.ConnectionTimeoutError)
     assert not isinstance(error, TimeoutError)
@@ -126,14 +126,14 @@ def test_heartbeat_timeout_raises_connection_timeout_error() -> None:
 
 
 def test_error_details_are_attributes() -> None:
-    """What an error is about can be read without parsing its sentence."""
+    """The details of an error are attributes, so that its sentence need not be parsed."""
     assert errors.ConnectionNotFoundError("ann").client_id == "ann"
     assert errors.DuplicateClientError("ann").client_id == "ann"
     assert errors.BroadcastFailedError(3).total == 3
 
 
 def test_invalid_token_error_names_token_purpose() -> None:
-    """A ticket is not called a reconnect token, neither to the developer nor to the client."""
+    """The text for a ticket does not mention a reconnect token, neither for the developer nor for the client."""
     bad, old = errors.InvalidTokenError("revoked", kind="ticket"), errors.TokenExpiredError(kind="ticket")
     assert "the ticket is invalid: it was revoked" in str(bad)
     assert "ticket_ttl has passed" in str(old)
@@ -144,13 +144,13 @@ def test_invalid_token_error_names_token_purpose() -> None:
 
 
 def test_client_id_with_line_break_is_quoted() -> None:
-    """A hostile client id cannot begin a new line in an error's sentence."""
+    """A client id with a line break does not start a new line in an error's text."""
     assert "\n" not in str(errors.ConnectionNotFoundError("a\nb"))
     assert "\n" not in str(errors.DuplicateClientError("a\nb"))
 
 
 def test_error_close_codes_distinguish_failure_kinds() -> None:
-    """1011 stands for a bug; what is not a bug has a code of its own."""
+    """1011 stands for a bug; every other failure has its own code."""
     assert errors.DuplicateClientError.close_code == 4409
     assert errors.MessageFormatError.close_code == 1003
     assert errors.ShutdownError.close_code == 1012
@@ -158,7 +158,7 @@ def test_error_close_codes_distinguish_failure_kinds() -> None:
 
 
 def test_shutdown_error_names_drain_and_shutdown() -> None:
-    """Its text names both states, and what ends them."""
+    """The text names both states, and when they end."""
     text = str(errors.ShutdownError())
     assert "draining or shut down" in text
     assert "start()" in text

@@ -1,4 +1,4 @@
-"""Tests of the interface through which the core tells what happened."""
+"""Tests of the event bus, through which the core informs its listeners."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastapi_ws_stabilizer.events import MAX_THROTTLED_KINDS, THROTTLE_INTERVAL,
 
 
 def test_every_listener_gets_every_event() -> None:
-    """A report reaches all listeners with its event, level and facts."""
+    """An event reaches all listeners with its name, level and fields."""
     events = EventBus()
     first: list[Event] = []
     second: list[Event] = []
@@ -21,7 +21,7 @@ def test_every_listener_gets_every_event() -> None:
 
 
 def test_unsubscribed_listener_gets_no_event() -> None:
-    """What `subscribe` returns ends the subscription."""
+    """The function that `subscribe` returns ends the subscription."""
     events = EventBus()
     heard: list[Event] = []
     stop = events.subscribe(heard.append)
@@ -31,7 +31,7 @@ def test_unsubscribed_listener_gets_no_event() -> None:
 
 
 def test_listener_may_unsubscribe_during_call() -> None:
-    """A listener that leaves in the middle of a report keeps nobody else from hearing it."""
+    """A listener that unsubscribes during an event does not affect the others."""
     events = EventBus()
     heard: list[str] = []
 
@@ -47,7 +47,7 @@ def test_listener_may_unsubscribe_during_call() -> None:
 
 
 def test_failing_listener_is_logged_and_others_are_called(caplog: pytest.LogCaptureFixture) -> None:
-    """The failure of one listener is logged, and the others still hear the report."""
+    """The failure of one listener is logged, and the others still get the event."""
     events = EventBus()
     heard: list[Event] = []
 
@@ -63,7 +63,7 @@ def test_failing_listener_is_logged_and_others_are_called(caplog: pytest.LogCapt
 
 
 def test_emit_exception_emits_error_event() -> None:
-    """A bug is reported at level ERROR with the exception itself."""
+    """A bug is emitted at level ERROR with the exception itself."""
     events = EventBus()
     heard: list[Event] = []
     events.subscribe(heard.append)
@@ -73,7 +73,7 @@ def test_emit_exception_emits_error_event() -> None:
 
 
 def test_counters_start_at_zero_and_are_per_manager() -> None:
-    """Two managers do not count into each other's totals."""
+    """Each manager has its own counters, which start at zero."""
     one, other = EventBus(), EventBus()
     one.counters.broadcasts += 1
     one.counters.endings["x"] += 1  # type: ignore[index]
@@ -82,7 +82,7 @@ def test_counters_start_at_zero_and_are_per_manager() -> None:
 
 
 class Clock:
-    """Time that a test moves."""
+    """Clock that a test moves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
@@ -90,7 +90,7 @@ class Clock:
 
 
 def test_throttled_event_is_emitted_once_per_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of a kind has its level, the others are at DEBUG, and the next one that has it says how many they were."""
+    """The first event of a kind has its level, later ones are at DEBUG, and the next at its level has their number."""
     clock, events = Clock(monkeypatch), EventBus()
     heard: list[Event] = []
     events.subscribe(heard.append)
@@ -108,10 +108,10 @@ def test_throttled_event_is_emitted_once_per_minute(monkeypatch: pytest.MonkeyPa
 
 
 def test_throttling_of_one_event_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kinds are counted for each event: too many of one, which share a minute then, leave the others at their level."""
+    """Kinds are counted for each event; when one event has too many, only its own kinds share a minute."""
     Clock(monkeypatch)
     events = EventBus()
-    told = [events.emit_throttled("refused", logging.WARNING, f"{kind}") for kind in range(2 * MAX_THROTTLED_KINDS)]
-    assert told == [True] * (MAX_THROTTLED_KINDS + 1) + [False] * (MAX_THROTTLED_KINDS - 1)
+    emitted = [events.emit_throttled("refused", logging.WARNING, f"{kind}") for kind in range(2 * MAX_THROTTLED_KINDS)]
+    assert emitted == [True] * (MAX_THROTTLED_KINDS + 1) + [False] * (MAX_THROTTLED_KINDS - 1)
     assert events.emit_throttled("limited", logging.WARNING, "0")
     assert events.emit_throttled("limited", logging.WARNING, "")

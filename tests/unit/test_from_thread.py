@@ -1,4 +1,4 @@
-"""Tests of `manager.from_thread`, and of calls that are made on a wrong event loop."""
+"""Tests of `manager.from_thread`, and of calls on a wrong event loop."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ CALLS: dict[str, Call] = {
 
 
 async def in_a_thread(call: Callable[[], Any]) -> Any:
-    """What a call returns in a thread of its own, which no event loop runs in."""
+    """Return the result of a call in a new thread without an event loop."""
     return await asyncio.wait_for(asyncio.to_thread(call), 5)
 
 
@@ -100,11 +100,11 @@ async def test_call_on_other_loop_raises_and_changes_nothing(manager_with: Any, 
     assert manager.room("lobby").presence[0].metadata == {"colour": "blue"}
     await ws.send("after")
     await ann.server.until(lambda: ann.server.data == ["after"])
-    await ann.gone()
+    await ann.disconnect()
 
 
 async def test_read_only_calls_work_from_any_thread(manager_with: Any) -> None:
-    """Calls that only look can be made in any thread, such as that of a `def` route."""
+    """Read-only calls work in any thread, such as that of a `def` route."""
     manager, _ = manager_with()
     ann = Client(manager, "ann")
     await ann.connected()
@@ -125,11 +125,11 @@ async def test_read_only_calls_work_from_any_thread(manager_with: Any) -> None:
         )
 
     assert await in_a_thread(look) == (["ann"], 1, True, ["lobby"], ["ann"], 1, ("lobby",), False)
-    await ann.gone()
+    await ann.disconnect()
 
 
 async def test_call_from_thread_returns_result(manager_with: Any) -> None:
-    """broadcast, send_to_client, disconnect and run reach the clients from a thread, and return the results."""
+    """broadcast, send_to_client, disconnect and run work from a thread, and return their results."""
     manager, _ = manager_with()
     ann, bob = Client(manager, "ann"), Client(manager, "bob")
     await ann.connected()
@@ -155,12 +155,12 @@ async def test_call_from_thread_returns_result(manager_with: Any) -> None:
     await ann.server.until(lambda: ann.server.data == ["all", "room", '{"to":"ann"}', "by run"])
     await bob.server.until(lambda: bob.server.close_frames == [(4001, "bye")])
     assert bob.server.data == ["all", "bob"]
-    await ann.gone()
-    await bob.gone()
+    await ann.disconnect()
+    await bob.disconnect()
 
 
 async def test_message_from_thread_with_history_false_is_not_stored(manager_with: Any) -> None:
-    """`history=False` of `from_thread.broadcast` keeps a message from those who join later."""
+    """`history=False` of `from_thread.broadcast` excludes a message from the room's history."""
     manager, _ = manager_with(room_history=10)
     ann, bob = Client(manager, "ann"), Client(manager, "bob")
     await ann.connected()
@@ -171,8 +171,8 @@ async def test_message_from_thread_with_history_false_is_not_stored(manager_with
     await manager.get_sockets("bob")[0].join("lobby", history=10)
     await bob.server.until(lambda: bob.server.data)
     assert bob.server.data == ["kept"]
-    await ann.gone()
-    await bob.gone()
+    await ann.disconnect()
+    await bob.disconnect()
 
 
 async def _times_out() -> None:
@@ -192,7 +192,7 @@ async def _times_out() -> None:
 async def test_call_from_thread_raises_exception_of_call(
     manager_with: Any, call: Callable[[Manager], Any], error: type[Exception]
 ) -> None:
-    """An exception of the call is raised in the thread, a `TimeoutError` of its own included."""
+    """An exception of the call is raised in the thread, including its own `TimeoutError`."""
     manager, _ = manager_with()
     await manager.start()
     with pytest.raises(error):
@@ -200,7 +200,7 @@ async def test_call_from_thread_raises_exception_of_call(
 
 
 async def test_from_thread_on_own_loop_raises(manager_with: Any) -> None:
-    """`from_thread` on the manager's own loop would wait for ever, so it raises at once and says what to write."""
+    """`from_thread` on the manager's own loop would block forever, so it raises and says what to write."""
     manager, _ = manager_with()
     await manager.start()
     with pytest.raises(WrongLoopError, match=r"await manager\.broadcast"):
@@ -208,7 +208,7 @@ async def test_from_thread_on_own_loop_raises(manager_with: Any) -> None:
 
 
 async def test_call_from_thread_over_timeout_is_cancelled(manager_with: Any) -> None:
-    """The thread waits for `timeout` seconds at most; the call is cancelled then."""
+    """The thread waits for `timeout` seconds at most; then the call is cancelled."""
     manager, _ = manager_with()
     await manager.start()
     cancelled = asyncio.Event()
@@ -225,13 +225,13 @@ async def test_call_from_thread_over_timeout_is_cancelled(manager_with: Any) -> 
 
 
 def test_call_from_thread_before_start_raises() -> None:
-    """A manager that was never started has no event loop to hand the call to."""
+    """A manager that was never started has no event loop for the call."""
     with pytest.raises(ManagerNotRunningError, match="lifespan"):
         WebSocketConnectionManager().from_thread.broadcast("hi")
 
 
 def test_call_from_thread_after_loop_end_raises() -> None:
-    """When the event loop has ended, calls raise at once."""
+    """After the event loop has ended, calls raise at once."""
     manager = WebSocketConnectionManager()
     run(manager.start())
     with pytest.raises(ManagerNotRunningError):
@@ -239,7 +239,7 @@ def test_call_from_thread_after_loop_end_raises() -> None:
 
 
 def test_call_from_thread_interrupted_by_loop_end_raises() -> None:
-    """A thread that waits when the event loop ends is let go."""
+    """A thread that waits when the event loop ends gets an error."""
     manager = WebSocketConnectionManager()
     raised: list[BaseException] = []
     begun = threading.Event()
@@ -267,7 +267,7 @@ def test_call_from_thread_interrupted_by_loop_end_raises() -> None:
 
 
 async def test_thread_pool_handler_sends_with_from_thread() -> None:
-    """A `def` handler, which runs in the thread pool, answers its own client by `from_thread`."""
+    """A `def` handler, which runs in the thread pool, answers its own client with `from_thread`."""
     async with Stage() as stage:
 
         @stage.manager.on_message("ask")
@@ -279,9 +279,11 @@ async def test_thread_pool_handler_sends_with_from_thread() -> None:
         await line.server.until(lambda: line.server.data == ["answer"])
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 does not tell it from the end of the event loop")
+@pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="Python 3.10 does not distinguish it from the end of the event loop"
+)
 async def test_cancelled_error_in_call_from_thread_is_raised(manager_with: Any) -> None:
-    """A function that awaits something that was cancelled raises `CancelledError`: the manager runs all the same."""
+    """A function that awaits a cancelled future raises `CancelledError`, although the manager is running."""
     manager, _ = manager_with()
     await manager.start()
 
@@ -298,7 +300,7 @@ async def test_cancelled_error_in_call_from_thread_is_raised(manager_with: Any) 
 
 
 async def test_token_by_client_id_from_thread_raises(manager_with: Any) -> None:
-    """`generate_reconnect_token` with a client id changes what the manager knows, and so belongs to its event loop."""
+    """`generate_reconnect_token` with a client id changes the manager's state, so it belongs to its event loop."""
     manager, _ = manager_with()
     await manager.start()
     with pytest.raises(WrongLoopError, match="from_thread"):

@@ -1,4 +1,4 @@
-"""The laws of the architecture that can be shown without a server; the rest is shown on real ones."""
+"""Architectural rules that can be tested without a server. The others are tested on real servers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding
 
 
 def dotted(node: ast.AST) -> str:
-    """The name that an expression spells, such as `asyncio.create_task`."""
+    """Return the dotted name of an expression, such as `asyncio.create_task`."""
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value)}.{node.attr}"
     if isinstance(node, ast.Call):
@@ -34,7 +34,7 @@ def dotted(node: ast.AST) -> str:
 
 
 def mentions(*last_names: str) -> dict[str, list[str]]:
-    """Modules in which an attribute or a name with one of these last parts is spelt, each with what is spelt."""
+    """Return modules that use an attribute or a name with one of these last parts, with what they use."""
     found: dict[str, list[str]] = {}
     for module, tree in TREES.items():
         for node in ast.walk(tree):
@@ -44,7 +44,7 @@ def mentions(*last_names: str) -> dict[str, list[str]]:
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[str, list[str]]]:
-    """Every import of a module: from where, and what."""
+    """Return every import of a module: from where, and what."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             yield "." * node.level + (node.module or ""), [alias.name for alias in node.names]
@@ -53,16 +53,16 @@ def imports(tree: ast.Module) -> Iterator[tuple[str, list[str]]]:
 
 
 def test_package_modules_are_found() -> None:
-    """These tests look at all modules, so an empty list would prove nothing."""
+    """The list of modules is not empty, which would make these tests meaningless."""
     assert len(TREES) > 30
     assert "connection/connection.py" in TREES
 
 
-# ── by connection ──
+# ── connections have ids ──
 
 
 async def test_law_1_old_connection_teardown_spares_newer_one(manager_with: Any) -> None:
-    """Every step of an old connection's end looks itself up by its connection id."""
+    """Every step of an old connection's teardown uses its connection id."""
     manager, _ = manager_with(on_duplicate="allow")
     old_server, new_server = FakeServer(), FakeServer()
     old = await manager.connect("ann", await old_server.accepted())
@@ -80,7 +80,7 @@ async def test_law_1_old_connection_teardown_spares_newer_one(manager_with: Any)
 
 
 async def test_law_2_pongs_and_closes_are_handled_during_user_code(manager_with: Any) -> None:
-    """A client is heard, answered and missed without its endpoint ever reading."""
+    """Pongs, pings and disconnects are processed even if the endpoint never reads."""
     manager, _ = manager_with()
     server = FakeServer()
     socket = await manager.connect("ann", await server.accepted())
@@ -92,7 +92,7 @@ async def test_law_2_pongs_and_closes_are_handled_during_user_code(manager_with:
     assert socket.reason is DisconnectReason.CLIENT_CLOSE
 
 
-# ── nobody awaits a slow client ──
+# ── no call waits for a slow client ──
 
 
 async def test_law_3_no_call_waits_for_slow_client(manager_with: Any) -> None:
@@ -110,11 +110,11 @@ async def test_law_3_no_call_waits_for_slow_client(manager_with: Any) -> None:
     assert server.data == []
 
 
-# ── an honest close frame on every exit ──
+# ── every local close sends a close frame ──
 
 
 async def test_law_4_every_local_close_sends_its_table_code(bench: Any) -> None:
-    """No path of our own leaves the client with 1006."""
+    """No local close leaves the client with 1006."""
     for reason in DisconnectReason:
         if reason is DisconnectReason.NETWORK_LOST:
             continue
@@ -126,7 +126,7 @@ async def test_law_4_every_local_close_sends_its_table_code(bench: Any) -> None:
 
 
 async def test_law_4_normal_disconnect_logs_nothing_above_info(bench: Any) -> None:
-    """Whatever way a client goes, nothing of it is above INFO."""
+    """Regardless of how a client disconnects, nothing is logged above INFO."""
     for code in (1000, 1001, 1005, 1006, 1012, 4000):
         b = bench()
         connection, _ = await b.open()
@@ -139,7 +139,7 @@ async def test_law_4_normal_disconnect_logs_nothing_above_info(bench: Any) -> No
 
 
 async def test_law_5_unsent_and_unread_messages_are_reported(bench: Any) -> None:
-    """Each message that an ending throws away is in the totals and in a report."""
+    """Each message that a close discards is in the counters and in an event."""
     b = bench()
     connection, _ = await b.open()
     b.server.block()
@@ -158,7 +158,7 @@ async def test_law_5_unsent_and_unread_messages_are_reported(bench: Any) -> None
 
 
 async def test_law_5_unread_message_after_endpoint_return_is_counted(manager_with: Any) -> None:
-    """A message that is still unread when its endpoint has returned is counted, whoever ended the connection."""
+    """An unread message counts as discarded when its endpoint has returned after a close by the client."""
     manager, _ = manager_with()
     server = FakeServer()
     server.feed_text("1", "2", "3")
@@ -173,7 +173,7 @@ async def test_law_5_unread_message_after_endpoint_return_is_counted(manager_wit
 
 
 async def test_law_6_broadcast_is_encoded_once(manager_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many clients there are, the payload is serialised one time."""
+    """The payload is serialised once for any number of clients."""
     manager, _ = manager_with()
     servers = [FakeServer() for _ in range(20)]
     for number, server in enumerate(servers):
@@ -190,7 +190,7 @@ async def test_law_6_broadcast_is_encoded_once(manager_with: Any, monkeypatch: p
 
 
 async def test_law_6_unencodable_payload_touches_no_socket(manager_with: Any) -> None:
-    """It raises at the caller; nobody gets anything, nobody goes."""
+    """The call raises, no client gets a message, and no connection closes."""
     manager, heard = manager_with()
     server = FakeServer()
     await manager.connect("ann", await server.accepted())
@@ -207,7 +207,7 @@ async def test_law_6_unencodable_payload_touches_no_socket(manager_with: Any) ->
 
 
 def test_law_7_every_option_is_read() -> None:
-    """Each option is looked at somewhere in the package; what that changes is in `tests/test_options.py`."""
+    """Each option is used somewhere in the package; `tests/test_options.py` tests its effect."""
     outside_of_config = "".join(path.read_text(encoding="utf-8") for path in MODULES if path.name != "config.py")
     for option in fastapi_ws_stabilizer.WebSocketConfig.model_fields:
         assert f"config.{option}" in outside_of_config, option
@@ -217,7 +217,7 @@ def test_law_7_every_option_is_read() -> None:
 
 
 def test_law_8_no_context_manager_is_open_at_yield() -> None:
-    """No task group, cancel scope or timeout is open where a generator yields: it would cancel the wrong code."""
+    """No task group, cancel scope or timeout is open where a generator yields, because it would cancel other code."""
     guards = ("TaskGroup", "create_task_group", "CancelScope", "timeout", "timeout_at", "fail_after", "move_on_after")
     offenders = []
     for module, tree in TREES.items():
@@ -231,7 +231,7 @@ def test_law_8_no_context_manager_is_open_at_yield() -> None:
 
 
 def test_law_8_caught_cancellation_is_raised_again() -> None:
-    """Nobody catches `CancelledError` or `BaseException` without raising in the same handler."""
+    """Every handler of `CancelledError` or `BaseException` raises again."""
     offenders = []
     for module, tree in TREES.items():
         for node in ast.walk(tree):
@@ -248,18 +248,18 @@ def test_law_8_caught_cancellation_is_raised_again() -> None:
     assert offenders == []
 
 
-# ── one clock, one maker of tasks ──
+# ── one clock, one module that creates tasks ──
 
 
 def test_law_9_only_clock_module_reads_time() -> None:
-    """Only `clock.py` asks for the time, so durations are measured on the monotonic clock alone."""
+    """Only `clock.py` reads the time, so durations use the monotonic clock alone."""
     readers = mentions("monotonic", "time", "perf_counter", "time_ns", "monotonic_ns", "now", "utcnow", "today")
     readers = {module: [name for name in names if "." in name] for module, names in readers.items()}
     assert {module for module, names in readers.items() if names} == {"clock.py"}
 
 
 def test_law_9_other_modules_do_not_import_clocks() -> None:
-    """`time` and `datetime` serve elsewhere only to write durations and moments down, not to read a clock."""
+    """Other modules use `time` and `datetime` only for durations and formats, not to read a clock."""
     importers = {
         module: sorted(name for source, names in imports(tree) if source in ("time", "datetime") for name in names)
         for module, tree in TREES.items()
@@ -274,13 +274,13 @@ def test_law_9_other_modules_do_not_import_clocks() -> None:
 
 
 def test_only_tasks_module_creates_tasks() -> None:
-    """Only `tasks.py` starts a task; `StableSocket.create_task` is the user's, and goes there too."""
+    """Only `tasks.py` creates a task; `StableSocket.create_task` uses it too."""
     makers = mentions("create_task", "ensure_future", "run_coroutine_threadsafe", "TaskGroup", "create_task_group")
     assert set(makers) == {"tasks.py"}
 
 
 def test_no_asyncio_queue_is_used() -> None:
-    """Nothing waits in an `asyncio.Queue`, whose bound is messages only and easily forgotten."""
+    """No `asyncio.Queue` is used, because its limit counts messages only and is optional."""
     assert mentions("Queue", "LifoQueue", "PriorityQueue", "SimpleQueue") == {}
 
 
@@ -288,7 +288,7 @@ def test_no_asyncio_queue_is_used() -> None:
 
 
 def test_package_root_is_not_imported_inside_package() -> None:
-    """The root is for users; inside, each import names the module, so that the arrow can be read in the line."""
+    """Inside the package each import names the module, so that the dependency is visible."""
     offenders = [
         module
         for module, tree in TREES.items()
@@ -299,7 +299,7 @@ def test_package_root_is_not_imported_inside_package() -> None:
 
 
 def test_law_12_only_dependencies_are_imported() -> None:
-    """The core needs FastAPI, what FastAPI brings, and the standard library."""
+    """The core needs FastAPI, its dependencies, and the standard library."""
     allowed = {
         "fastapi",
         "starlette",
@@ -326,7 +326,7 @@ def test_law_12_only_dependencies_are_imported() -> None:
 
 
 def test_law_12_modules_with_extras_are_not_imported() -> None:
-    """The modules that stand on an optional package are reached by their names only."""
+    """Modules that need an optional package are imported lazily."""
     importers = {
         module
         for module, tree in TREES.items()
@@ -344,14 +344,14 @@ def test_law_12_modules_with_extras_are_not_imported() -> None:
         )
     }
     assert importers == {
-        "servers/uvicorn/__init__.py",  # only when its class is asked for
+        "servers/uvicorn/__init__.py",  # only when its class is accessed
         "servers/uvicorn/protocol.py",
         "servers/uvicorn/paced_parser.py",
     }
 
 
 def test_public_names_exist_in_order() -> None:
-    """Everything in `__all__` exists, in order, and the version is a version."""
+    """Every name in `__all__` exists, in order, and the version is valid."""
     names = fastapi_ws_stabilizer.__all__
     assert names == sorted(names)
     assert all(hasattr(fastapi_ws_stabilizer, name) for name in names)
@@ -360,7 +360,7 @@ def test_public_names_exist_in_order() -> None:
 
 
 def test_public_names_have_docstrings() -> None:
-    """Each public name has a docstring that begins with a sentence."""
+    """Each public name has a docstring that starts with a sentence."""
     missing = []
     for module, tree in TREES.items():
         for node in [tree, *ast.walk(tree)]:
@@ -372,7 +372,7 @@ def test_public_names_have_docstrings() -> None:
 
 
 def _is_inner(tree: ast.Module, node: ast.AST) -> bool:
-    """Whether a function stands inside another function, is an overload, or belongs to a private class."""
+    """Return whether a function is nested, is an overload, or belongs to a private class."""
     for outer in ast.walk(tree):
         if outer is node:
             continue
@@ -384,7 +384,7 @@ def _is_inner(tree: ast.Module, node: ast.AST) -> bool:
     return any(dotted(decorator).split(".")[-1] == "overload" for decorator in decorators)
 
 
-# ── idle costs nothing, and nothing is left behind ──
+# ── no cost when idle, and nothing left behind ──
 
 
 def _timers() -> int:
@@ -397,8 +397,8 @@ def _of_connections(tasks: set[Any]) -> list[str]:
 
 
 async def test_law_11_idle_connection_has_one_task_and_no_timer(manager_with: Any) -> None:
-    """A hundred idle connections are a hundred pumps and the one timer of the heartbeat."""
-    manager, _ = manager_with(heartbeat_interval=100_000)  # nobody is pinged while this looks
+    """A hundred idle connections need a hundred pumps and the single timer of the heartbeat."""
+    manager, _ = manager_with(heartbeat_interval=100_000)  # no ping is due during the test
     await manager.start()
     tasks, timers = asyncio.all_tasks(), _timers()
     for number in range(100):
@@ -411,7 +411,7 @@ async def test_law_11_idle_connection_has_one_task_and_no_timer(manager_with: An
 
 
 async def test_closed_connection_leaves_no_entry(manager_with: Any) -> None:
-    """Whatever way connections end, registry, heartbeat, tasks and unfinished ones are empty afterwards."""
+    """After all kinds of closes, registry, heartbeat, tasks and closing connections are empty."""
     manager, _ = manager_with()
     await manager.start()
     before = asyncio.all_tasks()

@@ -1,4 +1,4 @@
-"""Tests of the façade."""
+"""Tests of the manager's public methods."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from fastapi import FastAPI, HTTPException, WebSocketException
 from starlette.websockets import WebSocketDisconnect
 
-from fastapi_ws_stabilizer import scheduling as turns_module
+from fastapi_ws_stabilizer import scheduling as scheduling_module
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection import asgi_outbox as asgi_outbox_module
@@ -37,7 +37,7 @@ from tests.support.own_loop import run
 
 
 class Client:
-    """One client of a manager: its server, and the task that serves it, which waits until the client leaves."""
+    """One client of a manager: its server, and the task that serves it, which waits until the client disconnects."""
 
     def __init__(self, manager: WebSocketConnectionManager, client_id: str = "ann", *, by_hand: bool = False) -> None:
         self.server = FakeServer(path_params={"client_id": client_id})
@@ -62,22 +62,22 @@ class Client:
                 await self.manager.disconnect(self.client_id)
 
     async def connected(self) -> StableSocket:
-        """The socket, once the endpoint has it."""
+        """Return the socket, once the endpoint has it."""
         await eventually(lambda: self.socket is not None or self.task.done())
         if self.socket is None:
             await self.task
         assert self.socket is not None
         return self.socket
 
-    async def gone(self) -> None:
-        """Let the client leave, and wait for its endpoint."""
+    async def disconnect(self) -> None:
+        """Let the client disconnect, and wait for its endpoint."""
         self.server.feed_disconnect(1001)
         await with_deadline(self.task)
 
 
 @pytest.fixture
 def clients_of() -> Any:
-    """Connect clients to a manager."""
+    """Return a function that connects clients to a manager."""
 
     async def connect(manager: WebSocketConnectionManager, *client_ids: str, **kwargs: Any) -> list[Client]:
         clients = [Client(manager, client_id, **kwargs) for client_id in client_ids]
@@ -88,11 +88,11 @@ def clients_of() -> Any:
     return connect
 
 
-# ── starting and stopping ──
+# ── start and shutdown ──
 
 
 async def test_new_manager_has_default_options() -> None:
-    """Without a config the defaults hold, and nobody is connected."""
+    """Without a config the defaults apply, and no client is connected."""
     manager = WebSocketConnectionManager()
     assert manager.config == WebSocketConfig()
     assert manager.get_connection_count() == 0
@@ -102,7 +102,7 @@ async def test_new_manager_has_default_options() -> None:
 
 
 async def test_second_start_changes_nothing(manager_with: Any, clients_of: Any) -> None:
-    """A second `start` makes no second heartbeat, and no connection is lost."""
+    """A second `start` creates no second heartbeat and loses no connection."""
     manager, _ = manager_with()
     await manager.start()
     (client,) = await clients_of(manager, "ann")
@@ -114,25 +114,25 @@ async def test_second_start_changes_nothing(manager_with: Any, clients_of: Any) 
     assert manager.get_active_connections() == ["ann"]
     assert manager.running
     assert manager.uptime_seconds > 0
-    await client.gone()
+    await client.disconnect()
 
 
 async def test_start_applies_log_level(manager_with: Any) -> None:
-    """`log_level` is honoured."""
+    """`log_level` takes effect."""
     manager, _ = manager_with(log_level="debug")
     await manager.start()
     assert get_logger().level == logging.DEBUG
 
 
 async def test_start_with_default_options_logs_no_warning(manager_with: Any) -> None:
-    """A manager whose options are all honoured or untouched starts in silence."""
+    """A manager with default options starts without a warning."""
     manager, heard = manager_with(heartbeat_interval=5, send_timeout=1)
     await manager.start()
     assert [report.event for report in heard.all if report.level >= logging.WARNING] == []
 
 
 async def test_missing_websocket_library_is_logged_at_start(manager_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the server cannot speak WebSocket, the start says what to install."""
+    """If the server cannot serve WebSockets, the start logs what to install."""
     monkeypatch.setattr("fastapi_ws_stabilizer.manager.missing_websocket_library", lambda: "pip install something")
     manager, heard = manager_with()
     await manager.start()
@@ -142,16 +142,16 @@ async def test_missing_websocket_library_is_logged_at_start(manager_with: Any, m
 
 
 async def test_first_socket_starts_manager(manager_with: Any, clients_of: Any) -> None:
-    """A manager that nobody started serves all the same."""
+    """A manager that was not started explicitly serves connections."""
     manager, _ = manager_with()
     (client,) = await clients_of(manager, "ann")
     assert manager.running
     assert manager.get_connection_count() == 1
-    await client.gone()
+    await client.disconnect()
 
 
 async def test_shutdown_closes_all_with_1012_and_counts(manager_with: Any, clients_of: Any) -> None:
-    """A graceful shutdown ends all connections honestly and reports how many."""
+    """A graceful shutdown closes all connections with 1012 and reports their number."""
     manager, heard = manager_with()
     clients = await clients_of(manager, "ann", "bob")
     report = await with_deadline(manager.graceful_shutdown(timeout=5))
@@ -165,11 +165,11 @@ async def test_shutdown_closes_all_with_1012_and_counts(manager_with: Any, clien
 
 
 async def test_shutdown_manager_rejects_connections(manager_with: Any) -> None:
-    """A manager that is shut down refuses with 503 before accepting, and by hand with `ShutdownError`."""
+    """After a shutdown a manager rejects handshakes with 503, and `connect` raises `ShutdownError`."""
     manager, _ = manager_with()
     await manager.start()
     await manager.graceful_shutdown(timeout=1)
-    server = FakeServer(headers=[(b"origin", b"http://testserver")])  # a browser too
+    server = FakeServer(headers=[(b"origin", b"http://testserver")])  # also for a browser
     with pytest.raises(WebSocketException):
         async with manager.serve(server.websocket, "ann"):
             pass
@@ -181,7 +181,7 @@ async def test_shutdown_manager_rejects_connections(manager_with: Any) -> None:
 
 
 async def test_manager_shut_down_before_start_rejects_connections(manager_with: Any) -> None:
-    """`graceful_shutdown` holds, whether the manager was ever started or not, until `start` is called."""
+    """`graceful_shutdown` stays in effect until `start`, whether the manager was started before or not."""
     manager, _ = manager_with()
     await manager.graceful_shutdown(timeout=1)
     with pytest.raises(ShutdownError):
@@ -191,7 +191,7 @@ async def test_manager_shut_down_before_start_rejects_connections(manager_with: 
 
 
 async def test_manager_can_start_again_after_shutdown(manager_with: Any, clients_of: Any) -> None:
-    """`start` after a shutdown takes connections again, heartbeat included."""
+    """`start` after a shutdown accepts connections again, and runs the heartbeat."""
     manager, _ = manager_with(heartbeat_interval=0.02)
     await clients_of(manager, "ann")
     await manager.graceful_shutdown(timeout=5)
@@ -199,11 +199,11 @@ async def test_manager_can_start_again_after_shutdown(manager_with: Any, clients
     (client,) = await clients_of(manager, "bob")
     await client.server.until(lambda: client.server.data)
     assert manager.get_active_connections() == ["bob"]
-    await client.gone()
+    await client.disconnect()
 
 
 async def test_shutdown_timeout_aborts_remaining_connections(manager_with: Any, clients_of: Any) -> None:
-    """The timeout of a shutdown is honoured, and no task is left over."""
+    """The timeout of a shutdown is enforced, and no task is left."""
     manager, _ = manager_with(send_timeout=60, disconnect_grace=60)
     (client,) = await clients_of(manager, "ann")
     client.server.block()
@@ -215,40 +215,40 @@ async def test_shutdown_timeout_aborts_remaining_connections(manager_with: Any, 
 
 
 def test_manager_works_on_successive_event_loops() -> None:
-    """A test client makes a loop for each connection; a loop of the past does no harm."""
+    """A test client creates a loop for each connection, and an earlier loop causes no error."""
     manager = WebSocketConnectionManager()
 
     async def once() -> int:
         client = Client(manager)
         await client.connected()
         count = manager.get_connection_count()
-        await client.gone()
+        await client.disconnect()
         return count
 
     assert [run(once()), run(once())] == [1, 1]
 
 
 def test_start_without_asyncio_names_server_option() -> None:
-    """Where a server runs an event loop of another library, the start and the first socket name the option of it."""
+    """If a server runs an event loop of another library, the start and the first socket name the option for asyncio."""
     manager = WebSocketConnectionManager()
     server = FakeServer()
     for call in (manager.lifespan(FastAPI()).__aenter__, manager.start, manager.serve(server.websocket).__aenter__):
         with pytest.raises(WrongLoopError, match="--worker-class trio"):
-            call().send(None)  # as any event loop would begin it
+            call().send(None)  # as any event loop would start it
 
 
 async def test_manager_with_connections_rejects_second_event_loop(manager_with: Any, clients_of: Any) -> None:
-    """While there are open connections, another event loop is an error that says what to do."""
+    """With open connections, a second event loop is an error that says what to do."""
     manager, _ = manager_with()
     (client,) = await clients_of(manager, "ann")
     with pytest.raises(WrongLoopError, match="TestClient"):
         await asyncio.to_thread(lambda: asyncio.run(manager.start()))
     assert manager.get_connection_count() == 1
-    await client.gone()
+    await client.disconnect()
 
 
 async def test_running_manager_rejects_second_event_loop(manager_with: Any) -> None:
-    """Also without open connections: sessions, histories and handshakes belong to the event loop that still runs."""
+    """The error is raised without open connections too, because sessions and histories belong to the running loop."""
     manager, _ = manager_with()
     await manager.start()
     node = manager._node
@@ -258,7 +258,7 @@ async def test_running_manager_rejects_second_event_loop(manager_with: Any) -> N
 
 
 async def test_lifespan_starts_and_stops_manager(manager_with: Any, clients_of: Any) -> None:
-    """Within the lifespan the manager runs and is found in the app's state; after it all are closed."""
+    """During the lifespan the manager runs and is in the app's state; afterwards all connections are closed."""
     manager, _ = manager_with()
     app = FastAPI()
     async with manager.lifespan(app) as state:
@@ -272,7 +272,7 @@ async def test_lifespan_starts_and_stops_manager(manager_with: Any, clients_of: 
 
 
 async def test_install_wraps_existing_lifespan(manager_with: Any) -> None:
-    """`install` keeps the app's own lifespan and its state, inside the manager's."""
+    """`install` runs the app's own lifespan, with its state, inside the manager's."""
     manager, _ = manager_with()
     order: list[str] = []
 
@@ -294,7 +294,7 @@ async def test_install_wraps_existing_lifespan(manager_with: Any) -> None:
 
 
 async def test_install_works_without_lifespan(manager_with: Any) -> None:
-    """An app without a lifespan of its own gets the manager's."""
+    """An app without a lifespan gets the manager's."""
     manager, _ = manager_with()
     app = FastAPI()
     manager.install(app)
@@ -304,7 +304,7 @@ async def test_install_works_without_lifespan(manager_with: Any) -> None:
 
 
 def test_installing_second_manager_raises() -> None:
-    """A second manager is an error that says how to name each."""
+    """A second manager is an error that says how to use several."""
     app = FastAPI()
     WebSocketConnectionManager().install(app)
     with pytest.raises(RuntimeError, match=r"Depends\(manager\.socket\)"):
@@ -342,7 +342,7 @@ async def test_served_socket_is_accepted_registered_and_closed(manager_with: Any
 async def test_endpoint_exception_decides_close_code(
     manager_with: Any, error: Exception, code: int, events: list[str]
 ) -> None:
-    """The close code says what kind of error it was; dependencies before ours learn that something failed."""
+    """The close code depends on the kind of the error; earlier dependencies get the exception."""
     manager, heard = manager_with()
     server = FakeServer()
     with pytest.raises(WebSocketException) as caught:
@@ -354,7 +354,7 @@ async def test_endpoint_exception_decides_close_code(
 
 
 async def test_escaped_disconnect_logs_no_error(manager_with: Any) -> None:
-    """`SocketClosed` from a socket whose client has left is a normal end, and no error is logged."""
+    """`SocketClosed` after a disconnect of the client is a normal end, and is not logged as an error."""
     manager, heard = manager_with()
     server = FakeServer()
     server.feed_disconnect(1001)
@@ -365,7 +365,7 @@ async def test_escaped_disconnect_logs_no_error(manager_with: Any) -> None:
 
 
 async def test_endpoint_error_after_lost_connection_is_logged_once(manager_with: Any) -> None:
-    """After a lost network Starlette's handler may close again with 1006, which changes nothing and fails nowhere."""
+    """After a lost connection Starlette's handler may close again with 1006, which has no effect and raises nothing."""
     manager, heard = manager_with()
     server = FakeServer()
     server.feed_disconnect(1006)
@@ -383,7 +383,7 @@ async def test_endpoint_error_after_lost_connection_is_logged_once(manager_with:
 
 
 async def test_foreign_cancellation_of_endpoint_propagates_after_close(manager_with: Any, clients_of: Any) -> None:
-    """A foreign cancellation goes on, after the close frame of a shutdown."""
+    """A foreign cancellation propagates after the close frame of a shutdown."""
     manager, _ = manager_with()
     (client,) = await clients_of(manager, "ann")
     client.task.cancel("server stops")
@@ -395,7 +395,7 @@ async def test_foreign_cancellation_of_endpoint_propagates_after_close(manager_w
 
 @pytest.mark.parametrize("how", ["task", "scope"])
 async def test_cancelled_endpoint_completes_teardown(manager_with: Any, how: str) -> None:
-    """Close frame and hooks have their time before the cancellation goes on, also if it strikes at every await."""
+    """Close frame and hooks are completed before the cancellation propagates, at whichever await it arrives."""
     manager, _ = manager_with()
     server = FakeServer()
     done: list[str] = []
@@ -427,7 +427,7 @@ async def test_cancelled_endpoint_completes_teardown(manager_with: Any, how: str
 
 
 async def test_own_cancellation_after_grace_is_suppressed(manager_with: Any) -> None:
-    """Our own cancellation after `disconnect_grace` does not reach who called."""
+    """The library's own cancellation after `disconnect_grace` does not reach the caller."""
     manager, heard = manager_with(disconnect_grace=0.03)
     server = FakeServer()
     server.feed_disconnect(1001)
@@ -445,7 +445,7 @@ async def test_own_cancellation_after_grace_is_suppressed(manager_with: Any) -> 
 
 
 async def test_system_exit_propagates(manager_with: Any) -> None:
-    """What is no `Exception` is not touched, and the connection ends as in a shutdown."""
+    """An exception that is not an `Exception` propagates, and the connection closes as in a shutdown."""
     manager, _ = manager_with()
     server = FakeServer()
     with pytest.raises(SystemExit):
@@ -458,7 +458,7 @@ async def test_system_exit_propagates(manager_with: Any) -> None:
 
 
 async def test_hooks_run_in_lifecycle_order_once(manager_with: Any) -> None:
-    """Handshake before accept, connect after it, disconnect once with the reason."""
+    """The handshake hook runs before the accept, the connect hook after it, the disconnect hook once with the cause."""
     manager, _ = manager_with()
     server = FakeServer()
     log: list[Any] = []
@@ -488,7 +488,7 @@ async def test_hooks_run_in_lifecycle_order_once(manager_with: Any) -> None:
 
 
 async def test_handshake_hook_can_reject(manager_with: Any) -> None:
-    """An `HTTPException` in a handshake hook is the answer to the handshake; no other hook runs."""
+    """An `HTTPException` of a handshake hook answers the handshake, and no other hook runs."""
     manager, heard = manager_with()
     calls: list[str] = []
 
@@ -509,10 +509,10 @@ async def test_handshake_hook_can_reject(manager_with: Any) -> None:
 
 
 async def test_handshake_hook_bug_rejects_with_500(manager_with: Any) -> None:
-    """A handshake hook that fails is reported once and refuses with 500."""
+    """A failing handshake hook is reported once and rejects with 500."""
     manager, heard = manager_with()
     error = ValueError("bug")
-    told: list[Any] = []
+    called: list[Any] = []
 
     @manager.on_handshake
     async def fail(ws: StableSocket) -> None:
@@ -520,7 +520,7 @@ async def test_handshake_hook_bug_rejects_with_500(manager_with: Any) -> None:
 
     @manager.on_error
     async def on_error(ws: StableSocket, error: BaseException) -> None:
-        told.append(error)
+        called.append(error)
 
     server = FakeServer()
     with pytest.raises(WebSocketException):
@@ -531,14 +531,14 @@ async def test_handshake_hook_bug_rejects_with_500(manager_with: Any) -> None:
         ("handshake_hook_failed", error),
         ("connection_refused", None),
     ]
-    assert told == [error]
+    assert called == [error]
 
 
 @pytest.mark.parametrize(
     ("error", "code"), [(HTTPException(403), 4403), (ValueError("bug"), 1011), (WebSocketException(4001), 4001)]
 )
 async def test_failing_connect_hook_closes_before_endpoint(manager_with: Any, error: Exception, code: int) -> None:
-    """The endpoint does not begin, the close code says why, and the disconnect hooks run once."""
+    """The endpoint does not start, the close code names the failure, and the disconnect hooks run once."""
     manager, _ = manager_with()
     calls: list[str] = []
 
@@ -558,7 +558,7 @@ async def test_failing_connect_hook_closes_before_endpoint(manager_with: Any, er
 
 
 async def test_closing_connect_hook_prevents_endpoint(manager_with: Any) -> None:
-    """A hook that closes the socket keeps the endpoint from beginning."""
+    """After a connect hook has closed the socket, the endpoint does not start."""
     manager, heard = manager_with()
 
     @manager.on_connect
@@ -568,13 +568,13 @@ async def test_closing_connect_hook_prevents_endpoint(manager_with: Any) -> None
     server = FakeServer()
     with pytest.raises(WebSocketException):
         async with manager.serve(server.websocket, "ann"):
-            pytest.fail("the endpoint began")
+            pytest.fail("the endpoint ran")
     assert server.close_frames == [(4010, "not today")]
     assert max(report.level for report in heard.all) < logging.WARNING
 
 
 async def test_messages_reach_matching_handlers(manager_with: Any) -> None:
-    """`on_message` with a type, without parentheses, and with empty parentheses."""
+    """`on_message` works with a type, without parentheses, and with empty parentheses."""
     manager, _ = manager_with()
     seen: list[Any] = []
 
@@ -598,11 +598,11 @@ async def test_messages_reach_matching_handlers(manager_with: Any) -> None:
     assert seen == ["hi", "plain", "again"]
 
 
-# ── the same client again ──
+# ── duplicate connections ──
 
 
 async def test_newer_connection_replaces_older_with_4409(manager_with: Any, clients_of: Any) -> None:
-    """With `on_duplicate="replace"` the old connection is closed with 4409 and its end does not touch the new one."""
+    """With `on_duplicate="replace"` the old connection closes with 4409; its teardown does not affect the new one."""
     manager, _ = manager_with()
     (old,) = await clients_of(manager, "ann")
     (new,) = await clients_of(manager, "ann")
@@ -611,11 +611,11 @@ async def test_newer_connection_replaces_older_with_4409(manager_with: Any, clie
     assert manager.get_sockets("ann") == [new.socket]
     assert await manager.send_to_client("ann", "hi")
     await new.server.until(lambda: new.server.data == ["hi"])
-    await new.gone()
+    await new.disconnect()
 
 
 async def test_old_endpoint_cleanup_does_not_close_new_connection(manager_with: Any, clients_of: Any) -> None:
-    """`except WebSocketDisconnect: await manager.disconnect(client_id)` means that endpoint's own connection."""
+    """In an endpoint, `manager.disconnect(client_id)` after a disconnect refers to the endpoint's own connection."""
     manager, heard = manager_with()
     (old,) = await clients_of(manager, "ann", by_hand=True)
     (new,) = await clients_of(manager, "ann", by_hand=True)
@@ -623,12 +623,12 @@ async def test_old_endpoint_cleanup_does_not_close_new_connection(manager_with: 
     assert manager.get_sockets("ann") == [new.socket]
     assert new.socket.close_info is None
     assert old.server.close_frames == [(4409, "replaced by a newer connection")]
-    await new.gone()
+    await new.disconnect()
     assert max(report.level for report in heard.all) < logging.WARNING
 
 
 async def test_duplicate_connection_can_be_rejected_with_4409(manager_with: Any, clients_of: Any) -> None:
-    """With `on_duplicate="reject"` the old connection stays and the new one is closed with 4409, without hooks."""
+    """With `on_duplicate="reject"` the old connection stays; the new one is closed with 4409, without hooks."""
     manager, _ = manager_with(on_duplicate="reject")
     calls: list[str] = []
     (old,) = await clients_of(manager, "ann")
@@ -645,7 +645,7 @@ async def test_duplicate_connection_can_be_rejected_with_4409(manager_with: Any,
     with pytest.raises(DuplicateClientError):
         await manager.connect("ann", await FakeServer().accepted())
     assert manager.get_connection_count() == 1
-    await old.gone()
+    await old.disconnect()
 
 
 async def test_client_may_have_several_connections(manager_with: Any, clients_of: Any) -> None:
@@ -660,14 +660,14 @@ async def test_client_may_have_several_connections(manager_with: Any, clients_of
     assert clients[2].server.data == []
     await manager.disconnect("ann", 4010)
     assert manager.get_active_connections() == ["bob"]
-    await clients[2].gone()
+    await clients[2].disconnect()
 
 
-# ── by hand ──
+# ── connect() ──
 
 
 async def test_adopted_connection_is_registered_with_metadata(manager_with: Any) -> None:
-    """`connect` registers an accepted WebSocket with its metadata, and the caller goes on reading it himself."""
+    """`connect` registers an accepted WebSocket with its metadata, and the caller still reads from it."""
     manager, _ = manager_with()
     server = FakeServer()
     websocket = await server.accepted()
@@ -683,7 +683,7 @@ async def test_adopted_connection_is_registered_with_metadata(manager_with: Any)
 
 
 async def test_adopted_connection_closes_with_its_task(manager_with: Any) -> None:
-    """Outside FastAPI's exit stacks the connection ends with the task that made it."""
+    """Outside of FastAPI's exit stacks the connection closes when the task that made it ends."""
     manager, _ = manager_with()
     server = FakeServer()
 
@@ -700,7 +700,7 @@ async def test_adopted_connection_closes_with_its_task(manager_with: Any) -> Non
 async def test_adopted_connection_in_endpoint_gets_fitting_close_code(
     manager_with: Any, error: BaseException, code: int
 ) -> None:
-    """In a FastAPI endpoint a connection by hand ends as honestly as one of the dependency."""
+    """In a FastAPI endpoint an adopted connection gets the same close codes as one of the dependency."""
     manager, _ = manager_with()
     server = FakeServer()
 
@@ -717,7 +717,7 @@ async def test_adopted_connection_in_endpoint_gets_fitting_close_code(
 
 
 async def test_foreign_cancellation_of_adopting_endpoint_propagates(manager_with: Any) -> None:
-    """Nobody swallows a foreign cancellation, by hand as little as by dependency."""
+    """A foreign cancellation propagates, for adopted connections as for the dependency."""
     manager, _ = manager_with()
     client = Client(manager, by_hand=True)
     await client.connected()
@@ -728,7 +728,7 @@ async def test_foreign_cancellation_of_adopting_endpoint_propagates(manager_with
 
 
 async def test_connect_requires_accepted_websocket(manager_with: Any) -> None:
-    """Forgetting `accept` is an error that says so."""
+    """`connect` without a previous `accept` raises an error that says so."""
     manager, _ = manager_with()
     with pytest.raises(RuntimeError, match=r"await websocket\.accept\(\)"):
         await manager.connect("ann", FakeServer().websocket)
@@ -736,7 +736,7 @@ async def test_connect_requires_accepted_websocket(manager_with: Any) -> None:
 
 @pytest.mark.parametrize("client_id", ["\ud800", "a\nb", "x" * 257, "\x1b[2J"], ids=ascii)
 async def test_invalid_client_id_raises_in_every_call(manager_with: Any, client_id: str) -> None:
-    """By hand, with `serve`, and for tokens and tickets it is a `ValueError` that says what a client may be called."""
+    """`connect`, `serve`, tokens and tickets raise a `ValueError` that describes valid client ids."""
     manager, _ = manager_with()
     websocket = await FakeServer().accepted()
     with pytest.raises(ValueError, match=r"at most 256 characters.*use another key"):
@@ -753,7 +753,7 @@ async def test_invalid_client_id_raises_in_every_call(manager_with: Any, client_
 
 @pytest.mark.parametrize("client_id", ["", None, 7])
 async def test_empty_or_non_text_client_id_raises(manager_with: Any, client_id: Any) -> None:
-    """An empty client id, or one that is no text, is refused."""
+    """An empty client id, or one that is not text, is rejected."""
     manager, _ = manager_with()
     with pytest.raises(ValueError, match="client_id"):
         await manager.connect(client_id, await FakeServer().accepted())
@@ -761,13 +761,13 @@ async def test_empty_or_non_text_client_id_raises(manager_with: Any, client_id: 
 
 @pytest.mark.parametrize("with_stack", [True, False])
 async def test_disconnect_after_failed_connect_is_silent(manager_with: Any, with_stack: bool) -> None:
-    """Where the client leaves during connect(), disconnect() of its id in the same code means it; later it does not."""
+    """After a disconnect during connect(), disconnect() is silent in the same code, but raises later."""
     manager, _ = manager_with()
     server = FakeServer(path_params={"client_id": "ann"})
     websocket = await server.accepted()
 
     @manager.on_connect
-    async def leaves(ws: StableSocket) -> None:
+    async def disconnects(ws: StableSocket) -> None:
         server.feed_disconnect(1001)
         await ws.wait_closed()
 
@@ -802,7 +802,7 @@ async def test_rejecting_connect_hook_raises_disconnect_in_connect(manager_with:
 
 
 async def test_disconnect_of_unknown_client_id_raises(manager_with: Any, clients_of: Any) -> None:
-    """`ConnectionNotFoundError` is for a client that is not there; a code that cannot be sent closes nobody."""
+    """An unknown client id raises `ConnectionNotFoundError`; an invalid code raises and closes nothing."""
     manager, _ = manager_with()
     with pytest.raises(ConnectionNotFoundError):
         await manager.disconnect("nobody")
@@ -810,11 +810,11 @@ async def test_disconnect_of_unknown_client_id_raises(manager_with: Any, clients
     with pytest.raises(ValueError, match="1006"):
         await manager.disconnect("ann", 1006)
     assert manager.get_connection_count() == 1
-    await client.gone()
+    await client.disconnect()
 
 
 async def test_handle_pong_counts_as_liveness(manager_with: Any, clients_of: Any) -> None:
-    """`handle_pong` is a sign of life; for a client that is gone nothing happens."""
+    """`handle_pong` counts as liveness, and does nothing for a client that is not connected."""
     manager, _ = manager_with()
     (client,) = await clients_of(manager, "ann")
     liveness = client.socket._connection.liveness
@@ -823,14 +823,14 @@ async def test_handle_pong_counts_as_liveness(manager_with: Any, clients_of: Any
     assert (liveness.has_ponged, liveness.awaiting_since) == (True, None)
     assert client.socket.rtt is not None
     await manager.handle_pong("nobody")
-    await client.gone()
+    await client.disconnect()
 
 
-# ── sending ──
+# ── sends ──
 
 
 async def test_broadcast_skips_excluded_clients(manager_with: Any, clients_of: Any) -> None:
-    """The result counts only who it was meant for."""
+    """Excluded clients are not counted in the result."""
     manager, _ = manager_with()
     clients = await clients_of(manager, "ann", "bob", "eve")
     result = await manager.broadcast({"n": 1}, exclude_client="eve")
@@ -840,7 +840,7 @@ async def test_broadcast_skips_excluded_clients(manager_with: Any, clients_of: A
     assert clients[2].server.data == []
     assert manager.counters.broadcasts == 1
     for client in clients:
-        await client.gone()
+        await client.disconnect()
 
 
 async def test_broadcast_without_recipients_raises_nothing(manager_with: Any, clients_of: Any) -> None:
@@ -849,11 +849,11 @@ async def test_broadcast_without_recipients_raises_nothing(manager_with: Any, cl
     assert (await manager.broadcast("hi")).total == 0
     (client,) = await clients_of(manager, "ann")
     assert (await manager.broadcast("hi", exclude_client="ann")).total == 0
-    await client.gone()
+    await client.disconnect()
 
 
 async def test_unencodable_broadcast_raises_and_closes_no_socket(manager_with: Any, clients_of: Any) -> None:
-    """It raises at the caller, and all connections stay."""
+    """The call raises, and all connections stay open."""
     manager, _ = manager_with()
     clients = await clients_of(manager, "ann", "bob")
     sends = manager.broadcast, manager.room("lobby").send, lambda payload: manager.send_to_client("ann", payload)
@@ -863,11 +863,11 @@ async def test_unencodable_broadcast_raises_and_closes_no_socket(manager_with: A
     assert manager.get_active_connections() == ["ann", "bob"]
     assert [client.server.data for client in clients] == [[], []]
     for client in clients:
-        await client.gone()
+        await client.disconnect()
 
 
 async def test_stalled_client_does_not_block_broadcast(manager_with: Any, clients_of: Any) -> None:
-    """A broadcast returns at once however stuck a client is; when its outbox is full, only that client goes."""
+    """A broadcast returns at once despite a stalled client; only that client is closed when its outbox is full."""
     manager, _ = manager_with(outbox_max_messages=2)
     slow, good = await clients_of(manager, "slow", "good")
     slow.server.block()
@@ -879,12 +879,12 @@ async def test_stalled_client_does_not_block_broadcast(manager_with: Any, client
     slow.server.release()
     await with_deadline(slow.task)
     assert slow.server.close_frames == [(4507, "slow consumer")]
-    await good.gone()
+    await good.disconnect()
 
 
 @pytest.mark.parametrize("in_room", [False, True])
 async def test_broadcast_to_slow_client_does_not_raise(manager_with: Any, clients_of: Any, in_room: bool) -> None:
-    """A slow client that is the only recipient does not end the publisher; `raise_for_failure` raises on demand."""
+    """A slow client as the only recipient does not end the publisher; `raise_for_failure` raises on demand."""
     manager, _ = manager_with(outbox_max_messages=1)
     (slow,) = await clients_of(manager, "slow")
     await manager.get_sockets("slow")[0].join("prices")
@@ -902,14 +902,14 @@ async def test_broadcast_to_slow_client_does_not_raise(manager_with: Any, client
 
 
 async def test_send_to_unknown_client_returns_false(manager_with: Any, clients_of: Any) -> None:
-    """`send_to_client` says whether it could be queued, and never raises for a client that is gone."""
+    """`send_to_client` returns whether the message was queued, and does not raise for an unknown client."""
     manager, _ = manager_with()
     assert not await manager.send_to_client("nobody", "hi")
     (client,) = await clients_of(manager, "ann")
     assert await manager.send_to_client("ann", b"data")
     assert await manager.send_to_client("ann", ["list"])
     await client.server.until(lambda: client.server.data == [b"data", '["list"]'])
-    await client.gone()
+    await client.disconnect()
     assert not await manager.send_to_client("ann", "hi")
 
 
@@ -917,7 +917,7 @@ async def test_send_to_unknown_client_returns_false(manager_with: Any, clients_o
 
 
 async def test_user_data_is_accessible_by_client_id(manager_with: Any, clients_of: Any) -> None:
-    """Entries are those of `ws.user_data`; a client that is not there has none and cannot get any."""
+    """The entries are those of `ws.user_data`; an unknown client has none and cannot get any."""
     manager, _ = manager_with()
     (client,) = await clients_of(manager, "ann")
     await manager.set_user_data("ann", "name", "Ann")
@@ -928,11 +928,11 @@ async def test_user_data_is_accessible_by_client_id(manager_with: Any, clients_o
     assert await manager.get_user_data("nobody", "name") is None
     with pytest.raises(ConnectionNotFoundError):
         await manager.set_user_data("nobody", "name", "x")
-    await client.gone()
+    await client.disconnect()
 
 
 async def test_memory_counts_nested_data_and_queues(manager_with: Any, clients_of: Any) -> None:
-    """Ten megabytes nested in user data are ten megabytes; queued and unread messages count too."""
+    """Ten megabytes nested in user data count as ten megabytes; queued and unread messages count too."""
     manager, _ = manager_with(outbox_max_bytes=10**7)
     assert manager.get_memory_usage() == {"total_memory": 0, "connection_count": 0, "per_connection_average": 0.0}
     ann, bob = await clients_of(manager, "ann", "bob")
@@ -949,12 +949,12 @@ async def test_memory_counts_nested_data_and_queues(manager_with: Any, clients_o
     assert usage["connection_count"] == 2
     assert usage["per_connection_average"] == usage["total_memory"] / 2
     bob.server.release()
-    await ann.gone()
-    await bob.gone()
+    await ann.disconnect()
+    await bob.disconnect()
 
 
 async def test_heartbeat_timeout_closes_served_socket_with_4408(manager_with: Any, clients_of: Any) -> None:
-    """A client that answered once and falls silent is closed with 4408 and found nowhere any more."""
+    """A client that answered once and then falls silent is closed with 4408 and unregistered."""
     manager, heard = manager_with(heartbeat_interval=0.02, heartbeat_timeout=0.05)
     (client,) = await clients_of(manager, "ann")
     await client.server.until(lambda: client.server.data)
@@ -967,7 +967,7 @@ async def test_heartbeat_timeout_closes_served_socket_with_4408(manager_with: An
 
 
 async def test_internal_task_failure_is_reported_as_bug(manager_with: Any) -> None:
-    """A task of the library itself that fails is told with its name, as a bug."""
+    """A failing task of the library is reported with its name, as a bug."""
     manager, heard = manager_with()
     await manager.start()
 
@@ -980,11 +980,11 @@ async def test_internal_task_failure_is_reported_as_bug(manager_with: Any) -> No
     assert report.fields == {"task": "ws-internal"}
 
 
-# ── hooks that hang, and the end of the manager ──
+# ── hanging hooks and the shutdown ──
 
 
 async def test_hanging_error_hook_does_not_delay_close_frame(manager_with: Any) -> None:
-    """After a bug the client has its 1011 at once, and the endpoint ends though an error hook never does."""
+    """After a bug the client gets 1011 at once, and the endpoint ends although an error hook hangs."""
     manager, _ = manager_with(disconnect_grace=0.05)
     frames: list[Any] = []
     server = FakeServer()
@@ -1005,9 +1005,9 @@ async def test_hanging_error_hook_does_not_delay_close_frame(manager_with: Any) 
 
 
 async def test_timed_out_shutdown_runs_disconnect_hooks_once(manager_with: Any) -> None:
-    """A handler that is busy beyond the timeout costs no `on_disconnect`, and it is told once."""
+    """A handler that is busy beyond the timeout does not prevent `on_disconnect`, which runs once."""
     manager, _ = manager_with()
-    told: list[str] = []
+    called: list[str] = []
     started = asyncio.Event()
 
     @manager.on_message
@@ -1017,7 +1017,7 @@ async def test_timed_out_shutdown_runs_disconnect_hooks_once(manager_with: Any) 
 
     @manager.on_disconnect
     async def gone(ws: StableSocket, _: DisconnectReason) -> None:
-        told.append(ws.client_id)
+        called.append(ws.client_id)
 
     server = FakeServer()
 
@@ -1030,13 +1030,13 @@ async def test_timed_out_shutdown_runs_disconnect_hooks_once(manager_with: Any) 
     await with_deadline(asyncio.ensure_future(started.wait()))
     report = await manager.graceful_shutdown(timeout=0.05)
     assert report.failed_count == 1
-    assert told == ["ann"]
+    assert called == ["ann"]
     await asyncio.wait([task], timeout=5)
-    assert told == ["ann"]
+    assert called == ["ann"]
 
 
 async def test_shutdown_during_handshake_rejects_connection(manager_with: Any) -> None:
-    """A connection whose handshake hook is slower than the shutdown is not accepted afterwards."""
+    """With a handshake hook that is slower than the shutdown, the connection is not accepted."""
     manager, _ = manager_with()
     await manager.start()
     waiting, go = asyncio.Event(), asyncio.Event()
@@ -1050,7 +1050,7 @@ async def test_shutdown_during_handshake_rejects_connection(manager_with: Any) -
 
     async def endpoint() -> None:
         async with manager.serve(server.websocket, "ann"):
-            pytest.fail("it was let in")
+            pytest.fail("the connection was accepted")
 
     task = asyncio.ensure_future(endpoint())
     await with_deadline(asyncio.ensure_future(waiting.wait()))
@@ -1061,11 +1061,11 @@ async def test_shutdown_during_handshake_rejects_connection(manager_with: Any) -
     assert [message.get("status") for message in server.taken] == [503, None]
 
 
-# ── by hand: whose connection is meant ──
+# ── which connection disconnect() refers to ──
 
 
 async def test_second_connect_of_websocket_raises(manager_with: Any) -> None:
-    """A second `connect` with the same WebSocket is refused, and the first connection is not touched."""
+    """A second `connect` with the same WebSocket raises, and does not affect the first connection."""
     manager, _ = manager_with()
     websocket = await FakeServer().accepted()
     await manager.connect("ann", websocket)
@@ -1075,7 +1075,7 @@ async def test_second_connect_of_websocket_raises(manager_with: Any) -> None:
 
 
 async def test_disconnect_in_child_task_spares_newer_connection(manager_with: Any, clients_of: Any) -> None:
-    """`disconnect(client_id)` in a task that the old endpoint has started never ends the newer connection."""
+    """`disconnect(client_id)` in a task that the old endpoint started never closes the newer connection."""
     manager, _ = manager_with()
     server = FakeServer()
 
@@ -1103,7 +1103,7 @@ async def test_disconnect_in_child_task_spares_newer_connection(manager_with: An
 
 
 async def test_disconnect_in_leftover_task_closes_current_connection(manager_with: Any, clients_of: Any) -> None:
-    """A worker that was started in a connection can still disconnect a later connection of that client."""
+    """A worker that was started in a connection can disconnect a later connection of that client."""
     manager, _ = manager_with()
     go = asyncio.Event()
     workers: list[asyncio.Task[None]] = []
@@ -1126,11 +1126,11 @@ async def test_disconnect_in_leftover_task_closes_current_connection(manager_wit
     assert later.server.close_frames == [(1000, "")]
 
 
-# ── many at once ──
+# ── many connections ──
 
 
-async def counts_by_turn(count: Callable[[], int], most: int) -> list[int]:
-    """The different values of a count, as turn after turn of the event loop goes by, until it has reached the most."""
+async def counts_by_iteration(count: Callable[[], int], most: int) -> list[int]:
+    """Return the distinct values of a count over the iterations of the event loop, up to the maximum."""
     seen: list[int] = []
 
     async def look() -> None:
@@ -1144,79 +1144,79 @@ async def counts_by_turn(count: Callable[[], int], most: int) -> list[int]:
 
 
 @pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the event loop have been held for long wherever that is asked, so that it gets a turn there."""
-    monkeypatch.setattr(turns_module, "MAX_BLOCK", -1.0)
+def blocked_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every check report a long block of the event loop, so that the code yields."""
+    monkeypatch.setattr(scheduling_module, "MAX_BLOCK", -1.0)
 
 
 _BY_SHARD = [(1, [8]), (4, [2, 4, 6, 8]), (32, [1, 2, 3, 4, 5, 6, 7, 8])]
 
 
-@pytest.mark.usefixtures("held")
+@pytest.mark.usefixtures("blocked_loop")
 @pytest.mark.parametrize(("num_shards", "scheduler"), _BY_SHARD)
 async def test_queued_messages_are_flushed_shard_by_shard(
     manager_with: Any, clients_of: Any, monkeypatch: pytest.MonkeyPatch, num_shards: int, scheduler: list[int]
 ) -> None:
-    """One turn of the event loop sends to one of num_shards parts when it takes long, and with one part to all."""
-    monkeypatch.setattr(turns_module, "CHECK_INTERVAL", 2)
+    """When flushing takes long, one iteration sends to one of num_shards shards; with a single shard to all."""
+    monkeypatch.setattr(scheduling_module, "CHECK_INTERVAL", 2)
     manager, _ = manager_with(num_shards=num_shards)
     clients = await clients_of(manager, *"abcdefgh")
     for client in clients:
         client.socket._connection.enqueue(encode("hi"))
-    assert await counts_by_turn(lambda: sum(len(client.server.data) for client in clients), 8) == scheduler
+    assert await counts_by_iteration(lambda: sum(len(client.server.data) for client in clients), 8) == scheduler
     for client in clients:
-        await client.gone()
+        await client.disconnect()
 
 
-@pytest.mark.usefixtures("held")
+@pytest.mark.usefixtures("blocked_loop")
 @pytest.mark.parametrize(("num_shards", "scheduler"), _BY_SHARD)
 async def test_simultaneous_closes_are_processed_shard_by_shard(
     manager_with: Any, clients_of: Any, num_shards: int, scheduler: list[int]
 ) -> None:
-    """The ends of many are decided at once, and what is left to do for them begins one part after the other."""
+    """Many connections begin to close at once, and their teardown starts shard by shard."""
     manager, _ = manager_with(num_shards=num_shards)
-    told: list[str] = []
+    called: list[str] = []
 
     @manager.on_disconnect
     async def disconnected(ws: StableSocket) -> None:
-        told.append(ws.client_id)
+        called.append(ws.client_id)
 
     clients = await clients_of(manager, *"abcdefgh")
     for client in clients:
         await manager.disconnect(client.client_id)
     assert all(client.socket.closed for client in clients)
-    assert await counts_by_turn(lambda: len(told), 8) == scheduler
+    assert await counts_by_iteration(lambda: len(called), 8) == scheduler
     for client in clients:
         await with_deadline(client.task)
 
 
 async def test_disconnect_hooks_have_bounded_concurrency(manager_with: Any, clients_of: Any) -> None:
-    """No more than max_concurrent_cleanup connections are told of at once, and all are in the end."""
+    """At most max_concurrent_cleanup hooks run at once, and all run in the end."""
     manager, _ = manager_with(max_concurrent_cleanup=2)
-    told: list[str] = []
+    called: list[str] = []
     may_end = asyncio.Event()
 
     @manager.on_disconnect
     async def disconnected(ws: StableSocket) -> None:
-        told.append(ws.client_id)
+        called.append(ws.client_id)
         await may_end.wait()
 
     clients = await clients_of(manager, *"abcdef")
     for client in clients:
         client.server.feed_disconnect(1001)
-    await eventually(lambda: len(told) == 2)
+    await eventually(lambda: len(called) == 2)
     await settle()
-    assert len(told) == 2
+    assert len(called) == 2
     may_end.set()
     for client in clients:
         await with_deadline(client.task)
-    assert sorted(told) == list("abcdef")
+    assert sorted(called) == list("abcdef")
 
 
 async def test_close_frames_have_bounded_concurrency(
     manager_with: Any, clients_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No more than max_concurrent_cleanup are given to servers that take none, and all are sent in the end."""
+    """At most max_concurrent_cleanup close frames wait for the server at once, and all are sent in the end."""
     for module in (send_watch_module, asgi_outbox_module):
         monkeypatch.setattr(module, "STALL_THRESHOLD", 60.0)
     manager, _ = manager_with(max_concurrent_cleanup=2)
@@ -1242,7 +1242,7 @@ async def test_close_frames_have_bounded_concurrency(
 async def test_failed_registration_closes_with_1011(
     manager_with: Any, monkeypatch: pytest.MonkeyPatch, by_hand: bool
 ) -> None:
-    """A connection that fails between its handshake and its hooks is closed with 1011, reported, and forgotten."""
+    """A connection that fails between its handshake and its hooks is closed with 1011, reported, and removed."""
     manager, heard = manager_with()
     await manager.start()
 

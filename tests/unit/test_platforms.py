@@ -1,4 +1,4 @@
-"""Tests of the platforms, and of the options that follow from them."""
+"""Tests of the platforms, and of the options derived from them."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ DEFAULTS = WebSocketConfig()
 
 
 def a_hop(idle_timeout: float | None = None, max_lifetime: float | None = None, grace: float | None = None) -> Platform:
-    """A platform that is none of the known."""
+    """Return a platform that is not in the table."""
     return Platform("hop", "Hop", (), idle_timeout, max_lifetime, grace)
 
 
 def options(*path: Platform) -> dict[str, float]:
-    """The options of a path, with the limits that the config has."""
+    """Return the options of a path, with the limits of the config."""
     return derive_options(path, {name: getattr(DEFAULTS, name) for name in UPPER_BOUNDED_OPTIONS})
 
 
@@ -45,18 +45,18 @@ def options(*path: Platform) -> dict[str, float]:
 
 @pytest.mark.parametrize("fact", FACTS)
 def test_every_fact_has_source_and_date(fact: Fact) -> None:
-    """A fact names an https address, the day on which it was read, and says something in a sentence."""
+    """A fact has an https address, the date on which it was read, and a sentence."""
     source = urlsplit(fact.source)
     assert source.scheme == "https"
     assert "." in source.netloc
     assert date.fromisoformat(fact.checked).isoformat() == fact.checked
     assert fact.statement.endswith(".")
-    assert "|" not in fact.statement, "it stands in a table"
+    assert "|" not in fact.statement, "it is in a table"
 
 
 @pytest.mark.parametrize("platform", PLATFORMS.values(), ids=lambda platform: platform.name)
 def test_platform_values_and_facts_match(platform: Platform) -> None:
-    """No value is without a fact about it, no fact is about a value that is not set, and no platform has neither."""
+    """Every value has a fact, every fact is about a value that is set, and every platform has at least one."""
     about = {fact.about for fact in platform.facts} - {"note"}
     assert about == {value for value in VALUES if getattr(platform, value) is not None}
     assert platform.facts
@@ -64,14 +64,14 @@ def test_platform_values_and_facts_match(platform: Platform) -> None:
 
 @pytest.mark.parametrize("platform", PLATFORMS.values(), ids=lambda platform: platform.name)
 def test_platform_names_are_lowercase_with_hyphens(platform: Platform) -> None:
-    """A name is made of small letters and hyphens, and the table has it under itself."""
+    """A name consists of lowercase letters and hyphens, and is its key in the table."""
     assert PLATFORMS[platform.name] is platform
     assert platform.name == platform.name.lower().replace("_", "-")
     assert platform.title
 
 
 def test_platform_names_are_unique() -> None:
-    """Each definition is in the table: a second one of the same name would hide the first."""
+    """Each definition is in the table: a second one with the same name would hide the first."""
     defined = (*proxies.PROXIES, *clouds.AMAZON, *clouds.AZURE, *clouds.GOOGLE, *hosts.HOSTS)
     assert list(PLATFORMS.values()) == list(defined)
 
@@ -91,7 +91,7 @@ def test_platforms_are_immutable() -> None:
     ("idle_timeout", "interval"), [(20.0, 8.0), (30.0, 12.0), (55.0, 22.0), (60.0, 24.0), (75.0, 30.0), (350.0, 30.0)]
 )
 def test_heartbeat_fits_twice_into_idle_timeout(idle_timeout: float, interval: float) -> None:
-    """The interval is four tenths of the idle timeout, and never above the default."""
+    """The interval is 0.4 of the idle timeout, and at most the default."""
     assert options(a_hop(idle_timeout=idle_timeout)) == {"heartbeat_interval": pytest.approx(interval)}
 
 
@@ -99,7 +99,7 @@ def test_heartbeat_fits_twice_into_idle_timeout(idle_timeout: float, interval: f
     ("cut", "lifetime"), [(30.0, 27.0), (300.0, 270.0), (3600.0, 3540.0), (14400.0, 14340.0), (86400.0, 86340.0)]
 )
 def test_lifetime_closes_before_platform_limit(cut: float, lifetime: float) -> None:
-    """A tenth earlier, a minute at most; a client that is asked to leave has its time within that."""
+    """A lifetime ends a tenth earlier, at most a minute; clients that are asked to reconnect have that time."""
     assert options(a_hop(max_lifetime=cut)) == {"max_lifetime": pytest.approx(lifetime)}
     assert cut - lifetime > DRAIN_LEAD
 
@@ -109,19 +109,19 @@ def test_lifetime_closes_before_platform_limit(cut: float, lifetime: float) -> N
     [(0.0, 0.0, 0.1), (5.0, 1.7, 3.1), (10.0, 3.3, 6.7), (30.0, 10.0, 20.0), (120.0, 10.0, 30.0)],
 )
 def test_drain_fits_into_shutdown_grace(grace: float, window: float, timeout: float) -> None:
-    """The closes have a third of the grace and all of the drain two thirds, and never more than by default."""
+    """The closes get a third of the grace and the whole drain two thirds, at most the defaults."""
     fitting = options(a_hop(grace=grace))
     assert fitting == {"drain_window": pytest.approx(window), "drain_timeout": pytest.approx(timeout)}
 
 
 def test_undocumented_hop_sets_no_option() -> None:
-    """A hop without values sets nothing, and takes nothing away from one that has them."""
+    """A hop without values sets no option, and does not affect other hops."""
     assert options(a_hop()) == {}
     assert options(a_hop(), a_hop(idle_timeout=60.0)) == options(a_hop(idle_timeout=60.0))
 
 
 def test_smallest_value_of_each_kind_applies() -> None:
-    """Idle timeout, lifetime and grace may each come from another hop."""
+    """Idle timeout, lifetime and grace may each come from a different hop."""
     path = (a_hop(20.0, 600.0, 30.0), a_hop(60.0, 300.0, 10.0), a_hop(30.0, 900.0, 0.0))
     smallest = options(a_hop(20.0, 300.0, 0.0))
     assert {options(*order) == smallest for order in itertools.permutations(path)} == {True}
@@ -132,7 +132,7 @@ def test_smallest_value_of_each_kind_applies() -> None:
 
 @pytest.mark.parametrize("name", USABLE)
 def test_every_platform_creates_safe_config(name: str) -> None:
-    """Only the options for which a platform has a value are set, and they stay on the safe side of it."""
+    """Only the options for which a platform has a value are set, with a safety margin."""
     config = WebSocketConfig.for_platform(name)
     platform = PLATFORMS[name]
     expected = {
@@ -150,7 +150,7 @@ def test_every_platform_creates_safe_config(name: str) -> None:
 
 
 def test_path_takes_strictest_value_of_each_option() -> None:
-    """Each option comes from the hop that asks most for it; all other options are the defaults."""
+    """Each option comes from the hop with the strictest value; all other options are the defaults."""
     config = WebSocketConfig.for_platform("azure-front-door", "nginx", "istio", "kubernetes")
     assert config.heartbeat_interval == pytest.approx(24.0)  # nginx
     assert config.max_lifetime == pytest.approx(14340.0)  # Front Door
@@ -172,17 +172,17 @@ def test_undocumented_platform_gives_default_config() -> None:
 
 @pytest.mark.parametrize("name", ["AWS-ALB", "aws_alb", "Aws_Alb"])
 def test_platform_lookup_ignores_case_and_underscores(name: str) -> None:
-    """Capital letters and underscores are no mistakes."""
+    """Case and underscores do not matter."""
     assert resolve_hops(name) == (PLATFORMS["aws-alb"],)
 
 
 def test_path_preserves_hop_order() -> None:
-    """The client's side stays first, and a hop may come twice."""
+    """The client's side is first, and a hop may occur twice."""
     assert [platform.name for platform in resolve_hops("nginx", "istio", "nginx")] == ["nginx", "istio", "nginx"]
 
 
 def test_overrides_take_precedence_over_platforms() -> None:
-    """An override wins, also one that undoes a limit, and other options can be set beside."""
+    """An override takes precedence, even if it removes a limit, and other options can be added."""
     config = WebSocketConfig.for_platform(
         "google-cloud-run", "nginx", heartbeat_interval=5, max_lifetime=None, on_duplicate="allow"
     )
@@ -191,7 +191,7 @@ def test_overrides_take_precedence_over_platforms() -> None:
 
 
 def test_environment_takes_precedence_over_platforms() -> None:
-    """What `from_env` has read can be laid on top; what it has not read leaves the platforms' options alone."""
+    """Options of `from_env` override those of the platforms; others keep the platforms' values."""
     read = WebSocketConfig.from_env(
         environ={"WS_HEARTBEAT_INTERVAL": "7", "WS_RECONNECT_SECRET": "0123456789abcdef", "WS_LOG_LEVEL": "debug"}
     )
@@ -202,7 +202,7 @@ def test_environment_takes_precedence_over_platforms() -> None:
 
 
 def test_invalid_override_is_rejected() -> None:
-    """A wrong value and a misspelt option are refused."""
+    """An invalid value and an unknown option are rejected."""
     with pytest.raises(ValidationError, match="heartbeat_interval"):
         WebSocketConfig.for_platform("nginx", heartbeat_interval=0)
     with pytest.raises(ValidationError, match="did you mean 'heartbeat_interval'"):
@@ -210,7 +210,7 @@ def test_invalid_override_is_rejected() -> None:
 
 
 def test_config_subclass_retains_shorter_default() -> None:
-    """A config with a shorter default interval never gets a longer one."""
+    """A config subclass with a shorter default interval never gets a longer one."""
 
     class Quick(WebSocketConfig):
         heartbeat_interval: float = 10.0
@@ -220,23 +220,23 @@ def test_config_subclass_retains_shorter_default() -> None:
     assert config.heartbeat_interval == 10.0
 
 
-# ── refusals ──
+# ── rejections ──
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_unsupported_platform_is_rejected_with_reason(name: str) -> None:
-    """The error names it and says why, wherever on the path it stands."""
+    """The error names the platform and the reason, at any position in the path."""
     for path in ((name,), ("nginx", name), (name, "nginx")):
-        with pytest.raises(UnsupportedPlatformError) as refused:
+        with pytest.raises(UnsupportedPlatformError) as caught:
             WebSocketConfig.for_platform(*path)
-        assert refused.value.name == name
-        assert refused.value.refusal == PLATFORMS[name].unsupported_reason
-        assert name in str(refused.value)
-        assert refused.value.refusal in str(refused.value)
+        assert caught.value.name == name
+        assert caught.value.refusal == PLATFORMS[name].unsupported_reason
+        assert name in str(caught.value)
+        assert caught.value.refusal in str(caught.value)
 
 
 def test_unsupported_platforms_match_documentation() -> None:
-    """They are those whose documentation says that no process of the user's holds the socket."""
+    """They are the platforms on which, by their documentation, no process of the user holds the socket."""
     assert REFUSED == ["aws-alb-lambda", "aws-api-gateway", "google-app-engine-standard"]
 
 
@@ -244,7 +244,7 @@ def test_unsupported_platforms_match_documentation() -> None:
     ("name", "similar"), [("ngnix", "nginx"), ("aws-albs", "aws-alb"), ("CLOUD_RUN", "google-cloud-run"), ("zzz", None)]
 )
 def test_unknown_platform_error_lists_known_names(name: str, similar: str | None) -> None:
-    """All names are in it, and the one that may have been meant."""
+    """The error lists all names, and suggests the likely one."""
     with pytest.raises(UnknownPlatformError) as unknown:
         WebSocketConfig.for_platform("nginx", name)
     assert (unknown.value.name, unknown.value.similar) == (name, similar)
@@ -254,16 +254,16 @@ def test_unknown_platform_error_lists_known_names(name: str, similar: str | None
 
 
 def test_empty_path_raises() -> None:
-    """Nothing to look up is more likely a mistake than a wish for the defaults."""
+    """An empty path is more likely a mistake than a request for the defaults."""
     with pytest.raises(ValueError, match="at least one hop"):
         WebSocketConfig.for_platform(heartbeat_interval=5)
 
 
-# ── platforms that were changed ──
+# ── modified platforms ──
 
 
 def test_modified_platform_uses_its_own_values() -> None:
-    """Its own facts stay, and the smallest value still wins."""
+    """The facts of the modified platform stay, and the smallest value still applies."""
     config = WebSocketConfig.for_platform("aws-alb", hop("nginx", idle_timeout=20))
     assert config.heartbeat_interval == 8
     assert WebSocketConfig.for_platform(hop("nginx", idle_timeout=None)).heartbeat_interval == 30
@@ -280,6 +280,6 @@ def test_modified_platform_uses_its_own_values() -> None:
     ],
 )
 def test_invalid_platform_change_raises(name: str, values: dict[str, float], problem: str) -> None:
-    """It says what is wrong."""
+    """The error describes the problem."""
     with pytest.raises(ValueError, match=problem):
         hop(name, **values)

@@ -1,4 +1,4 @@
-"""Tests of work that is cut into pieces."""
+"""Tests of work that is split into slices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastapi_ws_stabilizer import scheduling as turns_module
+from fastapi_ws_stabilizer import scheduling as scheduling_module
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.scheduling import CHECK_INTERVAL, CallbackSemaphore, FlushScheduler, LoopBudget
 from tests.support.fake_websocket import settle
@@ -17,13 +17,13 @@ from tests.support.own_loop import run
 
 
 class Worker:
-    """Notes when it takes its turn."""
+    """Worker that records its flushes."""
 
     def __init__(self, name: str, log: list[str], clock: Any = None, error: BaseException | None = None) -> None:
         self.name, self.log, self.clock, self.error = name, log, clock, error
 
     def flush_now(self) -> None:
-        """Take it, for as long as the clock says."""
+        """Flush, for as long as the clock says."""
         self.log.append(self.name)
         if self.clock is not None:
             self.clock.now += 0.004
@@ -32,7 +32,7 @@ class Worker:
 
 
 class Clock:
-    """A clock that stands still unless somebody works."""
+    """Clock that advances only while a worker flushes."""
 
     now = 100.0
 
@@ -45,7 +45,7 @@ def soon(scheduler: FlushScheduler, shard: int, worker: Worker) -> None:
 
 
 async def test_work_is_flushed_on_next_loop_iteration() -> None:
-    """Nothing runs at the call, everything in the next turn of the event loop."""
+    """Nothing runs during the call, and everything in the next iteration of the event loop."""
     log: list[str] = []
     scheduler = FlushScheduler(4, EventBus())
     for shard in (2, 0, 2):
@@ -56,9 +56,9 @@ async def test_work_is_flushed_on_next_loop_iteration() -> None:
 
 
 async def test_flush_beyond_max_block_continues_next_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What holds the loop for more than MAX_BLOCK goes on in the next turn, with the shard that has waited longest."""
+    """A flush that takes more than MAX_BLOCK continues in the next iteration, with the shard that waited longest."""
     clock = Clock()
-    monkeypatch.setattr(turns_module, "monotonic", clock)
+    monkeypatch.setattr(scheduling_module, "monotonic", clock)
     log: list[str] = []
     scheduler = FlushScheduler(4, EventBus())
     for shard in range(4):
@@ -73,9 +73,9 @@ async def test_flush_beyond_max_block_continues_next_iteration(monkeypatch: pyte
 
 
 async def test_single_shard_is_flushed_without_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With num_shards=1 the loop waits for all of it: that is what more shards buy."""
+    """With num_shards=1 everything is flushed in one iteration."""
     clock = Clock()
-    monkeypatch.setattr(turns_module, "monotonic", clock)
+    monkeypatch.setattr(scheduling_module, "monotonic", clock)
     log: list[str] = []
     scheduler = FlushScheduler(1, EventBus())
     for number in range(10):
@@ -85,7 +85,7 @@ async def test_single_shard_is_flushed_without_interruption(monkeypatch: pytest.
 
 
 async def test_failing_flush_is_reported_and_others_continue(heard: Any) -> None:
-    """Its failure is reported as ours, and the others have their turn."""
+    """The failure is reported as a bug, and the other workers are flushed."""
     events, ear = heard
     log: list[str] = []
     scheduler = FlushScheduler(1, events)
@@ -100,9 +100,9 @@ async def test_failing_flush_is_reported_and_others_continue(heard: Any) -> None
 async def test_large_shard_is_split_after_max_block(
     monkeypatch: pytest.MonkeyPatch, num_shards: int, first_turn: int
 ) -> None:
-    """The clock is looked at after each LOOK_EVERY workers of a shard, unless there is only one shard."""
+    """The clock is read after each LOOK_EVERY workers of a shard, unless there is only one shard."""
     clock = Clock()
-    monkeypatch.setattr(turns_module, "monotonic", clock)
+    monkeypatch.setattr(scheduling_module, "monotonic", clock)
     log: list[str] = []
     scheduler = FlushScheduler(num_shards, EventBus())
     names = [str(number) for number in range(2 * CHECK_INTERVAL + 1)]
@@ -115,8 +115,8 @@ async def test_large_shard_is_split_after_max_block(
 
 
 async def test_large_shard_within_max_block_is_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many workers a shard has, they share a turn of the event loop that is short."""
-    monkeypatch.setattr(turns_module, "monotonic", Clock())
+    """A short flush of any number of workers takes one iteration of the event loop."""
+    monkeypatch.setattr(scheduling_module, "monotonic", Clock())
     log: list[str] = []
     scheduler = FlushScheduler(2, EventBus())
     for number in range(2 * CHECK_INTERVAL + 1):
@@ -127,9 +127,9 @@ async def test_large_shard_within_max_block_is_not_split(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("num_shards", [1, 2])
 async def test_cancelled_error_in_flush_does_not_stop_others(num_shards: int) -> None:
-    """A CancelledError goes to the event loop, and the others of its shard and of later ones have their turn."""
-    told: list[BaseException] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+    """A CancelledError goes to the event loop, and the other workers of all shards are flushed."""
+    reported: list[BaseException] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context["exception"]))
     error = asyncio.CancelledError()
     log: list[str] = []
     scheduler = FlushScheduler(num_shards, EventBus())
@@ -139,14 +139,14 @@ async def test_cancelled_error_in_flush_does_not_stop_others(num_shards: int) ->
     soon(scheduler, num_shards - 1, Worker("last", log))
     await settle()
     assert log == ["before", "bad", "behind", "last"]
-    assert told == [error]
+    assert reported == [error]
     soon(scheduler, 0, Worker("later", log))
     await settle()
     assert log[4:] == ["later"]
 
 
 class Again(Worker):
-    """One that has work for another turn, a number of times, and may raise in each."""
+    """Worker that requests a number of further flushes, and may raise in each."""
 
     times = 0
 
@@ -155,7 +155,7 @@ class Again(Worker):
         self.scheduler, self.shard, self.again = scheduler, shard, again
 
     def flush_now(self) -> None:
-        """Take it, and ask for the next one before it is over."""
+        """Flush, and request the next flush before the end of this one."""
         self.times += 1
         if self.times <= self.again:
             soon(self.scheduler, self.shard, self)
@@ -174,14 +174,14 @@ _WORKERS = st.lists(
 
 @given(_WORKERS, st.sampled_from([1, 2, 4]), st.booleans())
 def test_each_flush_request_runs_exactly_once(workers: list[tuple[int, int, Any]], num_shards: int, long: bool) -> None:
-    """Whoever works long, fails, or has more work, takes as many turns as it has asked for, and no shard two places."""
+    """Each worker is flushed as often as it requested, also if others are slow, fail or request more."""
 
     async def play() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, __: None)
         clock = Clock()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(turns_module, "monotonic", clock)
-            patch.setattr(turns_module, "CHECK_INTERVAL", 2)
+            patch.setattr(scheduling_module, "monotonic", clock)
+            patch.setattr(scheduling_module, "CHECK_INTERVAL", 2)
             scheduler = FlushScheduler(num_shards, EventBus())
             log: list[str] = []
             everyone = [
@@ -203,9 +203,9 @@ def test_each_flush_request_runs_exactly_once(workers: list[tuple[int, int, Any]
 
 
 async def test_exceeded_loop_budget_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code that sends in a loop without a pause can see that it is time for one, whether any work waits or not."""
+    """Code that sends in a loop without a pause gets a signal to yield, whether work waits or not."""
     clock = Clock()
-    monkeypatch.setattr(turns_module, "monotonic", clock)
+    monkeypatch.setattr(scheduling_module, "monotonic", clock)
     scheduler = FlushScheduler(1, EventBus())
     assert not scheduler.exceeded()
     clock.now += 0.006
@@ -218,9 +218,9 @@ async def test_exceeded_loop_budget_is_reported_once(monkeypatch: pytest.MonkeyP
 
 
 async def test_loop_budget_restarts_after_yield(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each turn may be held for as long."""
+    """The budget starts again in each iteration."""
     clock = Clock()
-    monkeypatch.setattr(turns_module, "monotonic", clock)
+    monkeypatch.setattr(scheduling_module, "monotonic", clock)
     hold = LoopBudget()
     clock.now += 0.006
     assert hold.exceeded()
@@ -229,7 +229,7 @@ async def test_loop_budget_restarts_after_yield(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_semaphore_wakes_waiters_in_order() -> None:
-    """Who waits for a slot looks again when one is free, the first first; who needs none passes it on."""
+    """Waiters check again in order when a slot is free; one that needs none passes it on."""
     slots = CallbackSemaphore(1)
     assert slots.free
     slots.take()
@@ -253,7 +253,7 @@ def test_semaphore_wakes_waiters_in_order() -> None:
 
 
 def test_semaphore_skips_waiters_without_need() -> None:
-    """However many in a line are gone, the first that still wants a slot is reached, at once and without recursion."""
+    """The first waiter that still needs a slot gets it, at once and without recursion."""
     slots = CallbackSemaphore(1)
     slots.take()
     for _ in range(5000):
@@ -267,17 +267,17 @@ def test_semaphore_skips_waiters_without_need() -> None:
 
 
 async def test_long_flush_does_not_count_against_sender(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Connections that took long to flush are not held against code that goes on sending."""
+    """The time of a long flush does not count for code that continues to send."""
     clock = Clock()
-    monkeypatch.setattr(turns_module, "monotonic", clock)
+    monkeypatch.setattr(scheduling_module, "monotonic", clock)
     scheduler = FlushScheduler(1, EventBus())
 
     class Slow:
         def flush_now(self) -> None:
-            clock.now += 2 * turns_module.MAX_BLOCK
+            clock.now += 2 * scheduling_module.MAX_BLOCK
 
     scheduler.schedule(scheduler.pending(0), Slow())
     await asyncio.sleep(0)
     assert not scheduler.exceeded()
-    clock.now += 1.1 * turns_module.MAX_BLOCK
+    clock.now += 1.1 * scheduling_module.MAX_BLOCK
     assert scheduler.exceeded()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer import Presence, Room, RoomLimitError, SlowConsumer, SocketClosed
-from fastapi_ws_stabilizer import scheduling as turns_module
+from fastapi_ws_stabilizer import scheduling as scheduling_module
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.hub import presence as presence_module
 from fastapi_ws_stabilizer.hub.broadcast import BroadcastResult
@@ -24,7 +24,7 @@ async def connected(manager: Any, client_id: str) -> tuple[FakeServer, Any]:
 
 
 async def test_room_message_reaches_members_once_and_no_others(manager_with: Any) -> None:
-    """Members of several rooms get one copy, excluded ones and others none."""
+    """Members of several rooms get one copy, and excluded clients and non-members get none."""
     manager, _ = manager_with()
     (a, ann), (b, bob), (c, cleo), (d, _) = [await connected(manager, name) for name in ("ann", "bob", "cleo", "dan")]
     await ann.join("red")
@@ -40,7 +40,7 @@ async def test_room_message_reaches_members_once_and_no_others(manager_with: Any
 
 
 async def test_room_is_removed_with_its_last_member(manager_with: Any) -> None:
-    """By leaving, by closing the room, and by the end of the connection."""
+    """A room is removed by a leave, by closing it, and by the end of the connection."""
     manager, _ = manager_with()
     _, ann = await connected(manager, "ann")
     server, bob = await connected(manager, "bob")
@@ -64,7 +64,7 @@ async def test_room_is_removed_with_its_last_member(manager_with: Any) -> None:
 
 
 async def test_max_rooms_per_connection_is_enforced(manager_with: Any) -> None:
-    """max_rooms_per_connection refuses one more, and says what to do."""
+    """A join beyond max_rooms_per_connection raises, and the error says what to do."""
     manager, _ = manager_with(max_rooms_per_connection=1)
     _, ann = await connected(manager, "ann")
     await ann.join("one")
@@ -75,39 +75,41 @@ async def test_max_rooms_per_connection_is_enforced(manager_with: Any) -> None:
 
 
 async def test_connections_of_client_share_one_presence_entry(manager_with: Any) -> None:
-    """on_join comes with the first, on_leave with the last, and join gives a snapshot of who is there."""
+    """on_join runs for the first connection, on_leave for the last, and join returns a snapshot of the members."""
     manager, _ = manager_with(on_duplicate="allow")
-    told: list[tuple[str, str, str]] = []
+    announced: list[tuple[str, str, str]] = []
 
     @manager.on_join
-    async def joined(room: Room, who: Presence) -> None:
-        told.append(("join", room.name, who.client_id))
+    async def joined(room: Room, presence: Presence) -> None:
+        announced.append(("join", room.name, presence.client_id))
 
     @manager.on_leave
-    async def left(room: Room, who: Presence) -> None:
-        told.append(("leave", room.name, who.client_id))
+    async def on_left(room: Room, presence: Presence) -> None:
+        announced.append(("leave", room.name, presence.client_id))
 
     _, first = await connected(manager, "ann")
     _, second = await connected(manager, "ann")
     await first.join("lobby", {"name": "Ann"})
     here = await second.join("lobby")
-    assert [(who.client_id, who.connections, who.metadata["name"]) for who in here] == [("ann", 2, "Ann")]
+    assert [(presence.client_id, presence.connections, presence.metadata["name"]) for presence in here] == [
+        ("ann", 2, "Ann")
+    ]
     await first.leave("lobby")
     await settle()
-    assert told == [("join", "lobby", "ann")]
+    assert announced == [("join", "lobby", "ann")]
     assert manager.room("lobby").set_presence("ann", name="Anna")
     assert manager.room("lobby").presence[0].metadata == {"name": "Anna"}
     await second.leave("lobby")
-    await eventually(lambda: told[1:] == [("leave", "lobby", "ann")])
+    await eventually(lambda: announced[1:] == [("leave", "lobby", "ann")])
     assert manager.room("lobby").clients == []
 
 
 @pytest.mark.parametrize(("code", "stays"), [(1001, True), (1006, True), (1000, False)])
 async def test_lost_connection_stays_present_for_presence_grace(manager_with: Any, code: int, stays: bool) -> None:
-    """Who goes without a goodbye is present for presence_grace; who says it is gone at once."""
+    """After a lost connection a client is present for presence_grace; after a close it is removed at once."""
     manager, _ = manager_with(presence_grace=60)
-    told: list[str] = []
-    manager.on_leave(lambda room, who: told.append(who.client_id))
+    announced: list[str] = []
+    manager.on_leave(lambda room, presence: announced.append(presence.client_id))
     server, ann = await connected(manager, "ann")
     await ann.join("lobby")
     server.feed_disconnect(code)
@@ -121,7 +123,7 @@ async def test_lost_connection_stays_present_for_presence_grace(manager_with: An
 
 
 async def test_failing_room_hook_is_reported_with_room(manager_with: Any) -> None:
-    """A bug in on_join hurts nobody."""
+    """A bug in on_join is reported and affects no client."""
     manager, heard = manager_with()
 
     @manager.on_join
@@ -135,25 +137,25 @@ async def test_failing_room_hook_is_reported_with_room(manager_with: Any) -> Non
 
 
 async def test_on_slow_gets_socket_and_level_without_blocking(manager_with: Any) -> None:
-    """on_slow is told of each degree, and nobody waits for it."""
+    """on_slow gets each degree, and no sender waits for it."""
     manager, _ = manager_with(outbox_max_messages=1)
-    told: list[tuple[str, SlowConsumer]] = []
+    announced: list[tuple[str, SlowConsumer]] = []
 
     @manager.on_slow
     async def slow(ws: Any, how: SlowConsumer) -> None:
-        told.append((ws.client_id, how))
+        announced.append((ws.client_id, how))
 
     server, _ = await connected(manager, "ann")
     server.block()
     await manager.send_to_client("ann", "stuck")
     await server.until(lambda: len(server.offered) == 2)
     assert [await manager.send_to_client("ann", text) for text in "ab"] == [True, False]
-    await eventually(lambda: ("ann", SlowConsumer.DISCONNECTED) in told)
+    await eventually(lambda: ("ann", SlowConsumer.DISCONNECTED) in announced)
     server.release()
 
 
 def test_uvicorn_options_include_manager_options(manager_with: Any) -> None:
-    """Protocol class, size, pings, compression, and a bound to the shutdown."""
+    """The options contain protocol class, size, pings, compression, and a shutdown timeout."""
     manager, _ = manager_with(compression="none", max_message_size=1000, heartbeat_interval=7, heartbeat_timeout=8)
     options = manager.uvicorn_options()
     assert getattr(options.pop("ws"), "__name__", "auto") in ("StableWebSocketProtocol", "auto")  # as uvicorn allows
@@ -167,7 +169,7 @@ def test_uvicorn_options_include_manager_options(manager_with: Any) -> None:
 
 
 async def test_invalid_metadata_changes_nothing(manager_with: Any) -> None:
-    """What is no mapping is refused before anything has changed; so is an audience that is none."""
+    """Metadata that is not a mapping, and invalid recipients, raise before anything has changed."""
     manager, _ = manager_with()
     _, ann = await connected(manager, "ann")
     with pytest.raises(TypeError, match="mapping"):
@@ -179,7 +181,7 @@ async def test_invalid_metadata_changes_nothing(manager_with: Any) -> None:
 
 
 async def test_discarded_join_snapshot_builds_no_list(manager_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A join whose roster is thrown away makes no list; one that is kept shows who was there when it was given."""
+    """A join with a discarded snapshot builds no list; a stored snapshot shows the members at the join."""
     manager, _ = manager_with()
     await manager.start()
     looks: list[str] = []
@@ -190,21 +192,21 @@ async def test_discarded_join_snapshot_builds_no_list(manager_with: Any, monkeyp
     for number in range(50):
         await (await connected(manager, f"c{number}"))[1].join("lobby")
     assert looks == []
-    kept = await (await connected(manager, "ann"))[1].join("lobby")
+    stored = await (await connected(manager, "ann"))[1].join("lobby")
     _, late = await connected(manager, "late")
     await late.join("lobby")
     await late.leave("lobby")
-    assert len(kept) == 51
-    assert [who.client_id for who in kept[-2:]] == ["c49", "ann"]
-    assert kept[0].client_id in repr(kept)
+    assert len(stored) == 51
+    assert [presence.client_id for presence in stored[-2:]] == ["c49", "ann"]
+    assert stored[0].client_id in repr(stored)
     assert looks == ["lobby"]
 
 
-# ── rooms that outlive what they were asked of ──
+# ── long-lived room objects ──
 
 
 async def test_room_created_before_start_is_joined_later(manager_with: Any) -> None:
-    """A module may make its rooms long before the manager's first connection starts it."""
+    """A module may create its rooms long before the first connection starts the manager."""
     manager, _ = manager_with()
     room = manager.room("lobby")
     server, ann = await connected(manager, "ann")
@@ -216,7 +218,7 @@ async def test_room_created_before_start_is_joined_later(manager_with: Any) -> N
 
 
 def test_room_outlives_loop_it_was_created_on() -> None:
-    """A manager that goes on another event loop takes the rooms with it that it has been asked for before."""
+    """A manager that continues on another event loop keeps its existing room objects valid."""
     manager = WebSocketConnectionManager()
     rooms: list[Room] = []
 
@@ -235,37 +237,37 @@ def test_room_outlives_loop_it_was_created_on() -> None:
 
 
 async def test_only_joined_client_or_socket_is_in_room(manager_with: Any) -> None:
-    """A client is in with any of its connections, a socket only by itself, and anything else is not."""
+    """A client is in a room with any of its connections, a socket only by itself, and other objects never."""
     manager, _ = manager_with(on_duplicate="allow")
     (_, tab), (_, other), (_, bob) = [await connected(manager, name) for name in ("ann", "ann", "bob")]
     await tab.join("lobby")
     await bob.join("attic")
     room = manager.room("lobby")
-    assert [who in room for who in (tab, "ann")] == [True, True]
-    assert [who in room for who in (other, bob, "bob", "nobody", None, 7)] == [False] * 6
+    assert [target in room for target in (tab, "ann")] == [True, True]
+    assert [target in room for target in (other, bob, "bob", "nobody", None, 7)] == [False] * 6
 
 
-# ── broadcasts that wait for one before ──
+# ── queued broadcasts ──
 
 
 @pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the event loop have been held for long wherever that is asked, so that it gets a turn there."""
-    monkeypatch.setattr(turns_module, "MAX_BLOCK", -1.0)
+def blocked_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every check report a long block of the event loop, so that the code yields."""
+    monkeypatch.setattr(scheduling_module, "MAX_BLOCK", -1.0)
 
 
-async def overtaken(manager: Any, later: Coroutine[Any, Any, Any], meanwhile: Coroutine[Any, Any, Any]) -> Any:
-    """Begin a long broadcast, and a `later` one that waits for it, and do something meanwhile."""
-    first, second, between = [asyncio.ensure_future(c) for c in (manager.broadcast("first"), later, meanwhile)]
+async def overtaken(manager: Any, later: Coroutine[Any, Any, Any], between: Coroutine[Any, Any, Any]) -> Any:
+    """Start a long broadcast, and a `later` one that waits for it, and call a function in between."""
+    first, second, between = [asyncio.ensure_future(c) for c in (manager.broadcast("first"), later, between)]
     await with_deadline(between)
     assert not first.done()
     await with_deadline(first)
     return await with_deadline(second)
 
 
-@pytest.mark.usefixtures("held")
+@pytest.mark.usefixtures("blocked_loop")
 async def test_member_closed_before_queued_broadcast_is_no_failure(manager_with: Any) -> None:
-    """Whom a broadcast is meant for is decided when its turn has come, so that nobody is named who is gone by then."""
+    """The recipients of a broadcast are determined when it starts, so clients that closed before are no failures."""
     manager, _ = manager_with()
     for number in range(20):
         await connected(manager, f"c{number}")
@@ -274,9 +276,9 @@ async def test_member_closed_before_queued_broadcast_is_no_failure(manager_with:
     assert await overtaken(manager, manager.room("lobby").send("later"), bob.close()) == BroadcastResult()
 
 
-@pytest.mark.usefixtures("held")
+@pytest.mark.usefixtures("blocked_loop")
 async def test_queued_broadcast_reaches_members_at_its_start(manager_with: Any) -> None:
-    """A message to a room reaches who is in it when its turn has come, those included who have just joined."""
+    """A message to a room reaches the members at its start, including those that have just joined."""
     manager, _ = manager_with()
     (a, ann), (b, bob), (c, cleo) = [await connected(manager, name) for name in ("ann", "bob", "cleo")]
     await ann.join("lobby")
@@ -293,10 +295,10 @@ async def test_queued_broadcast_reaches_members_at_its_start(manager_with: Any) 
     assert (a.data, b.data, c.data) == (["first", "later"], ["first"], ["first", "later"])
 
 
-@pytest.mark.usefixtures("held")
+@pytest.mark.usefixtures("blocked_loop")
 @pytest.mark.parametrize("room", [None, "lobby"])
 async def test_queued_broadcast_excludes_new_connection_of_client(manager_with: Any, room: str | None) -> None:
-    """An excluded client is so with all the connections that it has when the turn of the broadcast has come."""
+    """A client is excluded with all the connections that it has when the broadcast starts."""
     manager, _ = manager_with(on_duplicate="allow")
     clients = [await connected(manager, name) for name in ("ann", *(f"c{number}" for number in range(20)))]
     for _, socket in clients:
@@ -326,9 +328,9 @@ async def test_queued_broadcast_excludes_new_connection_of_client(manager_with: 
     await with_deadline(node[0])
 
 
-@pytest.mark.usefixtures("held")
+@pytest.mark.usefixtures("blocked_loop")
 async def test_cancelled_queued_broadcast_reaches_no_client(manager_with: Any) -> None:
-    """It reaches nobody and is not counted, and the one before and those behind it are whole."""
+    """A cancelled broadcast is not sent or counted, and those before and after it are complete."""
     manager, _ = manager_with()
     clients = [await connected(manager, name) for name in ("ann", "bob", "cleo")]
     first, second, third = [asyncio.ensure_future(manager.broadcast(text)) for text in ("first", "second", "third")]
@@ -343,7 +345,7 @@ async def test_cancelled_queued_broadcast_reaches_no_client(manager_with: Any) -
 
 
 async def test_each_broadcast_is_counted_once(manager_with: Any) -> None:
-    """Each broadcast whose turn has come counts once, one to nobody too."""
+    """Each broadcast that has started counts once, also without recipients."""
     manager, _ = manager_with()
     await manager.broadcast("nobody")
     await connected(manager, "ann")
@@ -352,22 +354,22 @@ async def test_each_broadcast_is_counted_once(manager_with: Any) -> None:
     assert manager.counters.broadcasts == 3
 
 
-# ── many at once ──
+# ── many clients ──
 
 
-@pytest.mark.usefixtures("held")
+@pytest.mark.usefixtures("blocked_loop")
 async def test_room_close_yields_to_event_loop(manager_with: Any) -> None:
-    """Room.close lets others run when it has held the loop for long, and cancelling it lets those stay who are left."""
+    """Room.close yields after a long block, and cancelling it leaves the remaining members in the room."""
     manager, _ = manager_with()
     for number in range(4):
         await (await connected(manager, f"c{number}"))[1].join("lobby")
     room = manager.room("lobby")
     closing = asyncio.ensure_future(room.close())
-    left = []
+    sizes = []
     for _ in range(2):
         await asyncio.sleep(0)
-        left.append(len(room))
-    assert left == [3, 2]
+        sizes.append(len(room))
+    assert sizes == [3, 2]
     closing.cancel()
     await settle()
     assert len(room) == 2
@@ -375,9 +377,9 @@ async def test_room_close_yields_to_event_loop(manager_with: Any) -> None:
     assert not room
 
 
-@pytest.mark.usefixtures("held")
+@pytest.mark.usefixtures("blocked_loop")
 async def test_room_disconnect_yields_to_event_loop(manager_with: Any) -> None:
-    """Room.disconnect lets others run when it has held the loop for long, and ends everybody."""
+    """Room.disconnect yields after a long block, and closes all connections."""
     manager, _ = manager_with()
     clients = [await connected(manager, f"c{number}") for number in range(3)]
     for _, socket in clients:
@@ -395,12 +397,12 @@ async def test_room_disconnect_yields_to_event_loop(manager_with: Any) -> None:
 
 
 class Crowd:
-    """A hook that notes for whom it runs and goes on when it may.
+    """Hook that records its calls and waits for permission to continue.
 
     Attributes:
-        begun: The clients for whom it has begun.
-        most: The most calls that have run at the same time.
-        cancelled: The clients whose call was cancelled.
+        begun: Client ids of the calls that have begun.
+        most: Maximum number of concurrent calls.
+        cancelled: Client ids of the cancelled calls.
     """
 
     def __init__(self) -> None:
@@ -409,8 +411,8 @@ class Crowd:
         self.running = self.most = 0
         self.may_end = asyncio.Event()
 
-    async def __call__(self, _: Any, who: Any) -> None:
-        self.begun.append(str(getattr(who, "client_id", who)))
+    async def __call__(self, _: Any, presence: Any) -> None:
+        self.begun.append(str(getattr(presence, "client_id", presence)))
         self.running += 1
         self.most = max(self.most, self.running)
         try:
@@ -423,7 +425,7 @@ class Crowd:
 
 
 async def too_slow(manager: Any, *client_ids: str) -> list[FakeServer]:
-    """Connect clients of one place in the outbox, and send them more than they take."""
+    """Connect clients with an outbox of one message, and send them more than they take."""
     servers = []
     for client_id in client_ids:
         server, _ = await connected(manager, client_id)
@@ -438,7 +440,7 @@ async def too_slow(manager: Any, *client_ids: str) -> list[FakeServer]:
 
 @pytest.mark.parametrize("event", ["join", "leave", "slow"])
 async def test_room_and_slow_hooks_have_bounded_concurrency(manager_with: Any, event: str) -> None:
-    """No more than max_concurrent_cleanup of them run at once, in whatever rooms, and all are called in the end."""
+    """At most max_concurrent_cleanup hooks run at once, in all rooms together, and all are called in the end."""
     manager, _ = manager_with(max_concurrent_cleanup=2, outbox_max_messages=1, outbox_overflow="drop_newest")
     crowd = Crowd()
     getattr(manager, f"on_{event}")(crowd)
@@ -449,7 +451,7 @@ async def test_room_and_slow_hooks_have_bounded_concurrency(manager_with: Any, e
         for socket in sockets:
             await socket.join(f"room of {socket.client_id}")
     if event == "leave":
-        await eventually(lambda: len(manager._node._tasks) == 0)  # until all have been said to have come
+        await eventually(lambda: len(manager._node._tasks) == 0)  # until all joins have been announced
         for socket in sockets:
             await socket.leave(f"room of {socket.client_id}")
     await eventually(lambda: len(crowd.begun) == 2)
@@ -464,7 +466,7 @@ async def test_room_and_slow_hooks_have_bounded_concurrency(manager_with: Any, e
 
 @pytest.mark.parametrize("event", ["join", "slow"])
 async def test_shutdown_cancels_hanging_room_and_slow_hooks(manager_with: Any, event: str) -> None:
-    """A shutdown cancels what hooks of rooms and of slow clients still do, and waits for no limit of theirs."""
+    """A shutdown cancels running hooks of rooms and of slow clients, without waiting for their timeouts."""
     manager, _ = manager_with(disconnect_grace=60, outbox_max_messages=1, outbox_overflow="drop_newest")
     crowd = Crowd()
     getattr(manager, f"on_{event}")(crowd)
@@ -482,7 +484,7 @@ async def test_shutdown_cancels_hanging_room_and_slow_hooks(manager_with: Any, e
 
 
 async def lost(manager: Any, client_id: str) -> None:
-    """Connect a client, let it join the lobby, and let its connection break."""
+    """Connect a client, let it join the room, and let its connection break."""
     server, socket = await connected(manager, client_id)
     await socket.join("lobby")
     server.feed_disconnect(1006)
@@ -490,29 +492,29 @@ async def lost(manager: Any, client_id: str) -> None:
 
 
 async def test_room_close_ends_presence_of_lost_connections(manager_with: Any) -> None:
-    """Closing a room ends the presence of everybody, those included who have lost their connection, and says so."""
+    """Closing a room ends the presence of all clients, including those with a lost connection, and announces it."""
     manager, _ = manager_with(presence_grace=60)
-    come: list[str] = []
-    gone: list[str] = []
-    manager.on_join(lambda _, who: come.append(who.client_id))
-    manager.on_leave(lambda _, who: gone.append(who.client_id))
+    joins: list[str] = []
+    leaves: list[str] = []
+    manager.on_join(lambda _, presence: joins.append(presence.client_id))
+    manager.on_leave(lambda _, presence: leaves.append(presence.client_id))
     _, ann = await connected(manager, "ann")
     await ann.join("lobby")
     await lost(manager, "bob")
     room = manager.room("lobby")
-    await eventually(lambda: come == ["ann", "bob"])
+    await eventually(lambda: joins == ["ann", "bob"])
     assert (len(room), room.clients) == (1, ["ann", "bob"])
     assert await room.close() == 1
     assert room.clients == []
-    await eventually(lambda: sorted(gone) == ["ann", "bob"])
+    await eventually(lambda: sorted(leaves) == ["ann", "bob"])
     await lost(manager, "cleo")
-    await eventually(lambda: come[2:] == ["cleo"])
+    await eventually(lambda: joins[2:] == ["cleo"])
     assert await room.close() == 0
-    await eventually(lambda: gone[2:] == ["cleo"])
+    await eventually(lambda: leaves[2:] == ["cleo"])
 
 
 async def test_returned_endpoint_leaves_no_presence(manager_with: Any) -> None:
-    """Who has been served to the end is not expected back."""
+    """After the endpoint has returned, its client has no grace."""
     manager, _ = manager_with(presence_grace=60)
     async with manager.serve(FakeServer().websocket, "ann") as socket:
         await socket.join("lobby")
@@ -522,7 +524,7 @@ async def test_returned_endpoint_leaves_no_presence(manager_with: Any) -> None:
 
 
 async def test_rejected_client_leaves_no_presence(manager_with: Any) -> None:
-    """Who is disconnected for breaking a rule is not expected back."""
+    """A client that is disconnected for breaking a rule has no grace."""
     manager, _ = manager_with(presence_grace=60, inbox_max_messages=1, inbox_overflow="close")
     server, socket = await connected(manager, "ann")
     await socket.join("lobby")
@@ -532,10 +534,10 @@ async def test_rejected_client_leaves_no_presence(manager_with: Any) -> None:
 
 
 async def test_shutdown_ends_presence_of_lost_connections(manager_with: Any) -> None:
-    """A manager that was shut down holds no presence and no timer for one, and says nothing more."""
+    """After a shutdown a manager holds no presence and no timer, and announces nothing."""
     manager, _ = manager_with(presence_grace=60)
-    told: list[str] = []
-    manager.on_leave(lambda _, who: told.append(who.client_id))
+    announced: list[str] = []
+    manager.on_leave(lambda _, presence: announced.append(presence.client_id))
     await lost(manager, "bob")
     _, ann = await connected(manager, "ann")
     await ann.join("lobby")
@@ -544,4 +546,4 @@ async def test_shutdown_ends_presence_of_lost_connections(manager_with: Any) -> 
     await settle()
     assert manager.room("lobby").clients == []
     assert manager._node.hub.presence._timer is None
-    assert told == []
+    assert announced == []

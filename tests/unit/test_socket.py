@@ -1,4 +1,4 @@
-"""Tests of what an endpoint, a hook or a handler holds of its connection."""
+"""Tests of the socket that endpoints, hooks and handlers get."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.fake_websocket import FakeServer, eventually, settle, with_de
 
 
 async def test_socket_has_handshake_attributes_of_websocket(bench: Any) -> None:
-    """Headers, parameters, cookies and so on are those of the handshake."""
+    """Headers, parameters, cookies and other attributes are those of the handshake."""
     b = bench()
     app = object()
     b.server = FakeServer("/ws/ann", query="room=lobby", app=app, path_params={"client_id": "ann"})
@@ -39,7 +39,7 @@ async def test_socket_has_handshake_attributes_of_websocket(bench: Any) -> None:
 
 
 async def test_socket_shows_age_round_trip_and_queues(bench: Any) -> None:
-    """Ages, round trip and queues can be looked at."""
+    """Ages, the round trip and queue lengths are attributes."""
     b = bench()
     connection, socket = await b.open()
     assert socket.rtt is None
@@ -59,7 +59,7 @@ async def test_socket_shows_age_round_trip_and_queues(bench: Any) -> None:
 
 
 async def test_closed_socket_shows_close_info(bench: Any) -> None:
-    """When the connection has ended, the socket says so and how."""
+    """After the close, the socket has its close info."""
     b = bench()
     _, socket = await b.open()
     assert repr(socket).endswith(" open>")
@@ -72,7 +72,7 @@ async def test_closed_socket_shows_close_info(bench: Any) -> None:
 
 
 async def test_cancelled_wait_closed_does_not_affect_others(bench: Any) -> None:
-    """Who stops waiting for the end does not keep others from learning it."""
+    """Cancelling one wait for the close does not affect other waits."""
     b = bench()
     _, socket = await b.open()
     impatient, patient = asyncio.ensure_future(socket.wait_closed()), asyncio.ensure_future(socket.wait_closed())
@@ -84,7 +84,7 @@ async def test_cancelled_wait_closed_does_not_affect_others(bench: Any) -> None:
 
 
 async def test_metadata_is_copied_and_user_data_starts_empty(bench: Any) -> None:
-    """Metadata is a copy of what was given, user data begins empty, and identity is kept."""
+    """Metadata is a copy of what was given, user data is empty at first, and identity is the given object."""
     b = bench()
     connection, _ = await b.open()
     given = {"plan": "free"}
@@ -99,7 +99,7 @@ async def test_metadata_is_copied_and_user_data_starts_empty(bench: Any) -> None
 
 
 async def test_each_message_kind_can_be_received(bench: Any) -> None:
-    """Text, bytes and JSON come as what they are."""
+    """Text, bytes and JSON are received as such."""
     b = bench()
     _, socket = await b.open()
     b.server.feed_text("any", "text")
@@ -114,7 +114,7 @@ async def test_each_message_kind_can_be_received(bench: Any) -> None:
 
 
 async def test_wrong_message_kind_leaves_socket_usable(bench: Any) -> None:
-    """A reader that gets another kind than it asked for is told, and the connection stays."""
+    """A receive of another kind than the message raises, and the connection stays open."""
     b = bench()
     _, socket = await b.open()
     b.server.feed_bytes(b"data")
@@ -129,7 +129,7 @@ async def test_wrong_message_kind_leaves_socket_usable(bench: Any) -> None:
 
 @pytest.mark.parametrize("message", ["not json", "", "{", "NaN", b"\xff", "[" * 5000, '"\ud800"'])
 async def test_invalid_json_raises_message_format_error(bench: Any, message: str | bytes) -> None:
-    """Whatever a client sends, `receive_json` returns a value or raises `MessageFormatError`."""
+    """For any message, `receive_json` returns a value or raises `MessageFormatError`."""
     b = bench()
     _, socket = await b.open()
     if isinstance(message, str):
@@ -143,7 +143,7 @@ async def test_invalid_json_raises_message_format_error(bench: Any, message: str
 
 @pytest.mark.parametrize("method", ["__aiter__", "iter_text", "iter_bytes", "iter_json"])
 async def test_iteration_ends_at_disconnect(bench: Any, method: str) -> None:
-    """Each iteration gives every message that came in, and ends without an error when the client has left."""
+    """Each iteration yields all messages, and ends without an error when the client disconnects."""
     b = bench()
     _, socket = await b.open()
     if method == "iter_bytes":
@@ -158,7 +158,7 @@ async def test_iteration_ends_at_disconnect(bench: Any, method: str) -> None:
 
 
 async def test_second_concurrent_receive_raises(bench: Any) -> None:
-    """A second concurrent `receive` raises, and the first goes on."""
+    """A second concurrent `receive` raises, and the first one continues."""
     b = bench()
     _, socket = await b.open()
     first = asyncio.ensure_future(socket.receive())
@@ -170,7 +170,7 @@ async def test_second_concurrent_receive_raises(bench: Any) -> None:
 
 
 async def test_run_delegates_to_dispatcher(bench: Any) -> None:
-    """`ws.run` gives the socket and its concurrency to who dispatches."""
+    """`ws.run` passes the socket and the concurrency to the dispatcher."""
     b = bench()
     _, socket = await b.open()
     await socket.run(concurrency=3)
@@ -181,7 +181,7 @@ async def test_run_delegates_to_dispatcher(bench: Any) -> None:
 
 
 async def test_each_message_kind_can_be_sent(bench: Any) -> None:
-    """Text goes as text, bytes as binary, everything else as JSON."""
+    """Text is sent as text, bytes as binary, and everything else as JSON."""
     b = bench()
     _, socket = await b.open()
     await socket.send("text")
@@ -196,7 +196,7 @@ async def test_each_message_kind_can_be_sent(bench: Any) -> None:
 
 
 async def test_unknown_send_json_mode_raises(bench: Any) -> None:
-    """`send_json` knows text and binary."""
+    """`send_json` supports text and binary only."""
     b = bench()
     _, socket = await b.open()
     with pytest.raises(ValueError, match="'text' or 'binary'"):
@@ -204,7 +204,7 @@ async def test_unknown_send_json_mode_raises(bench: Any) -> None:
 
 
 async def test_unencodable_payload_leaves_socket_usable(bench: Any) -> None:
-    """The sender gets the error, the client gets nothing, and the connection stays."""
+    """The sender gets the error, the client gets nothing, and the connection stays open."""
     b = bench()
     _, socket = await b.open()
     with pytest.raises(MessageEncodeError):
@@ -215,7 +215,7 @@ async def test_unencodable_payload_leaves_socket_usable(bench: Any) -> None:
 
 
 async def test_send_waits_while_outbox_is_full(bench: Any) -> None:
-    """A direct send is slowed down to the client's pace, and loses nothing."""
+    """A direct send waits for a slow client, and loses nothing."""
     b = bench(outbox_max_messages=2)
     _, socket = await b.open()
     b.server.block()
@@ -236,7 +236,7 @@ async def test_send_waits_while_outbox_is_full(bench: Any) -> None:
 
 @pytest.mark.parametrize("method", ["send", "send_text", "send_json"])
 async def test_send_after_close_raises(bench: Any, method: str) -> None:
-    """A sender learns that the connection is over, and how."""
+    """The error has the close info of the connection."""
     b = bench()
     _, socket = await b.open()
     b.server.feed_disconnect(4000)
@@ -250,7 +250,7 @@ async def test_send_after_close_raises(bench: Any, method: str) -> None:
 
 
 async def test_close_flushes_before_close_frame(bench: Any) -> None:
-    """When `close` returns, the last messages and the close frame are with the server."""
+    """When `close` returns, the last messages and the close frame are at the server."""
     b = bench()
     _, socket = await b.open()
     await socket.send("last")
@@ -261,7 +261,7 @@ async def test_close_flushes_before_close_frame(bench: Any) -> None:
 
 
 async def test_second_close_sends_no_second_frame(bench: Any) -> None:
-    """`close` is idempotent; the first one counts."""
+    """`close` is idempotent; the first call determines the code."""
     b = bench()
     _, socket = await b.open()
     await with_deadline(asyncio.gather(socket.close(4001), socket.close(4002)))
@@ -270,7 +270,7 @@ async def test_second_close_sends_no_second_frame(bench: Any) -> None:
 
 
 async def test_close_after_disconnect_is_silent(bench: Any) -> None:
-    """There is nothing to close any more, and nothing is sent."""
+    """After a disconnect nothing is sent."""
     b = bench()
     _, socket = await b.open()
     b.server.feed_disconnect()
@@ -282,7 +282,7 @@ async def test_close_after_disconnect_is_silent(bench: Any) -> None:
 
 @pytest.mark.parametrize("code", [1005, 1006, 1015, 999, 5000])
 async def test_unsendable_close_code_raises_without_closing(bench: Any, code: int) -> None:
-    """A wrong code is the caller's error, and the connection stays."""
+    """An invalid code raises, and the connection stays open."""
     b = bench()
     _, socket = await b.open()
     with pytest.raises(ValueError, match=str(code)):
@@ -291,7 +291,7 @@ async def test_unsendable_close_code_raises_without_closing(bench: Any, code: in
 
 
 async def test_long_close_reason_is_truncated(bench: Any) -> None:
-    """A reason is cut to 123 bytes on a character border."""
+    """A reason is cut to 123 bytes at a character boundary."""
     b = bench()
     _, socket = await b.open()
     await with_deadline(socket.close(1000, "ä" * 100))
@@ -299,7 +299,7 @@ async def test_long_close_reason_is_truncated(bench: Any) -> None:
 
 
 async def test_cancelled_close_still_closes(bench: Any) -> None:
-    """Cancelling who waits for the close does not stop it."""
+    """Cancelling a call of `close` does not stop the close."""
     b = bench()
     connection, socket = await b.open()
     b.server.block()
@@ -314,7 +314,7 @@ async def test_cancelled_close_still_closes(bench: Any) -> None:
 
 
 async def test_close_of_stalled_client_returns_after_send_timeout(bench: Any) -> None:
-    """`close` returns at the latest after `send_timeout`, whatever the client does."""
+    """`close` returns after `send_timeout` at the latest, whatever the client does."""
     b = bench(send_timeout=0.03)
     connection, socket = await b.open()
     b.server.block()

@@ -1,4 +1,4 @@
-"""Tests of the one place where tasks are made."""
+"""Tests of the only module that creates tasks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VARIABLE: contextvars.ContextVar[str] = contextvars.ContextVar("VARIABLE", defau
 
 
 def make() -> tuple[TaskSet, list[tuple[str, BaseException]]]:
-    """A set, and the failures that it is told."""
+    """Return a task set, and the failures that it reports."""
     failures: list[tuple[str, BaseException]] = []
     return TaskSet(lambda task, error: failures.append((task.get_name(), error))), failures
 
@@ -36,7 +36,7 @@ async def test_task_has_name_and_returns_result() -> None:
 
 
 async def test_running_task_is_referenced_until_it_ends() -> None:
-    """A task that only the set knows survives the garbage collector; an ended one is let go of."""
+    """A running task survives the garbage collector, and an ended one is released."""
     tasks, _ = make()
     finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -58,7 +58,7 @@ async def test_running_task_is_referenced_until_it_ends() -> None:
 
 
 async def test_task_failure_is_reported_once() -> None:
-    """The exception of a task reaches the owner of the set, once."""
+    """The exception of a task is reported to the owner of the set, once."""
     tasks, failures = make()
     error = ValueError("no")
 
@@ -72,7 +72,7 @@ async def test_task_failure_is_reported_once() -> None:
 
 
 async def test_cancelled_task_is_not_reported() -> None:
-    """A task that was cancelled is not reported."""
+    """A cancelled task is not reported."""
     tasks, failures = make()
     task = tasks.spawn(asyncio.Event().wait(), name="waiting")
     assert tasks.cancel() == [task]
@@ -82,7 +82,7 @@ async def test_cancelled_task_is_not_reported() -> None:
 
 
 async def test_task_cancelling_its_set_is_not_cancelled() -> None:
-    """The task that closes the set goes on; the caller gets only the others."""
+    """The task that cancels its set continues, and gets only the other tasks."""
     tasks, _ = make()
 
     async def closer() -> list[str]:
@@ -96,7 +96,7 @@ async def test_task_cancelling_its_set_is_not_cancelled() -> None:
 
 
 async def test_task_runs_in_given_context() -> None:
-    """Context variables come from the given context, else from the caller's."""
+    """Context variables come from the given context, or otherwise from the caller's."""
     tasks, _ = make()
 
     async def look() -> str:
@@ -113,7 +113,7 @@ async def test_task_runs_in_given_context() -> None:
 
 
 async def test_wait_for_done_futures_does_not_yield() -> None:
-    """Futures that are done are not waited for, and none at all is fine."""
+    """Done futures are not awaited, and an empty list is allowed."""
     done = asyncio.get_running_loop().create_future()
     done.set_result(None)
     assert await wait_for_all([done], 0.0)
@@ -121,14 +121,14 @@ async def test_wait_for_done_futures_does_not_yield() -> None:
 
 
 async def test_timed_out_wait_leaves_futures_pending() -> None:
-    """After the timeout the futures are still pending, and the answer is no."""
+    """After the timeout the futures are still pending, and the result is `False`."""
     future = asyncio.get_running_loop().create_future()
     assert not await wait_for_all([future], 0.01)
     assert not future.done()
 
 
 async def test_cancelled_wait_leaves_futures_pending() -> None:
-    """The cancellation of who waits goes on to the waiter and not to the futures."""
+    """A cancellation of the waiting task does not reach the futures."""
     future = asyncio.get_running_loop().create_future()
     waiter = asyncio.ensure_future(wait_for_all([future], None))
     await settle()
@@ -139,7 +139,7 @@ async def test_cancelled_wait_leaves_futures_pending() -> None:
 
 
 async def test_failed_future_counts_as_done() -> None:
-    """Waiting says whether all are done, and does not raise what they have raised."""
+    """The result says whether all are done; their exceptions are not raised."""
     future = asyncio.get_running_loop().create_future()
     future.set_exception(ValueError("no"))
     assert await wait_for_all([future], 0.0)
@@ -148,7 +148,7 @@ async def test_failed_future_counts_as_done() -> None:
 
 
 async def test_wait_first_returns_with_first_future() -> None:
-    """The first future that is done ends the wait, and the others are not touched."""
+    """The first completed future ends the wait, and the others are unaffected."""
     first, second = (asyncio.get_running_loop().create_future() for _ in range(2))
     waiter = asyncio.ensure_future(wait_for_first([first, second], 5.0))
     await settle()
@@ -162,22 +162,22 @@ async def test_wait_first_returns_with_first_future() -> None:
 
 @pytest.mark.parametrize("wait", [wait_for_all, wait_for_first])
 async def test_cancelled_wait_timer_holds_no_caller_context(wait: Any) -> None:
-    """A timer that was cancelled stays in the event loop until its time; it does not keep the caller's context."""
+    """A cancelled timer stays in the event loop until its time, but does not hold the caller's context."""
 
-    class Held:
-        """Something that a context variable holds."""
+    class Value:
+        """Value in a context variable."""
 
     variable: contextvars.ContextVar[Any] = contextvars.ContextVar("variable")
     future = asyncio.get_running_loop().create_future()
 
-    async def caller() -> weakref.ref[Held]:
-        held = Held()
-        variable.set(held)
+    async def caller() -> weakref.ref[Value]:
+        reference = Value()
+        variable.set(reference)
         asyncio.get_running_loop().call_soon(future.set_result, None, context=contextvars.Context())
         await wait([future], 3600.0)
-        return weakref.ref(held)
+        return weakref.ref(reference)
 
-    held = await asyncio.ensure_future(caller())
+    reference = await asyncio.ensure_future(caller())
     await settle()
     gc.collect()
-    assert held() is None
+    assert reference() is None

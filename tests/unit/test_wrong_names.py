@@ -1,4 +1,4 @@
-"""Tests of what is said about names that a manager, a socket or a room does not have."""
+"""Tests of the errors for attributes that a manager, a socket or a room does not have."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ CASES = [
 
 @pytest.mark.parametrize(("owner", "name"), CASES)
 def test_wrong_name_error_names_right_one(owner: str, name: str) -> None:
-    """A name that people guess raises an `AttributeError` which says what to write, with names that exist."""
-    thing = OWNERS[owner]
-    assert not hasattr(thing, name)
+    """A wrong name that people often use raises an `AttributeError` that names existing alternatives."""
+    instance = OWNERS[owner]
+    assert not hasattr(instance, name)
     with pytest.raises(AttributeError) as caught:
-        getattr(thing, name)
-    told = str(caught.value)
-    assert f"{type(thing).__name__} has no {name!r}: " in told
+        getattr(instance, name)
+    text = str(caught.value)
+    assert f"{type(instance).__name__} has no {name!r}: " in text
     kinds = {"manager": WebSocketConnectionManager, "ws": StableSocket, "room": Room}
-    for other, right in re.findall(r"\b(manager|ws|room)\.(\w+)", told):
-        assert right in dir(kinds[other]), told
+    for other, right in re.findall(r"\b(manager|ws|room)\.(\w+)", text):
+        assert right in dir(kinds[other]), text
 
 
 @pytest.mark.parametrize(
@@ -58,36 +58,36 @@ def test_wrong_name_error_names_right_one(owner: str, name: str) -> None:
     ],
 )
 def test_common_wrong_guess_names_right_one(owner: str, name: str, right: str) -> None:
-    """The names of Starlette, FastAPI's tutorial and Socket.IO lead to those of this library."""
+    """Names of Starlette, FastAPI's tutorial and Socket.IO lead to those of this library."""
     with pytest.raises(AttributeError, match=re.escape(right)):
         getattr(OWNERS[owner], name)
 
 
 @pytest.mark.parametrize("owner", list(OWNERS))
 def test_unknown_name_raises_ordinary_error(owner: str) -> None:
-    """A name that is in no table raises what Python raises."""
-    thing = OWNERS[owner]
+    """A name that is in no table raises Python's usual error."""
+    instance = OWNERS[owner]
     with pytest.raises(AttributeError) as caught:
-        _ = thing.nonsense
-    assert str(caught.value) == f"{type(thing).__name__!r} object has no attribute 'nonsense'"
-    assert (caught.value.name, caught.value.obj) == ("nonsense", thing)
-    assert getattr(thing, "nonsense", 5) == 5
+        _ = instance.nonsense
+    assert str(caught.value) == f"{type(instance).__name__!r} object has no attribute 'nonsense'"
+    assert (caught.value.name, caught.value.obj) == ("nonsense", instance)
+    assert getattr(instance, "nonsense", 5) == 5
 
 
 def test_error_within_property_is_unchanged() -> None:
-    """An `AttributeError` that a property raises is not taken for a missing name."""
+    """An `AttributeError` inside a property is not taken for a missing name."""
     with pytest.raises(AttributeError, match="'_connection'"):
         _ = SOCKET.client_id
 
 
 def test_copy_mock_and_inspect_work_on_socket() -> None:
-    """Copies, mocks and inspection see a socket as they did without the tables."""
+    """Copies, mocks and inspection of a socket work as without the tables."""
     assert isinstance(copy.copy(SOCKET), StableSocket)
     assert isinstance(copy.copy(EMPTY_ROOM), Room)
     with pytest.raises(AttributeError):
         mock.create_autospec(StableSocket, instance=True).accept  # noqa: B018 (reading it is the test)
     with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
-        pickle.dumps(EMPTY_ROOM)  # its lambda cannot be pickled, and nothing else is said
+        pickle.dumps(EMPTY_ROOM)  # its lambda cannot be pickled; no other error is raised
     assert not set(OF_SOCKET) & set(dir(StableSocket))
     assert inspect.unwrap(WebSocketConnectionManager().broadcast)
 
@@ -104,20 +104,20 @@ async def test_copy_of_open_socket_is_same_connection() -> None:
 
 @pytest.mark.parametrize("options", [{"heartbeat_interval": 5.0}, {}])
 def test_manager_with_dict_asks_for_config(options: dict[str, Any]) -> None:
-    """Options as a dict are refused with what to write."""
+    """Options as a dict are rejected with the correct call."""
     with pytest.raises(TypeError, match=re.escape("WebSocketConnectionManager(WebSocketConfig(**options))")):
         WebSocketConnectionManager(options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("wrong", ["redis://localhost", 5, WebSocketConfig, object()])
 def test_manager_with_wrong_type_names_expected_types(wrong: Any) -> None:
-    """Anything but a config is refused by name."""
+    """A value that is not a config is rejected with its type."""
     with pytest.raises(TypeError, match=r"must be a WebSocketConfig, not"):
         WebSocketConnectionManager(wrong)
 
 
 def test_manager_with_app_suggests_install() -> None:
-    """An app is given to `install`, or given the manager's lifespan."""
+    """For an app the error names `install` and the manager's lifespan."""
     from fastapi import FastAPI
 
     with pytest.raises(TypeError, match=r"manager\.install\(app\)"):

@@ -1,1 +1,1 @@
-"""What is fuzzed: each target takes bytes, and raises when a rule is broken."""
+"""Fuzz targets: each takes bytes, and raises when a rule is broken."""

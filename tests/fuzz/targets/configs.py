@@ -1,4 +1,4 @@
-"""Options of every kind and none, from Python and from the environment."""
+"""Options of any kind, valid and invalid, from Python and from the environment."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ PRESETS: Final[tuple[Any, ...]] = (
 
 
 def config(data: bytes) -> None:
-    """Take bytes for options with values, and for an environment."""
+    """Use bytes for options with values, and for an environment."""
     choices = Choices(data)
     options: dict[str, Any] = {}
     environ: dict[str, str] = {}
@@ -83,7 +83,7 @@ def config(data: bytes) -> None:
 
 
 def a_value(choices: Choices) -> Any:
-    """Some value, of any type."""
+    """Return some value, of any type."""
     kind = choices.number() % 7
     if kind == 0:
         return choices.text()
@@ -99,12 +99,12 @@ def a_value(choices: Choices) -> Any:
 
 
 def makes_a_config(options: dict[str, Any]) -> WebSocketConfig | None:
-    """A config that can be used, or an error that says why not."""
+    """Check that options make a usable config or raise an error with the reason."""
     try:
         made = WebSocketConfig(**options)
-    except ValueError as refused:
-        assert isinstance(refused, ValidationError)
-        assert str(refused)
+    except ValueError as error:
+        assert isinstance(error, ValidationError)
+        assert str(error)
         return None
     _can_be_used(made)
     copy = made.model_copy(update=options)
@@ -113,12 +113,12 @@ def makes_a_config(options: dict[str, Any]) -> WebSocketConfig | None:
 
 
 def reads_an_environment(environ: dict[str, str]) -> WebSocketConfig | None:
-    """The same from an environment."""
+    """Check the same for an environment."""
     try:
         made = WebSocketConfig.from_env(environ=environ)
-    except ValueError as refused:
-        assert isinstance(refused, ValidationError)
-        assert str(refused)
+    except ValueError as error:
+        assert isinstance(error, ValidationError)
+        assert str(error)
         return None
     _can_be_used(made)
     return made
@@ -132,7 +132,7 @@ def _can_be_used(made: WebSocketConfig) -> None:
     assert uvicorn_options(made)["timeout_graceful_shutdown"] > 0
     try:
         assert WebSocketConnectionManager(made).config is made
-    except MessageEncodeError:  # any object can be the payload, and the manager says at once if it cannot be sent
+    except MessageEncodeError:  # any object can be the payload; the manager raises at once if it cannot be sent
         assert made.heartbeat_type is HeartbeatType.CUSTOM
 
 

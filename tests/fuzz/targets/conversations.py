@@ -1,11 +1,12 @@
-"""What a client of `stabilizer.v1.json` says over several connections, and what its server does meanwhile.
+"""Messages of a client of `stabilizer.v1.json` over several connections, and actions of its server between them.
 
-An input is lines. Its first character says what a line is:
+An input consists of lines. The first character of a line is its kind:
 
-- `R` and `S`: Ann or Bob connects anew and says the hello behind it; `$TOKEN` in it is the token of the last welcome;
-- `B`: a binary frame; `M`: one of kind 1, its object and its data on both sides of `|`; `D`: a compressed text;
-- `O` and `V`: the application sends a text, or one that is volatile; `P`: the server pings; `W`: time passes;
-- `H`, `F`, `I`, `X`: the next message is handled, has failed, was interrupted, is refused; `A`: a credential is good;
+- `R` and `S`: Ann or Bob connects again with the hello after the letter; `$TOKEN` in it is the token of the last
+welcome;
+- `B`: a binary frame; `M`: one of kind 1, its object and its data separated by `|`; `D`: a compressed text;
+- `O` and `V`: the application sends a text, or a volatile one; `P`: the server pings; `W`: time passes;
+- `H`, `F`, `I`, `X`: the next message is handled, has failed, was interrupted, is rejected; `A`: a credential is valid;
 - everything else is a text frame.
 """
 
@@ -38,18 +39,18 @@ CONFIG: Final = WebSocketConfig(
 )
 
 CODES: Final = {1009, 4400, 4401, 4409, 4410, 4412, 4507}
-"""All that a client can bring about here."""
+"""All close codes that a client can cause here."""
 
 MAX_LINES: Final = 400
 
 
 def conversations(data: bytes) -> None:
-    """Let a client say what the lines say."""
+    """Let a client send what the lines contain."""
     virtual.run(_Stage().plays(data.split(b"\n")[:MAX_LINES]))
 
 
 class _Speaker(FakeAttachment):
-    """A connection without a socket, for a conversation and its session."""
+    """Connection without a socket, for a conversation and its session."""
 
     def __init__(self, events: EventBus, now: float) -> None:
         super().__init__()
@@ -64,30 +65,30 @@ class _Speaker(FakeAttachment):
         self.answers.append(frame)
 
     def emit(self, event: str, level: int, **fields: Any) -> None:
-        """Nobody listens."""
+        """Ignore the event."""
 
     def admit_message(self, size: int, message: Message | None = None) -> bool:
-        """Whether a message may be sent now: always."""
+        """Admit every message."""
         return True
 
     def on_control_frame(self) -> None:
-        """Nobody counts."""
+        """Count nothing."""
 
     def on_message(self) -> None:
-        """Nobody notes it."""
+        """Count nothing."""
 
     def on_nonzero(self) -> None:
-        """As of a connection."""
+        """Do nothing."""
 
     def evict(self) -> None:
-        """There is room."""
+        """Do nothing: memory is sufficient."""
 
     def on_limit_exceeded(self, held: int) -> None:
-        """There is no limit."""
+        """Do nothing: there is no limit."""
 
 
 class _Stage:
-    """The sessions of a server, and the one client that speaks at a time."""
+    """The sessions of a server, and the one client that is connected at a time."""
 
     def __init__(self) -> None:
         self.events = EventBus()
@@ -109,14 +110,14 @@ class _Stage:
         self.renewals = 0
 
     async def plays(self, lines: list[bytes]) -> None:
-        """Do what each line says, and look at everything after it."""
+        """Execute each line, and check all invariants after it."""
         self._connects("ann", '{"type":"hello","v":1,"n":1,"caps":["deflate-raw"],"client":"c"}')
         for line in lines:
             await self._does(line[:1], line[1:], line)
             self._looks()
         self._leaves()
         await asyncio.sleep(2 * CONFIG.session_ttl)
-        assert len(self.sessions) == 0, "a session outlives its time"
+        assert len(self.sessions) == 0, "a session outlives its ttl"
         self.sessions.stop()
 
     async def _does(self, sign: bytes, rest: bytes, line: bytes) -> None:
@@ -146,7 +147,7 @@ class _Stage:
         proven = self.tokens.get(hello.token or "")
         assert resume_result.session.client_id == client_id
         if resume_result.outcome in (ResumeOutcome.FULL, ResumeOutcome.GAP):
-            assert resume_result.session is proven, "a session was got back with a token that is not its own"
+            assert resume_result.session is proven, "a session was resumed with a token of another one"
         self.sessions.on_attached(resume_result.session)
         self.speaker = _Speaker(self.events, asyncio.get_running_loop().time())
         self.protocol = V1Protocol(self.speaker, resume_result, self.seen, self._renewed)
@@ -155,7 +156,7 @@ class _Stage:
         self.token = frame["token"]
         self.tokens[self.token] = resume_result.session
         if resume_result.session.attach(self.speaker, resume_result.cursor, welcome) is not None:
-            raise AssertionError("there is one connection at a time here")
+            raise AssertionError("only one connection is open at a time")
 
     def _renewed(self, credential: str | None) -> None:
         assert credential is None or isinstance(credential, str)
@@ -211,7 +212,7 @@ class _Stage:
         else:
             protocol.reject(message, "refused", "no")
 
-    # ── what has to be true at any time ──
+    # ── invariants ──
 
     def _looks(self) -> None:
         assert len(self.seen) <= MAX_KEYS_PER_CLIENT * len(self.clients)
@@ -232,7 +233,7 @@ class _Stage:
 
 
 def _is_well_formed(frame: EncodedMessage) -> None:
-    """A frame of ours can be read by any client."""
+    """Check that any client can read a frame of the server."""
     if frame.binary:
         parse(frame.payload, 2**20)
     else:

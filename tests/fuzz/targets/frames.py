@@ -32,16 +32,16 @@ from tests.fuzz.choices import text_of
 from tests.fuzz.strict_json import finite, strict_json
 
 LIMIT: Final = 4096
-"""Bytes that a compressed frame may hold."""
+"""Maximum bytes of an inflated frame."""
 
 CODES: Final = {1009, 4400, 4406}
-"""All that a bad frame closes with."""
+"""All close codes for an invalid frame."""
 
 _FIELDS: Final = ("v", "seq", "ts", "n", "ack", "re", "token", "event", "data", "in", "type", "room")
 
 
 def frames(data: bytes) -> None:
-    """Take bytes for a text frame, and for a binary one."""
+    """Use bytes for a text frame, and for a binary one."""
     text = text_of(data)
     frame = read_frame(text)
     if frame is not None:
@@ -55,13 +55,13 @@ def frames(data: bytes) -> None:
 
 
 def read_frame(raw: str | bytes, max_inflated: int = 0) -> dict[str, Any] | None:
-    """A frame, well-formed; `None` if it was refused with a code that can be sent."""
+    """Return a well-formed frame; `None` if it was rejected with a valid close code."""
     try:
         frame = parse(raw, max_inflated)
-    except ProtocolError as refused:
-        assert refused.code in CODES
-        assert check_close_code(refused.code)
-        assert len(str(refused)) < 1024, "what is wrong is said at length"
+    except ProtocolError as error:
+        assert error.code in CODES
+        assert check_close_code(error.code)
+        assert len(str(error)) < 1024, "the error text is too long"
         return None
     assert isinstance(frame, dict)
     assert isinstance(frame["type"], str)
@@ -69,27 +69,27 @@ def read_frame(raw: str | bytes, max_inflated: int = 0) -> dict[str, Any] | None
 
 
 def _agrees(text: str, frame: dict[str, Any]) -> None:
-    assert finite(strict_json(text)) == finite(frame), "another parser reads something else"
+    assert finite(strict_json(text)) == finite(frame), "another parser has another result"
 
 
 def reads_fields(frame: dict[str, Any]) -> Message | None:
-    """Read a frame's fields as every kind of frame does: each is what it says, or is refused."""
+    """Read the fields of a frame as every kind of frame does: each has its type, or is rejected."""
     for name in _FIELDS:
         try:
             assert 0 <= require_int(frame, name) <= MAX_SEQ
-        except ProtocolError as refused:
-            assert refused.code == 4400
+        except ProtocolError as error:
+            assert error.code == 4400
         try:
             count, word = optional_int(frame, name, least=1), optional_text(frame, name)
-        except ProtocolError as refused:
-            assert refused.code == 4400
+        except ProtocolError as error:
+            assert error.code == 4400
         else:
             assert count is None or 1 <= count <= MAX_SEQ
             assert word is None or len(word) <= MAX_NAME_CHARS
     try:
         message = message_of(frame)
-    except ProtocolError as refused:
-        assert refused.code == 4400
+    except ProtocolError as error:
+        assert error.code == 4400
         return None
     _is_written_as_it_was_read(message)
     return message
@@ -104,16 +104,16 @@ def _is_written_as_it_was_read(message: Message) -> None:
     raw = message.raw
     if isinstance(raw, str) and not isinstance(message.data, str):
         assert strict_json(raw) == finite(message.data)
-    if not isinstance(message.data, bytes):  # what a client says comes back to it
+    if not isinstance(message.data, bytes):  # values that the client sent are sent back to it
         strict_json(control_frame("pong", ts=message.data).payload)
 
 
 def reads_hello(raw: str | bytes) -> None:
-    """Take something for a hello."""
+    """Parse an object as a hello."""
     try:
         hello = parse_hello(raw)
-    except ProtocolError as refused:
-        assert refused.code in (4400, 4406)
+    except ProtocolError as error:
+        assert error.code in (4400, 4406)
         return
     assert isinstance(raw, str)
     assert len(raw.encode()) <= MAX_HELLO_BYTES
@@ -127,12 +127,12 @@ def reads_hello(raw: str | bytes) -> None:
 
 
 def reads_control(text: str) -> None:
-    """Take a text for a ping or a pong of the plain mode."""
+    """Parse a text as a ping or a pong of the plain mode."""
     frame = parse_text_ping(text)
     if frame is None:
         return
     assert len(text) <= MAX_CONTROL_CHARS
-    assert text in ("ping", "pong") or strict_json(text).keys() <= {"type", "ts"}, "that was application data"
+    assert text in ("ping", "pong") or strict_json(text).keys() <= {"type", "ts"}, "it was application data"
     if not isinstance(frame, TextPing):
         assert text == "pong" or strict_json(text)["type"] == "pong"
     elif text == "ping":
@@ -144,7 +144,7 @@ def reads_control(text: str) -> None:
 
 
 def reads_frame_of_bytes(data: bytes) -> None:
-    """Take bytes for a binary frame, where compressed ones were agreed on and where they were not."""
+    """Parse bytes as a binary frame, with compression negotiated and without."""
     for limit in (0, LIMIT):
         frame = read_frame(data, limit)
         if frame is None:
@@ -156,12 +156,12 @@ def reads_frame_of_bytes(data: bytes) -> None:
                 assert message.raw == frame["data"]
     try:
         assert len(inflate(data, LIMIT)) <= LIMIT
-    except ValueError as refused:
-        assert len(str(refused)) < 1024
+    except ValueError as error:
+        assert len(str(error)) < 1024
 
 
 def survives_compression(data: bytes) -> None:
-    """Compress bytes in each of our ways, and get them back, and no more than was allowed."""
+    """Compress bytes with each compressor, inflate them again, and check the limit."""
     packed = deflate_stream(data)
     assert inflate(packed, len(data)) == data
     if data:
@@ -178,11 +178,11 @@ def _is_not_inflated(packed: bytes, limit: int, expected: type[ValueError]) -> N
         inflate(packed, limit)
     except expected:
         return
-    raise AssertionError("what was cut, goes on or is too much was inflated")
+    raise AssertionError("truncated, trailing or excessive data was inflated")
 
 
 def survives_sending(text: str, data: bytes) -> None:
-    """Send a text, bytes and JSON as a plain client and as one of v1 gets them."""
+    """Send a text, bytes and JSON as a plain client and as a v1 client gets them."""
     binary = to_v1(encode(data))
     assert parse(binary.payload)["data"] == data
     assert encode(data).data == data

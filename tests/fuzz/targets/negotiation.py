@@ -1,4 +1,4 @@
-"""What a client offers with its handshake: subprotocols with a credential in them, and compression."""
+"""Offers of a client in its handshake: subprotocols with a credential in them, and compression."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WINDOW: Final = 1 << 15
 
 
 def negotiation(data: bytes) -> None:
-    """Take a line for the subprotocols, a line for the extensions, and the rest for compressed messages."""
+    """Use a line for the subprotocols, a line for the extensions, and the rest for compressed messages."""
     first, _, rest = data.partition(b"\n")
     second, _, third = rest.partition(b"\n")
     offers_subprotocols([one.strip() for one in text_of(first).split(",")])
@@ -29,7 +29,7 @@ def negotiation(data: bytes) -> None:
 
 
 def offers_subprotocols(offered: list[str]) -> None:
-    """A client's list is read, or there is nothing in it."""
+    """Check that a client's list is parsed, or that nothing is found in it."""
     assert offers_v1(offered) is (SUBPROTOCOL in offered)
     credential = offered_credential(offered)
     if credential is None:
@@ -40,7 +40,7 @@ def offers_subprotocols(offered: list[str]) -> None:
 
 
 def offers_extensions(header: str) -> list[WholeMessageDeflate]:
-    """What is agreed on can be answered, and compresses both ways."""
+    """Check that an agreement can be answered, and compresses in both directions."""
     try:
         extensions = parse_extension(header)
     except InvalidHeader:
@@ -63,9 +63,9 @@ def offers_extensions(header: str) -> list[WholeMessageDeflate]:
 
 
 def _deflates_and_inflates(extension: WholeMessageDeflate, payload: bytes) -> None:
-    bits = max(9, extension.remote_max_window_bits)  # zlib makes 8 to 9 when it compresses
+    bits = max(9, extension.remote_max_window_bits)  # zlib uses 9 instead of 8 when it compresses
     if extension.remote_max_window_bits >= 9:
-        for _ in range(2):  # without context takeover each message stands alone
+        for _ in range(2):  # without context takeover each message is compressed independently
             packed = zlib.compressobj(wbits=-bits)
             data = (packed.compress(payload) + packed.flush(zlib.Z_SYNC_FLUSH))[:-4]
             half = len(data) // 2
@@ -79,7 +79,7 @@ def _deflates_and_inflates(extension: WholeMessageDeflate, payload: bytes) -> No
 
 
 def inflates(extension: WholeMessageDeflate, data: bytes) -> None:
-    """Any frames, compressed or not: they are inflated, up to the limit, or refused."""
+    """Check that any frames, compressed or not, are inflated up to the limit or rejected."""
     choices = Choices(data)
     left = LIMIT
     while choices:

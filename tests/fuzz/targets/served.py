@@ -1,7 +1,7 @@
 """`StableWebSocketProtocol` on a transport without a network: any bytes, in any pieces.
 
-An input begins with a byte of switches and one that says how it is cut to pieces; the rest is what the client sends, as
-its handshake or behind one.
+An input begins with a byte of switches and a byte that says how it is cut to pieces. The rest is what the client sends,
+as its handshake or after one.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from tests.fuzz import virtual
 from tests.fuzz.choices import Choices
 
 LIMIT: Final = 2048
-"""Bytes of one message."""
+"""Maximum bytes of one message."""
 
 HIGH_WATER: Final = 512
-"""Bytes after which a transport that is slow has had enough."""
+"""Buffered bytes after which a slow transport pauses writing."""
 
 PONG: Final = 0xA
 LEAST_FRAME: Final = 6
@@ -47,13 +47,13 @@ LONGEST_HANDSHAKE: Final = 129 * 8192
 MAX_PIECES: Final = 128
 
 ENOUGH: Final = 2
-"""Messages after which an application leaves that has enough."""
+"""Messages after which an application with `leaves` returns."""
 
 AT_ONCE: Final = 64
-"""Compressed bytes that are parsed at one go here: few, so that small inputs are parsed in several goes too."""
+"""Compressed bytes parsed in one step here: few, so that small inputs take several steps too."""
 
 TURNS: Final = 60
-"""Turns of the loop in which something has to have happened that waits for nothing."""
+"""Iterations of the loop within which everything has to happen that does not wait for a timer."""
 
 OPTIONS: Final = WebSocketConfig(
     max_message_size=LIMIT, inbox_max_messages=4, inbox_max_bytes=2 * LIMIT, compression_min_bytes=16
@@ -62,16 +62,16 @@ OPTIONS: Final = WebSocketConfig(
 
 @dataclass(frozen=True)
 class Circumstances:
-    """Under what an input is taken.
+    """Conditions under which an input is processed.
 
     Attributes:
-        linked: Whether a manager serves it, or an application that knows nothing of us.
+        linked: Whether a manager serves it, or an application without the library.
         deflates: Whether the client offers compression.
         numbered: Whether it offers `stabilizer.v1.json`.
         slow: Whether the application begins to read when everything was sent.
         early: Whether the client sends before it is accepted.
-        stalls: Whether the transport has enough now and then.
-        leaves: Whether the application has enough after some messages.
+        stalls: Whether the transport pauses writing from time to time.
+        leaves: Whether the application returns after some messages.
     """
 
     linked: bool = True
@@ -84,12 +84,12 @@ class Circumstances:
 
     @classmethod
     def of(cls, switches: int) -> Circumstances:
-        """Those that some bits stand for."""
+        """Return the conditions that some bits stand for."""
         return cls(*(bool(switches >> bit & 1) for bit in range(7)))
 
     @property
     def request(self) -> bytes:
-        """A good handshake."""
+        """A valid handshake."""
         lines = [
             b"GET /ann HTTP/1.1",
             b"Host: testserver",
@@ -107,15 +107,15 @@ class Circumstances:
 
 @dataclass
 class Outcome:
-    """What has come of an input.
+    """Result of an input.
 
     Attributes:
         messages: What the application has read.
         written: What the server has sent.
         sent_close: Whether a close frame is in it.
-        attached: Whether a link was used.
-        ended_by_us: Whether the server was the first to close, or closes for a bad frame.
-        failures: What was raised where it must not.
+        attached: Whether a direct transport was used.
+        ended_by_us: Whether the server was the first to close, or closes for an invalid frame.
+        failures: Exceptions raised where none may be.
     """
 
     messages: list[Any] = field(default_factory=list)
@@ -127,7 +127,7 @@ class Outcome:
 
 
 class MemoryTransport(asyncio.Transport):
-    """Does to its protocol what asyncio's transport of a socket does, and keeps what is written."""
+    """Transport that treats its protocol like asyncio's socket transport, and records what is written."""
 
     def __init__(self, protocol: Any, *, stalls: bool = False) -> None:
         super().__init__()
@@ -139,13 +139,13 @@ class MemoryTransport(asyncio.Transport):
         self.written = bytearray()
 
     def write(self, data: Any) -> None:
-        """Keep bytes; as asyncio does, refuse them behind an end of file."""
+        """Record bytes; like asyncio, reject them after an end of file."""
         assert isinstance(data, (bytes, bytearray, memoryview))
         if self._eof:
             raise RuntimeError("Cannot call write() after write_eof()")
         if not data:
             return
-        assert not self._closing, f"written behind the close: {bytes(data[:80])!r}"
+        assert not self._closing, f"written after the close: {bytes(data[:80])!r}"
         self.written += data
         if self._stalls:
             stalled, self._held = self._held > HIGH_WATER, self._held + len(data)
@@ -159,19 +159,19 @@ class MemoryTransport(asyncio.Transport):
             self._protocol.resume_writing()
 
     def write_eof(self) -> None:
-        """Close our half."""
+        """Close the writing side."""
         self._eof = True
 
     def can_write_eof(self) -> bool:
-        """Yes."""
+        """Return `True`."""
         return True
 
     def is_closing(self) -> bool:
-        """Whether it was closed."""
+        """Return whether it was closed."""
         return self._closing
 
     def close(self) -> None:
-        """Close it soon, and tell the protocol."""
+        """Close it soon, and inform the protocol."""
         if not self._closing:
             self._closing, self.reading = True, False
             asyncio.get_running_loop().call_soon(self.lose)
@@ -179,35 +179,35 @@ class MemoryTransport(asyncio.Transport):
     abort = close
 
     def lose(self) -> None:
-        """The connection is gone."""
+        """Lose the connection."""
         if not self._lost:
             self._closing = self._lost = True
             self.reading = False
             self._protocol.connection_lost(None)
 
     def pause_reading(self) -> None:
-        """Give the protocol nothing."""
+        """Stop delivering data to the protocol."""
         self.reading = False
 
     def resume_reading(self) -> None:
-        """Give it something again."""
+        """Deliver data to the protocol again."""
         self.reading = not self._closing
 
     def is_reading(self) -> bool:
-        """Whether it reads."""
+        """Return whether it reads."""
         return self.reading
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """Nothing is known."""
+        """Return the default: nothing is known."""
         return default
 
     def get_write_buffer_size(self) -> int:
-        """Bytes that the client has not taken."""
+        """Return the bytes that the client has not taken."""
         return self._held if self._stalls and not self._lost else 0
 
 
 class _Application:
-    """Reads everything, and notes it.
+    """Application that reads and records everything.
 
     Attributes:
         open: Whether it may accept.
@@ -236,7 +236,7 @@ class _Application:
             else:
                 await self._read(receive, send)
         except (WebSocketException, HTTPException, ClientDisconnected):
-            pass  # FastAPI's handlers, and uvicorn, would deal with them
+            pass  # FastAPI's handlers and uvicorn would handle these errors
         except Exception as error:
             self.outcome.failures.append(error)
         finally:
@@ -259,7 +259,7 @@ class _Application:
             text = event.get("text")
             self.outcome.messages.append(event["bytes"] if text is None else text)
             if self._leaves:
-                with contextlib.suppress(RuntimeError):  # uvicorn may have closed it for a bad frame
+                with contextlib.suppress(RuntimeError):  # uvicorn may have closed it for an invalid frame
                     await send({"type": "websocket.close"})
                 break
 
@@ -276,7 +276,7 @@ def _config() -> Config:
 
 
 class Served:
-    """One connection, from its handshake to its end."""
+    """One connection, from its handshake to its close."""
 
     def __init__(self, circumstances: Circumstances) -> None:
         self._circumstances = circumstances
@@ -289,7 +289,7 @@ class Served:
         self.protocol.connection_made(self.transport)
 
     async def takes(self, handshake: Iterable[bytes], pieces: Iterable[bytes]) -> Outcome:
-        """Give it a handshake and what comes behind, piece by piece, as it reads; then lose the connection."""
+        """Deliver a handshake and the bytes after it, piece by piece, then lose the connection."""
         app = self.app
         await app.manager.start()
         if not self._circumstances.early:
@@ -305,7 +305,7 @@ class Served:
             await self._feeds(piece, limit)
         app.open.set()
         app.reads.set()
-        await asyncio.sleep(0.5)  # for everything but the ends of long waits
+        await asyncio.sleep(0.5)  # for everything except long timeouts
         return await self._ends()
 
     async def _feeds(self, piece: bytes, limit: int) -> None:
@@ -316,15 +316,15 @@ class Served:
         self.protocol.data_received(piece)
         self._looks(piece, limit)
         if self._circumstances.leaves:
-            await asyncio.sleep(0.001)  # as long as it takes to leave
+            await asyncio.sleep(0.001)  # as long as teardown takes
         elif len(piece) & 1:
             await asyncio.sleep(0)
 
     def _looks(self, piece: bytes, limit: int) -> None:
-        """Nothing that is kept grows beyond its limit."""
+        """Check that no buffer exceeds its limit."""
         protocol = self.protocol
-        assert len(protocol.conn.reader.buffer) <= limit + len(piece), "what cannot be parsed yet grows"
-        assert len(protocol.unparsed) <= len(piece), "what waits for room grows"
+        assert len(protocol.conn.reader.buffer) <= limit + len(piece), "the unparsed data exceeds its limit"
+        assert len(protocol.unparsed) <= len(piece), "the waiting data exceeds its limit"
         assert len(protocol.conn.events) == 0 or protocol.conn.parser_exc is not None
         if protocol.sink is not None:
             assert len(protocol.frames) <= MAX_FRAGMENTS
@@ -332,7 +332,9 @@ class Served:
             assert len(protocol.conn.writes) == 0 or protocol.close_sent
         if self.app.socket is not None:
             waiting = len(self.app.socket._connection.inbox)
-            assert waiting <= OPTIONS.inbox_max_messages + len(piece) // LEAST_FRAME + 1, "what nobody reads grows"
+            assert waiting <= OPTIONS.inbox_max_messages + len(piece) // LEAST_FRAME + 1, (
+                "the unread data exceeds its limit"
+            )
 
     async def _until(self, condition: Callable[[], Any], *, patient: bool = False) -> None:
         for _ in range(TURNS):
@@ -345,7 +347,7 @@ class Served:
             if condition():
                 return
             await asyncio.sleep(0.01 if patient else 0)
-        raise AssertionError("nothing goes on")
+        raise AssertionError("no progress")
 
     async def _ends(self) -> Outcome:
         outcome = self.app.outcome
@@ -363,7 +365,7 @@ class Served:
 
 
 def pieces_of(data: bytes, how: int) -> list[bytes]:
-    """Some bytes, cut to pieces: not at all, in equal ones, down to single bytes, or by chance."""
+    """Return bytes cut to pieces: whole, in equal pieces down to single bytes, or at random."""
     if how == 0 or not data:
         return [data] if data else []
     if how < 128:
@@ -376,7 +378,7 @@ def pieces_of(data: bytes, how: int) -> list[bytes]:
 
 
 def outcome_of(circumstances: Circumstances, data: bytes, how: int) -> Outcome:
-    """What comes of bytes behind a good handshake, in pieces of some kind."""
+    """Return the result of bytes after a valid handshake, in pieces of some kind."""
 
     async def one() -> Outcome:
         return await Served(circumstances).takes([circumstances.request], pieces_of(data, how))
@@ -384,8 +386,8 @@ def outcome_of(circumstances: Circumstances, data: bytes, how: int) -> Outcome:
     outcome = _run(one())
     frames = [opcode for opcode, _ in frames_in(outcome.written, circumstances)]
     outcome.sent_close = CLOSE in frames
-    # RFC 6455 section 5.5.1 allows a pong behind the close frame; uvicorn sends it, and we do not.
-    assert not outcome.attached or CLOSE not in frames[:-1], "something stands behind the close frame"
+    # RFC 6455 section 5.5.1 allows a pong after the close frame; uvicorn sends it, and we do not.
+    assert not outcome.attached or CLOSE not in frames[:-1], "data after the close frame"
     return outcome
 
 
@@ -395,23 +397,23 @@ def _run(one: Coroutine[Any, Any, Outcome]) -> Outcome:
 
 
 def frames_in(written: bytes, circumstances: Circumstances) -> Iterator[tuple[int, bytes]]:
-    """The frames that a server has written behind the handshake: whole, well-formed, no data behind a close."""
+    """Return the frames that a server has written after the handshake; check that each is whole and well-formed."""
     head, _, stream = written.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 101 "), head[:80]
     closed = False
     while stream:
         first, length, at = stream[0], stream[1], 2
         opcode = first & 0x0F
-        assert not closed or opcode == PONG, f"behind the close frame: {stream[:80]!r}"
+        assert not closed or opcode == PONG, f"data after the close frame: {stream[:80]!r}"
         assert length < 128, "the server masks"
-        assert first & 0x80, "the server makes fragments"
+        assert first & 0x80, "the server sends fragments"
         assert not first & 0x30
         assert not first & 0x40 or circumstances.deflates
         if length == 126:
             length, at = int.from_bytes(stream[2:4], "big"), 4
         elif length == 127:
             length, at = int.from_bytes(stream[2:10], "big"), 10
-        assert len(stream) >= at + length, "the last frame is cut off"
+        assert len(stream) >= at + length, "the last frame is incomplete"
         payload, stream = stream[at : at + length], stream[at + length :]
         assert opcode in (1, 2, CLOSE, PING, PONG)
         assert opcode < CLOSE or (length <= MAX_CONTROL_BYTES and not first & 0x40)
@@ -422,26 +424,27 @@ def frames_in(written: bytes, circumstances: Circumstances) -> Iterator[tuple[in
 
 
 def protocol(data: bytes) -> None:
-    """Take bytes for what a client sends behind a good handshake, whole and in pieces: the same comes of both."""
+    """Use bytes for the data after a valid handshake; check that whole and in pieces they have the same result."""
     choices = Choices(data)
     circumstances, how = Circumstances.of(choices.number()), choices.number() or 1
     same_in_pieces(circumstances, choices.rest(), how)
 
 
 def same_in_pieces(circumstances: Circumstances, stream: bytes, how: int) -> Outcome:
-    """What comes of some bytes, which is the same whole and in pieces."""
+    """Return the result of some bytes, which is the same whole and in pieces."""
     whole, cut = outcome_of(circumstances, stream, 0), outcome_of(circumstances, stream, how)
     shorter = min(len(whole.messages), len(cut.messages))
-    assert whole.messages[:shorter] == cut.messages[:shorter], "pieces change what is read"
-    # What came in one read with what we close for is thrown away; and who leaves before it is accepted is not served.
+    assert whole.messages[:shorter] == cut.messages[:shorter], "pieces change the messages"
+    # Data in the same read as the data that we close for is discarded. A client that closes before the accept is not
+    # served.
     if not whole.ended_by_us and not cut.ended_by_us and not circumstances.early:
-        assert len(whole.messages) == len(cut.messages), "pieces change how much is read"
+        assert len(whole.messages) == len(cut.messages), "pieces change the number of messages"
         assert whole.sent_close == cut.sent_close
     return cut
 
 
 def handshake(data: bytes) -> None:
-    """Take bytes for a whole connection, handshake and all."""
+    """Use bytes for a whole connection, including the handshake."""
     switches, how, request = (*data[:1], 0)[0], (*data[1:2], 1)[0], data[2:]
     circumstances = Circumstances.of(switches & 0b010001)
 

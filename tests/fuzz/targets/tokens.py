@@ -1,4 +1,4 @@
-"""What a client presents to get something back: reconnect tokens, and tokens of sessions."""
+"""Tokens that a client presents: reconnect tokens, and tokens of sessions."""
 
 from __future__ import annotations
 
@@ -18,49 +18,49 @@ TTL: Final = 3600.0
 
 
 def tokens(data: bytes) -> None:
-    """Take bytes for a client id, for a token, and for changes to good tokens."""
+    """Use bytes for a client id, for a token, and for changes to valid tokens."""
     choices = Choices(data)
     client_id, text = choices.text(), choices.text()
     changes = choices.rest()
     store = ReconnectTokens([KEY], TTL)
-    refuses(store, text)
+    is_rejected(store, text)
     try:
         good, foreign = store.issue(client_id), ReconnectTokens([OTHER_KEY], TTL).issue(client_id)
     except ValueError:
         assert not client_id or not is_name(client_id)
         return
-    refuses(store, foreign)
+    is_rejected(store, foreign)
     altered = changed(good, changes)
     if altered != good:
-        refuses(store, altered)
+        is_rejected(store, altered)
     assert store.read(good).client_id == client_id
     if client_id != text:
         _refuses_for(store, good, text)
     assert store.consume(good, client_id).client_id == client_id
-    refuses_to_use(store, good)
-    refuses_to_use(store, altered)
+    is_rejected_for_use(store, good)
+    is_rejected_for_use(store, altered)
     assert len(store) == 1
     _sessions_token(text, changes)
 
 
-def refuses(store: ReconnectTokens, token: str) -> None:
-    """A text that is no token of ours never gets in, whatever it is used for."""
-    for door in (store.read, store.check, store.consume):
+def is_rejected(store: ReconnectTokens, token: str) -> None:
+    """Check that a text that is not a valid token is rejected for every use."""
+    for use in (store.read, store.check, store.consume):
         try:
-            claim: TokenClaims = door(token)
-        except (InvalidTokenError, TokenExpiredError) as refused:
-            assert token not in str(refused) or len(token) < 20, "the token is told to the logs"
+            claim: TokenClaims = use(token)
+        except (InvalidTokenError, TokenExpiredError) as error:
+            assert token not in str(error) or len(token) < 20, "the error contains the token"
         else:
-            raise AssertionError(f"{token!r} got in, as {claim!r}")
+            raise AssertionError(f"{token!r} was accepted, as {claim!r}")
 
 
-def refuses_to_use(store: ReconnectTokens, token: str) -> None:
-    """A used token is not good a second time."""
+def is_rejected_for_use(store: ReconnectTokens, token: str) -> None:
+    """Check that a used token is not valid a second time."""
     try:
         claim = store.consume(token)
     except (InvalidTokenError, TokenExpiredError):
         return
-    raise AssertionError(f"{token!r} got in a second time, as {claim!r}")
+    raise AssertionError(f"{token!r} was accepted a second time, as {claim!r}")
 
 
 def _refuses_for(store: ReconnectTokens, token: str, client_id: str) -> None:
@@ -68,11 +68,11 @@ def _refuses_for(store: ReconnectTokens, token: str, client_id: str) -> None:
         store.check(token, client_id)
     except InvalidTokenError:
         return
-    raise AssertionError(f"{token!r} is good for {client_id!r} too")
+    raise AssertionError(f"{token!r} is valid for {client_id!r} too")
 
 
 def changed(token: str, changes: bytes) -> str:
-    """A token after some changes: characters replaced, put in, taken out, turned round, or added behind it."""
+    """Return a token after some changes: characters replaced, inserted, removed, swapped, or appended."""
     choices = Choices(changes)
     while choices:
         how, at = choices.number() % 5, choices.number(2) % (len(token) + 1)
@@ -102,7 +102,7 @@ def _sessions_token(text: str, changes: bytes) -> None:
     assert session.knows(good)
     assert session.present(good) == 0
     later = session.new_token().partition(".")[2]
-    assert session.knows(good), "the welcome with the next one may be lost"
+    assert session.knows(good), "the welcome with the next token may be lost"
     session.confirm()
     assert session.knows(later)
     assert not session.knows(good)

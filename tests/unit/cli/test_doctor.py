@@ -1,4 +1,4 @@
-"""Tests of `python -m fastapi_ws_stabilizer doctor`, and of what it prints."""
+"""Tests of `python -m fastapi_ws_stabilizer doctor` and its output."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FINDINGS = [
 
 @pytest.fixture
 def doctor(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command; returns its exit code and what it wrote."""
+    """Run the command; return its exit code and its output."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         code = main(["doctor", *arguments])
@@ -40,7 +40,7 @@ def doctor(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, 
 
 @pytest.fixture
 def without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `rich` be not installed."""
+    """Hide the installed `rich`."""
     real = builtins.__import__
 
     def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -53,7 +53,7 @@ def without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_clean_deployment_exits_0(doctor: Any) -> None:
-    """The exit code is 0 if nothing is found."""
+    """The exit code is 0 if there are no findings."""
     assert doctor(APP, "--server", "uvicorn", "--platform", "aws-nlb", *BOUND) == (0, "nothing found\n", "")
 
 
@@ -68,7 +68,7 @@ def test_clean_deployment_exits_0(doctor: Any) -> None:
     ids=str,
 )
 def test_platforms_are_accepted_with_commas_and_before_app(doctor: Any, arguments: tuple[str, ...]) -> None:
-    """The app is found wherever it stands, and each platform is looked at."""
+    """The app argument may come before or after the platforms, and each platform is checked."""
     code, out, err = doctor("--ignore", "D07", *arguments) if arguments[0] == APP else doctor(*arguments)
     assert (code, err) == (0, "")
     assert "D08" in out
@@ -76,7 +76,7 @@ def test_platforms_are_accepted_with_commas_and_before_app(doctor: Any, argument
 
 
 def test_missing_app_argument_is_named(doctor: Any) -> None:
-    """Without an app the doctor cannot look, and says what to name."""
+    """Without an app the doctor fails, and names the missing argument."""
     assert doctor("--platform", "nginx", "kubernetes") == (2, "", "name the app as for a server, such as main:app\n")
 
 
@@ -89,13 +89,13 @@ def test_errors_exit_1(doctor: Any) -> None:
 
 
 def test_warnings_alone_exit_0(doctor: Any) -> None:
-    """The exit code is 0 if there are warnings only."""
+    """The exit code is 0 if there are only warnings."""
     code, out, _ = doctor(APP, *BOUND, "--option", "limit-max-requests=1000")
     assert (code, out.splitlines()[-1]) == (0, "errors: 0, warnings: 1")
 
 
 def test_ignored_findings_exit_0(doctor: Any) -> None:
-    """A finding that is known and accepted does not fail it."""
+    """An ignored finding does not change the exit code."""
     assert doctor(APP, "--ignore", "d07") == (0, "nothing found\n", "")
 
 
@@ -111,7 +111,7 @@ def test_ignored_findings_exit_0(doctor: Any) -> None:
     ],
 )
 def test_each_argument_reaches_checks(doctor: Any, arguments: tuple[str, ...], code: str) -> None:
-    """What is told on the command line reaches the checks."""
+    """The arguments of the command line reach the checks."""
     _, out, _ = doctor(APP, *BOUND, *arguments, "--ignore", "D18")
     assert code in out
     assert "errors: 1, warnings: 0" in out or "errors: 0, warnings: 1" in out
@@ -123,7 +123,7 @@ def test_uvicorn_options_flag_uses_manager_options(doctor: Any) -> None:
 
 
 def test_manager_is_found_in_module_of_app(doctor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An app that uses `Depends(manager.socket)` alone has its manager beside it; two are one too many."""
+    """For an app that uses only `Depends(manager.socket)`, the manager is found in its module; two are an error."""
     monkeypatch.syspath_prepend(tmp_path)
     begin = "from fastapi import FastAPI\nfrom fastapi_ws_stabilizer import WebSocketConnectionManager as M\n"
     (tmp_path / "one_manager.py").write_text(f"{begin}app = FastAPI()\nmanager = M()\n")
@@ -154,7 +154,7 @@ def test_manager_is_found_in_module_of_app(doctor: Any, tmp_path: Path, monkeypa
     ],
 )
 def test_uninspectable_target_exits_2(doctor: Any, arguments: tuple[str, ...], message: str) -> None:
-    """The exit code is 2, with one line that says why."""
+    """The exit code is 2, with one line that gives the reason."""
     code, out, err = doctor(*arguments)
     assert (code, out) == (2, "")
     assert message in err
@@ -175,7 +175,7 @@ def test_uninspectable_target_exits_2(doctor: Any, arguments: tuple[str, ...], m
 def test_failing_app_import_exits_2(
     doctor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str
 ) -> None:
-    """Whatever it raises, the exit code is 2, with one line; an app that exits does not pass."""
+    """Any exception at import gives exit code 2 with one line, and an app that exits does not pass."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "breaks_at_import.py").write_text(f"{line}\n")
     code, out, err = doctor("breaks_at_import:app")
@@ -185,7 +185,7 @@ def test_failing_app_import_exits_2(
 
 
 def test_interrupt_during_import_propagates(doctor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C means the command."""
+    """Ctrl-C interrupts the command."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "interrupted.py").write_text("raise KeyboardInterrupt\n")
     with pytest.raises(KeyboardInterrupt):
@@ -193,18 +193,18 @@ def test_interrupt_during_import_propagates(doctor: Any, tmp_path: Path, monkeyp
 
 
 def test_module_runs_as_command() -> None:
-    """`python -m` finds an app of the working directory."""
+    """`python -m` finds an app in the working directory."""
     command = [sys.executable, "-m", "fastapi_ws_stabilizer", "doctor", APP, *BOUND, "--platform", "railway"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (1, "")
     assert "D08" in done.stdout
 
 
-# ── what it prints ──
+# ── output ──
 
 
 def test_findings_are_table_with_rich() -> None:
-    """With `rich` it is a table in which every word stands, brackets too."""
+    """With `rich` the findings are a table that contains every word, including brackets."""
     out = io.StringIO()
     write_findings(FINDINGS, out)
     text = out.getvalue()
@@ -215,7 +215,7 @@ def test_findings_are_table_with_rich() -> None:
 
 @pytest.mark.usefixtures("without_rich")
 def test_findings_are_plain_lines_without_rich() -> None:
-    """Without `rich` it is the same words as plain lines, none too long."""
+    """Without `rich` the same words are plain lines, and no line is too long."""
     out = io.StringIO()
     write_findings(FINDINGS, out)
     lines = out.getvalue().splitlines()

@@ -1,4 +1,4 @@
-"""Tests of `python -m fastapi_ws_stabilizer drain`: what it sends, to whom, and what it says of what comes back."""
+"""Tests of `python -m fastapi_ws_stabilizer drain`: its request, and its output for each answer."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Answered = Callable[[bytes], tuple[str, list[bytes]]]
 
 
 def answer(status: str, body: bytes = b"", *headers: str) -> bytes:
-    """An HTTP response."""
+    """Return an HTTP response."""
     lines = (f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Connection: close", *headers)
     return "\r\n".join((*lines, "", "")).encode() + body
 
 
 @pytest.fixture
 def answered() -> Iterator[Answered]:
-    """Starts a server that gives every request the same bytes; returns its address, and the requests that it gets."""
+    """Start a server that answers every request with the same bytes; yield its address and the requests."""
     listeners = []
 
     def start(response: bytes) -> tuple[str, list[bytes]]:
@@ -50,14 +50,14 @@ def answered() -> Iterator[Answered]:
 
     yield start
     for listener in listeners:
-        with contextlib.suppress(OSError):  # some systems wake the accept by the close alone
+        with contextlib.suppress(OSError):  # on some systems closing the socket alone does not wake the accept
             listener.shutdown(socket.SHUT_RDWR)
         listener.close()
 
 
 @pytest.fixture
 def drain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command with a secret; returns its exit code and what it wrote."""
+    """Run the command with a secret; return its exit code and its output."""
 
     def run(*arguments: str, secret: str = SECRET) -> tuple[int, str, str]:
         monkeypatch.setenv("WS_DRAIN_SECRET", secret)
@@ -69,7 +69,7 @@ def drain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_drain_prints_result_and_exits_0_or_1(drain: Any, answered: Answered) -> None:
-    """The exit code is 0 if all connections ended in time, and 1 if some were cut."""
+    """The exit code is 0 if all connections closed in time, and 1 if some were cut."""
     url, heard = answered(answer("200 OK", json.dumps(REPORT).encode()))
     code, out, err = drain(url, "--timeout", "7")
     assert (code, json.loads(out), err) == (0, REPORT, "")
@@ -81,14 +81,14 @@ def test_drain_prints_result_and_exits_0_or_1(drain: Any, answered: Answered) ->
 
 @pytest.mark.parametrize("secret", [f"{SECRET}\n", f" {SECRET}\r\n"])
 def test_trailing_newline_of_secret_is_stripped(drain: Any, answered: Answered, secret: str) -> None:
-    """`kubectl create secret --from-file` keeps the newline of the file."""
+    """`kubectl create secret --from-file` keeps the newline of the file, so the command strips it."""
     url, heard = answered(answer("200 OK", json.dumps(REPORT).encode()))
     assert drain(url, secret=secret)[0] == 0
     assert f"authorization: bearer {SECRET}\r\n".encode() in heard[0].lower()
 
 
 def test_secret_may_contain_latin_1_characters(drain: Any, answered: Answered) -> None:
-    """Those of Latin-1, as the server reads them."""
+    """The secret may contain characters of Latin-1, as the server reads them."""
     url, heard = answered(answer("200 OK", json.dumps(REPORT).encode()))
     assert drain(url, secret=f"{SECRET}-\u00fc")[0] == 0
     assert f"{SECRET}-\u00fc\r\n".encode("latin-1") in heard[0]
@@ -96,7 +96,7 @@ def test_secret_may_contain_latin_1_characters(drain: Any, answered: Answered) -
 
 @pytest.mark.parametrize("secret", [f"{SECRET}\nX-More: 1", f"{SECRET}\u20ac", f"{SECRET}\x01"])
 def test_invalid_header_secret_is_neither_printed_nor_sent(drain: Any, answered: Answered, secret: str) -> None:
-    """It says which variable is wrong, and sends nothing."""
+    """The error names the invalid variable, and no request is sent."""
     url, heard = answered(answer("200 OK", json.dumps(REPORT).encode()))
     assert drain(url, secret=secret) == (
         2,
@@ -107,7 +107,7 @@ def test_invalid_header_secret_is_neither_printed_nor_sent(drain: Any, answered:
 
 
 def test_blank_secret_is_error(drain: Any) -> None:
-    """White space is none."""
+    """A secret of white space counts as missing."""
     code, _, err = drain("http://127.0.0.1:9", secret=" \n")
     assert (code, err) == (2, "no secret: set WS_DRAIN_SECRET to the server's drain_secret\n")
 
@@ -116,7 +116,7 @@ def test_blank_secret_is_error(drain: Any) -> None:
 def test_secret_is_not_sent_to_proxy(
     drain: Any, answered: Answered, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """A proxy of the environment is not asked."""
+    """The command ignores proxies in the environment."""
     proxy, seen = answered(answer("502 Bad Gateway"))
     monkeypatch.setenv(name, proxy)
     monkeypatch.delenv("no_proxy", raising=False)
@@ -127,7 +127,7 @@ def test_secret_is_not_sent_to_proxy(
 
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"])
 def test_redirect_is_not_followed_with_secret(drain: Any, answered: Answered, status: str) -> None:
-    """A redirect is an error that names where it leads."""
+    """A redirect is an error that names its target."""
     elsewhere, seen = answered(answer("200 OK", json.dumps(REPORT).encode()))
     url, _ = answered(answer(status, b"", f"Location: {elsewhere}/drain"))
     code, out, err = drain(url)
@@ -161,7 +161,7 @@ def test_redirect_is_not_followed_with_secret(drain: Any, answered: Answered, st
     ],
 )
 def test_unexpected_answer_exits_1_with_one_line(drain: Any, answered: Answered, response: bytes, message: str) -> None:
-    """Whatever is there instead of a server of ours: no traceback, no secret, and the exit code is 1."""
+    """An answer of another server gives one line without traceback or secret, and exit code 1."""
     url, _ = answered(response)
     code, out, err = drain(url)
     assert (code, out, err.count("\n")) == (1, "", 1)
@@ -205,7 +205,7 @@ def test_invalid_timeout_exits_2_and_sends_nothing(drain: Any, seconds: str) -> 
 
 
 def test_refused_connection_prints_one_line(drain: Any) -> None:
-    """A port on which nobody listens."""
+    """A port on which nothing listens gives one line."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     code, out, err = drain(f"http://127.0.0.1:{port}")

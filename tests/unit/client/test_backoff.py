@@ -1,4 +1,4 @@
-"""Tests of when a client dials again, and when it does not."""
+"""Tests of when a client reconnects, and when it does not."""
 
 from __future__ import annotations
 
@@ -18,73 +18,73 @@ SLOW = [1012, 1013, 1014, 4429, 4503]
 
 @pytest.mark.parametrize("code", AGAIN + AGAIN_OF_APPLICATIONS)
 def test_unknown_close_code_reconnects_with_backoff(code: int) -> None:
-    """What says nothing about the client itself is no reason to stay away."""
+    """A close code that does not concern the client leads to a reconnect with backoff."""
     assert action_for(code) is ReconnectAction.RETRY
 
 
 @pytest.mark.parametrize("code", FINAL + FINAL_OF_APPLICATIONS)
 def test_terminal_code_stops_reconnecting(code: int) -> None:
-    """A client that is told that it is wrong does not come back."""
+    """After a close code that says that the client is at fault, it does not reconnect."""
     assert action_for(code) is ReconnectAction.STOP
 
 
 @pytest.mark.parametrize("code", [1008, 3000, 4401])
 def test_credential_code_requests_new_credential(code: int) -> None:
-    """Credentials can be renewed, once."""
+    """A rejected credential is renewed once."""
     assert action_for(code) is ReconnectAction.REAUTHENTICATE
 
 
 @pytest.mark.parametrize("code", [4000, 4412])
 def test_detach_and_resync_codes_reconnect_at_once(code: int) -> None:
-    """Detaching and resynchronising are no failures of the server."""
+    """Codes for detaching and resynchronising are not failures of the server, so they cause no backoff."""
     assert action_for(code) is ReconnectAction.RETRY_NOW
 
 
 @given(st.integers(1000, 4999))
 def test_every_close_code_has_reconnect_action(code: int) -> None:
-    """There is no code that a client does not know what to do with."""
+    """Every close code has an action of the client."""
     assert action_for(code) in ReconnectAction
 
 
 def delays(monkeypatch: pytest.MonkeyPatch, dice: float, codes: list[int], **options: float) -> list[float]:
-    """The delays after some failures, with dice that always show the same."""
+    """Return the delays after some failures, with dice that always show the same number."""
     monkeypatch.setattr(backoff_module.random, "uniform", lambda low, high: low + dice * (high - low))
     backoff = Backoff(**options)
     return [round(backoff.delay(code, ""), 6) for code in codes]
 
 
 def test_backoff_window_doubles_up_to_maximum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Delays are 200 ms and a part of a window that doubles with each failure, up to 30 s."""
+    """Delays are 200 ms plus a random part of a window that doubles with each failure, up to 30 s."""
     assert delays(monkeypatch, 1.0, [1006] * 8) == [1.2, 2.2, 4.2, 8.2, 16.2, 30.2, 30.2, 30.2]
 
 
 def test_backoff_has_full_jitter_above_minimum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any part of the window is possible, nothing of it too, but the 200 ms always are."""
+    """The delay may be 200 ms plus any part of the window, including none of it."""
     assert delays(monkeypatch, 0.0, [1006] * 5) == [0.2] * 5
     assert delays(monkeypatch, 0.5, [1006] * 3) == [0.7, 1.2, 2.2]
 
 
 @pytest.mark.parametrize("code", SLOW)
 def test_shared_shutdown_code_widens_first_window(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    """Where a server is on its way down the first window is five times as wide."""
+    """When the server is shutting down, the first window is five times as wide."""
     assert delays(monkeypatch, 1.0, [code, code, code, code]) == [5.2, 10.2, 20.2, 30.2]
 
 
 def test_backoff_limits_are_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The least delay, the first window and the largest one can be chosen."""
+    """The minimum delay, the first window and the largest window are options."""
     assert delays(monkeypatch, 1.0, [1006] * 4, base=0.5, max_delay=3.0, min_delay=0.0) == [0.5, 1.0, 2.0, 3.0]
 
 
 @given(st.sampled_from(AGAIN), st.integers(0, 10_000))
 def test_delay_is_always_within_bounds(code: int, attempt: int) -> None:
-    """However often it has failed: never below 200 ms, never above 30.2 s."""
+    """After any number of failures the delay is between 200 ms and 30.2 s."""
     backoff = Backoff(attempt=attempt)
     assert 0.2 <= backoff.delay(code, "") <= 30.2
     assert backoff.attempt == attempt + 1
 
 
 def test_stable_connection_resets_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a reset the window begins anew."""
+    """After a reset the window starts again at its first size."""
     monkeypatch.setattr(backoff_module.random, "uniform", lambda low, high: high)
     backoff = Backoff(attempt=7)
     backoff.reset()
@@ -102,13 +102,13 @@ def test_stable_connection_resets_backoff(monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_retry_hint_is_minimum_delay(reason: str, delay: float) -> None:
-    """A hint in the reason is when to come back at the earliest, up to 300 s."""
+    """A hint in the reason is the minimum delay, up to 300 s."""
     for _ in range(20):
         assert delay <= Backoff().delay(4503, reason) <= delay * 1.1 + 0.2
 
 
 def test_retry_hint_has_jitter() -> None:
-    """Clients that were told the same time come back spread over a tenth of it, and 200 ms."""
+    """Clients with the same hint reconnect spread over a tenth of it plus 200 ms."""
     found = [Backoff().delay(4503, "retry=10000") for _ in range(500)]
     assert min(found) < 10.2
     assert max(found) > 11.0
@@ -116,7 +116,7 @@ def test_retry_hint_has_jitter() -> None:
 
 
 def test_retry_hint_of_4429_is_always_obeyed() -> None:
-    """After 4429 the client comes back when it is told to, however often that was; and never without any pause."""
+    """After 4429 the client always waits as long as the hint says, and never reconnects without a pause."""
     backoff = Backoff()
     assert all(2.0 <= backoff.delay(4429, "too many messages; retry=2000") <= 2.4 for _ in range(20))
     assert min(backoff.delay(4429, "retry=0") for _ in range(20)) >= 0.2
@@ -124,12 +124,12 @@ def test_retry_hint_of_4429_is_always_obeyed() -> None:
 
 @pytest.mark.parametrize("reason", ["", "retry", "retry=", "retry=-5", "retry=soon", "noretry=100", "retry=99999999"])
 def test_invalid_retry_hint_is_ignored(reason: str) -> None:
-    """Nothing but digits after `retry=` is a hint."""
+    """Only digits after `retry=` are a hint."""
     assert Backoff().delay(1006, reason) >= 0.2
 
 
 def test_retry_hint_is_obeyed_three_times() -> None:
-    """A server that says `retry=0` for ever is not dialled without end."""
+    """A server that always sends `retry=0` is not dialled in an endless loop."""
     backoff = Backoff()
     assert max(backoff.delay(4503, "retry=0") for _ in range(3)) <= 0.2
     assert backoff.delay(4503, "retry=0") >= 0.2

@@ -1,4 +1,4 @@
-"""Tests of the client against a server and a network that do what a test says."""
+"""Tests of the client against a fake server and a fake network."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ PASSING_CODES = [1000, 1001, 1005, 1006, 1011, 1012, 1015, 3500, 4001, 4408, 450
 
 
 def now() -> float:
-    """Virtual time."""
+    """Return the virtual time."""
     return asyncio.get_running_loop().time()
 
 
-# ── the first exchange ──
+# ── the handshake ──
 
 
 @virtually
 async def test_client_is_open_after_hello_and_welcome() -> None:
-    """The first frame says which dial this is and of which instance, and the welcome is acknowledged at once."""
+    """The first frame has the number of the attempt and the instance, and the welcome is acknowledged at once."""
     async with Scene() as scene:
         hello = scene.link.hello
         assert hello == {"type": "hello", "v": 1, "n": 1, "client": scene.client.instance, "caps": ["retry"]}
@@ -59,7 +59,7 @@ async def test_client_is_open_after_hello_and_welcome() -> None:
 
 @virtually
 async def test_async_with_opens_and_closes_client() -> None:
-    """`async with` returns with an open connection, and says goodbye at its end."""
+    """`async with` returns with an open connection, and closes with 1000 on exit."""
     scene = Scene()
     entering = asyncio.ensure_future(scene.client.__aenter__())
     await soon()
@@ -74,7 +74,7 @@ async def test_async_with_opens_and_closes_client() -> None:
 
 @pytest.mark.parametrize("moment", ["dialling", "connected", "waiting", "closing"])
 def test_cancelled_async_with_leaves_no_task(moment: str) -> None:
-    """Who is cancelled while it waits for the first connection has no client, and no task of one."""
+    """An `async with` that is cancelled before the first connection leaves no client and no task."""
 
     @virtually
     async def play() -> None:
@@ -88,7 +88,7 @@ def test_cancelled_async_with_leaves_no_task(moment: str) -> None:
             scene.link.may_close.clear()
             entering.cancel()
             await soon()
-            assert not entering.done(), "it says goodbye"
+            assert not entering.done(), "it sends a close frame"
         entering.cancel()
         await soon()
         assert entering.cancelled()
@@ -102,7 +102,7 @@ def test_cancelled_async_with_leaves_no_task(moment: str) -> None:
 
 @virtually
 async def test_terminal_first_close_leaves_no_task() -> None:
-    """Also without a cancellation an `async with` that is not entered leaves no task."""
+    """An `async with` that fails because of a terminal close leaves no task."""
     scene = Scene()
     scene.subprotocol = None
     scene.client.on_close(lambda *_: asyncio.sleep(3600))
@@ -113,7 +113,7 @@ async def test_terminal_first_close_leaves_no_task() -> None:
 
 @virtually
 async def test_invalid_target_closes_client() -> None:
-    """A dial that says that no other can succeed is the last one."""
+    """The client stops after an error that says that no attempt can succeed."""
     scene = Scene()
     scene.failures = [ClientClosedError(4400, "invalid URL or options: not://a.url")]
     with pytest.raises(ClientClosedError, match=r"not://a\.url"):
@@ -123,7 +123,7 @@ async def test_invalid_target_closes_client() -> None:
 
 @virtually
 async def test_missing_subprotocol_ends_attempt_before_hello() -> None:
-    """Without the subprotocol there is no common version, and nothing is said."""
+    """Without the subprotocol there is no common version, and the client sends nothing."""
     scene = Scene()
     scene.subprotocol = None
     with pytest.raises(ClientClosedError, match="does not support") as caught:
@@ -135,7 +135,7 @@ async def test_missing_subprotocol_ends_attempt_before_hello() -> None:
 
 @virtually
 async def test_messages_wait_for_welcome() -> None:
-    """Messages wait for the welcome, and frames before it are not looked at."""
+    """Messages wait for the welcome, and frames before it are ignored."""
     async with Scene() as scene:
         scene.client.send("early")
         await scene.link.say({"type": "msg", "data": 1}, {"type": "ping", "seq": 9})
@@ -147,7 +147,7 @@ async def test_messages_wait_for_welcome() -> None:
 
 @virtually
 async def test_connect_timeout_covers_whole_attempt() -> None:
-    """A dial that hangs, and a server that does not welcome, are given up after `connect_timeout`."""
+    """An attempt that hangs while connecting or waiting for the welcome is abandoned after `connect_timeout`."""
     scene = Scene(connect_timeout=10.0)
     scene.black_hole = True
     async with scene:
@@ -176,7 +176,7 @@ async def test_connect_timeout_covers_whole_attempt() -> None:
     ids=str,
 )
 def test_malformed_welcome_closes_4412_and_reconnects(frame: dict[str, Any]) -> None:
-    """The client leaves a connection whose welcome it cannot read with 4412, tells the error, and dials again."""
+    """On an unreadable welcome the client closes with 4412, reports the error, and reconnects."""
 
     @virtually
     async def play() -> None:
@@ -194,7 +194,7 @@ def test_malformed_welcome_closes_4412_and_reconnects(frame: dict[str, Any]) -> 
 
 @virtually
 async def test_url_function_is_called_for_each_attempt() -> None:
-    """The URL is asked for anew for each dial, and what fails there is one failed dial."""
+    """The URL function is called for each attempt, and an error in it is a failed attempt."""
     urls = iter(["ws://one", None, "ws://three"])
 
     async def url() -> str:
@@ -216,7 +216,7 @@ async def test_url_function_is_called_for_each_attempt() -> None:
 
 @pytest.mark.parametrize("code", FINAL_CODES)
 def test_terminal_code_closes_client(code: int) -> None:
-    """After a code that is about the client it does not dial again, and everybody who waits is told."""
+    """After a close code that concerns the client it does not reconnect, and all pending calls fail."""
 
     @virtually
     async def play() -> None:
@@ -244,7 +244,7 @@ def test_terminal_code_closes_client(code: int) -> None:
 
 @pytest.mark.parametrize("code", PASSING_CODES)
 def test_other_close_code_resumes_session(code: int) -> None:
-    """After a code that says nothing about the client it dials again, with its token and its number."""
+    """After a close code that does not concern the client it reconnects, with its token and its number."""
 
     @virtually
     async def play() -> None:
@@ -264,7 +264,7 @@ def test_other_close_code_resumes_session(code: int) -> None:
 
 @virtually
 async def test_superseded_client_starts_new_session() -> None:
-    """After 4409 the token is worth nothing: the client begins a new session, and does not fight for the old one."""
+    """After 4409 the token is invalid: the client starts a new session, and does not fight for the old one."""
     async with Scene() as scene:
         await scene.opened()
         await scene.link.closes(4409)
@@ -275,7 +275,7 @@ async def test_superseded_client_starts_new_session() -> None:
 
 @virtually
 async def test_ping_number_mismatch_resumes_at_once_after_4412() -> None:
-    """A ping whose number is not ours proves a loss: the client leaves with 4412, and dials without waiting."""
+    """A ping with another number proves a loss: the client closes with 4412, and reconnects without delay."""
     async with Scene() as scene:
         await scene.opened()
         await scene.link.say({"type": "msg", "data": 1}, {"type": "ping", "seq": 2})
@@ -288,7 +288,7 @@ async def test_ping_number_mismatch_resumes_at_once_after_4412() -> None:
 
 @virtually
 async def test_third_resync_in_row_starts_new_session() -> None:
-    """Numbers that never fit end in a new session, and not in a loop; a stable connection forgets them."""
+    """Repeated mismatches end in a new session and not in a loop; a stable connection resets the count."""
     async with Scene(stable_after=5.0) as scene:
         await scene.opened()
         await scene.link.closes(4412)
@@ -305,7 +305,7 @@ async def test_third_resync_in_row_starts_new_session() -> None:
 
 @virtually
 async def test_full_resume_at_wrong_number_is_rejected() -> None:
-    """`full` has to begin at the number that was presented."""
+    """A resume with outcome `full` has to start at the number that the client sent."""
     async with Scene() as scene:
         await scene.opened()
         await scene.link.say({"type": "msg", "data": 1})
@@ -319,18 +319,18 @@ async def test_full_resume_at_wrong_number_is_rejected() -> None:
 
 @virtually
 async def test_retry_hint_of_draining_server_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A draining server's `retry=` is obeyed."""
+    """The client obeys the `retry=` hint of a draining server."""
     async with Scene() as scene:
         await scene.opened()
         await scene.link.closes(4503, "draining; retry=3471")
         at = now()
         await scene.redialled()
-        assert 3.4 < scene.dials[1] - at < 4.1  # the hint, and the part that is chosen at random
+        assert 3.4 < scene.dials[1] - at < 4.1  # the hint, and the random part
 
 
 @virtually
 async def test_backoff_grows_until_connection_is_stable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Failed dials wait longer and longer; five seconds of an open connection begin anew, and less does not."""
+    """The delay grows with each failed attempt; a connection resets it after five seconds, but not earlier."""
     monkeypatch.setattr(random, "uniform", lambda low, high: high)
     async with Scene() as scene:
         scene.failures = [TransportClosedError(1006, "refused")] * 2
@@ -354,7 +354,7 @@ async def test_backoff_grows_until_connection_is_stable(monkeypatch: pytest.Monk
 
 @virtually
 async def test_rejected_credential_is_renewed_once() -> None:
-    """After 4401 the credential is asked for with `force`, and presented at once; a second refusal is final."""
+    """After 4401 the provider is called with `force`, its result is sent at once, and a second rejection is final."""
     forced: list[bool] = []
 
     async def auth(*, force: bool) -> str:
@@ -373,7 +373,7 @@ async def test_rejected_credential_is_renewed_once() -> None:
 
 @pytest.mark.parametrize("code", [4401, 3000, 1008])
 def test_rejected_credential_without_provider_is_final(code: int) -> None:
-    """Who has no other credential does not ask twice."""
+    """A client without another credential does not retry."""
 
     @virtually
     async def play() -> None:
@@ -386,7 +386,7 @@ def test_rejected_credential_without_provider_is_final(code: int) -> None:
 
 @virtually
 async def test_stable_connection_allows_another_credential_renewal() -> None:
-    """A credential that was good for a while may be refused again later."""
+    """A credential that was valid for a while may be renewed again later."""
     async with Scene(auth=lambda: "x", stable_after=5.0) as scene:
         for count in (2, 3):
             await scene.link.closes(4401)
@@ -397,7 +397,7 @@ async def test_stable_connection_allows_another_credential_renewal() -> None:
 
 @virtually
 async def test_auth_request_is_answered_with_new_credential() -> None:
-    """The server's `auth` is answered with a new credential; its `ok` with nothing."""
+    """The client answers the server's `auth` with a new credential, and sends nothing after its `ok`."""
 
     def auth(force: bool = False) -> str:
         return "new" if force else "old"
@@ -412,7 +412,7 @@ async def test_auth_request_is_answered_with_new_credential() -> None:
 
 @virtually
 async def test_failing_provider_during_renewal_keeps_connection() -> None:
-    """The error is told, and the connection stays until the server ends it."""
+    """The error is reported, and the connection stays open until the server closes it."""
 
     def auth(**options: Any) -> str:
         if options.get("force"):
@@ -431,7 +431,7 @@ async def test_failing_provider_during_renewal_keeps_connection() -> None:
 
 @virtually
 async def test_message_future_resolves_on_ack_or_pong() -> None:
-    """The future of a message is done with the server's word, from an `ack` or from a `pong`."""
+    """The future of a message is done when the server accepts it, in an `ack` or in a `pong`."""
     async with Scene() as scene:
         await scene.opened()
         first, second, third = (scene.client.send(n, event="e", key=f"k{n}") for n in range(3))
@@ -446,7 +446,7 @@ async def test_message_future_resolves_on_ack_or_pong() -> None:
 
 @virtually
 async def test_unacked_messages_are_resent_with_same_numbers() -> None:
-    """A resumed session gets what it has not accepted with the same numbers, then what was queued meanwhile."""
+    """After a resume, unacknowledged messages are sent again with the same numbers, then the queued ones."""
     async with Scene() as scene:
         await scene.opened()
         sent = [scene.client.send(n) for n in range(3)]
@@ -462,7 +462,7 @@ async def test_unacked_messages_are_resent_with_same_numbers() -> None:
 
 @virtually
 async def test_bytes_are_sent_as_binary_frames() -> None:
-    """A message of bytes is a binary frame, both ways."""
+    """A message of bytes is a binary frame in both directions."""
     async with Scene() as scene:
         await scene.opened()
         scene.client.send(b"\x00\xff")
@@ -476,7 +476,7 @@ async def test_bytes_are_sent_as_binary_frames() -> None:
 
 @virtually
 async def test_received_messages_are_acked_in_batches() -> None:
-    """A few messages are acknowledged together, one second after the first; 32 at once."""
+    """A few messages are acknowledged together one second after the first, 32 messages at once."""
     async with Scene() as scene:
         await scene.opened()
         await scene.link.say({"type": "msg", "data": 1})
@@ -491,7 +491,7 @@ async def test_received_messages_are_acked_in_batches() -> None:
 
 @virtually
 async def test_received_volatile_message_is_not_acked() -> None:
-    """Volatile messages arrive and are neither counted nor acknowledged."""
+    """Volatile messages are delivered, and neither counted nor acknowledged."""
     async with Scene() as scene:
         await scene.opened()
         await scene.link.say({"type": "msg", "volatile": True, "data": 1}, {"type": "ping", "seq": 0})
@@ -502,7 +502,7 @@ async def test_received_volatile_message_is_not_acked() -> None:
 
 @virtually
 async def test_ping_is_answered_at_once_with_last_number() -> None:
-    """A pong carries the number of what was processed, and the time of the ping."""
+    """A pong carries the number of the last processed message, and the time of the ping."""
     async with Scene() as scene:
         await scene.opened()
         await scene.link.say({"type": "msg", "data": 1}, {"type": "ping", "ts": 42, "seq": 1})
@@ -513,7 +513,7 @@ async def test_ping_is_answered_at_once_with_last_number() -> None:
 
 @virtually
 async def test_volatile_message_is_not_buffered() -> None:
-    """Without a connection it is not sent, and with one it has no number and is not kept."""
+    """Without a connection it is not sent, and with one it has no number and is not stored."""
     async with Scene() as scene:
         assert not scene.client.send_volatile(1)
         await scene.opened()
@@ -522,7 +522,7 @@ async def test_volatile_message_is_not_buffered() -> None:
         assert scene.link.of("msg") == [{"type": "msg", "event": "cursor", "data": [3, 4]}]
         scene.link.may_send.clear()
         taken = [scene.client.send_volatile(number) for number in range(100)]
-        assert not taken[-1], "a connection that takes nothing is as good as none"
+        assert not taken[-1], "a connection that takes nothing counts as none"
         assert len(scene.client.buffer) == 0
         scene.link.may_send.set()
         await scene.link.closes(1006)
@@ -531,7 +531,7 @@ async def test_volatile_message_is_not_buffered() -> None:
 
 @virtually
 async def test_message_over_server_limit_is_rejected() -> None:
-    """`max` of the welcome is looked at before anything is sent."""
+    """`max` of the welcome is checked before anything is sent."""
     async with Scene() as scene:
         await scene.opened(max=1000)
         with pytest.raises(MessageTooLargeError):
@@ -541,7 +541,7 @@ async def test_message_over_server_limit_is_rejected() -> None:
 
 @virtually
 async def test_full_send_buffer_rejects_or_drops_oldest() -> None:
-    """While there is no connection as much waits as may: then the new one fails, or the oldest one."""
+    """Without a connection a bounded number of messages waits; then the new one fails, or the oldest one."""
     async with Scene(max_buffered=2) as scene:
         scene.client.send(1)
         scene.client.send(2)
@@ -556,14 +556,14 @@ async def test_full_send_buffer_rejects_or_drops_oldest() -> None:
 
 @virtually
 async def test_unknown_overflow_policy_raises() -> None:
-    """A policy is one of two."""
+    """An unknown overflow policy raises."""
     with pytest.raises(ValueError, match="'drop_newest'"):
         Client("ws://server", overflow="drop_newest")  # type: ignore[arg-type]
 
 
 @virtually
 async def test_iteration_continues_across_connections() -> None:
-    """One iteration sees the messages of all connections, in order, and ends with the client."""
+    """One iteration yields the messages of all connections, in order, and ends with the client."""
     async with Scene() as scene:
         got: list[Any] = []
 
@@ -585,7 +585,7 @@ async def test_iteration_continues_across_connections() -> None:
 
 @virtually
 async def test_slow_iteration_pauses_liveness_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While nothing is read because the application is slow, silence is no sign of a dead link."""
+    """While a slow application pauses reading, silence is not taken for a dead connection."""
     monkeypatch.setattr("fastapi_ws_stabilizer.client.inbound.MAX_UNREAD", 2)
     async with Scene() as scene:
         await scene.opened(ping=1000, timeout=1000)
@@ -599,7 +599,7 @@ async def test_slow_iteration_pauses_liveness_check(monkeypatch: pytest.MonkeyPa
 
 @virtually
 async def test_abandoned_iteration_blocks_reading_for_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a `break`, messages that nobody reads hold up handlers and answers for ten seconds and not for ever."""
+    """After a `break`, unread messages delay handlers and answers for ten seconds at most."""
     monkeypatch.setattr("fastapi_ws_stabilizer.client.inbound.MAX_UNREAD", 2)
     async with Scene() as scene:
         await scene.opened()
@@ -612,7 +612,7 @@ async def test_abandoned_iteration_blocks_reading_for_ten_seconds(monkeypatch: p
             *[{"type": "msg", "data": n} for n in range(1, 6)], {"type": "reply", "re": "c1", "data": 7}
         )
         await asyncio.sleep(9)
-        assert not asked.done(), "somebody may iterate again"
+        assert not asked.done(), "another iteration may start"
         await asyncio.sleep(3)
         assert await asked == 7
         assert [(await anext(scene.client)).data for _ in range(2)] == [4, 5]
@@ -623,7 +623,7 @@ async def test_abandoned_iteration_blocks_reading_for_ten_seconds(monkeypatch: p
 
 @virtually
 async def test_request_returns_answer_or_raises_error() -> None:
-    """The reply with its id settles a request, also if it is an error."""
+    """The reply with its id completes a request, also if it is an error."""
     async with Scene() as scene:
         await scene.opened()
         first = asyncio.ensure_future(scene.client.request("add", [1, 2]))
@@ -642,7 +642,7 @@ async def test_request_returns_answer_or_raises_error() -> None:
 
 @virtually
 async def test_client_request_survives_reconnect() -> None:
-    """A request that was accepted is answered in the next connection."""
+    """An accepted request is answered in the next connection."""
     async with Scene() as scene:
         await scene.opened()
         asked = asyncio.ensure_future(scene.client.request("add", timeout=60))
@@ -656,7 +656,7 @@ async def test_client_request_survives_reconnect() -> None:
 
 @virtually
 async def test_unsent_request_is_cancelled_at_timeout() -> None:
-    """A timed-out or cancelled request that still waits is not sent any more."""
+    """A request that times out or is cancelled before it was sent is not sent any more."""
     async with Scene() as scene:
         with pytest.raises(RequestTimeoutError) as caught:
             await scene.client.request("late", timeout=5.0)
@@ -673,7 +673,7 @@ async def test_unsent_request_is_cancelled_at_timeout() -> None:
 
 @virtually
 async def test_late_answer_is_ignored() -> None:
-    """A request has its own time, whatever becomes of its message."""
+    """A request has its own timeout, independent of its message."""
     async with Scene() as scene:
         await scene.opened()
         with pytest.raises(RequestTimeoutError):
@@ -684,7 +684,7 @@ async def test_late_answer_is_ignored() -> None:
 
 @virtually
 async def test_handler_return_value_answers_server_request() -> None:
-    """What a handler returns is the reply to a request of the server, numbered like a message."""
+    """The return value of a handler is the reply to a request of the server, numbered like a message."""
     async with Scene() as scene:
 
         @scene.client.on("where")
@@ -706,7 +706,7 @@ async def test_handler_return_value_answers_server_request() -> None:
 
 @virtually
 async def test_unencodable_answer_is_reported() -> None:
-    """A handler that returns what cannot be JSON hurts nobody else."""
+    """A handler that returns what JSON cannot encode affects nothing else."""
     async with Scene() as scene:
         scene.client.on("*")(lambda data: object())
         await scene.opened()
@@ -726,7 +726,7 @@ async def test_unencodable_answer_is_reported() -> None:
     ids=["not JSON", "too large", "error too large", "error not JSON"],
 )
 def test_unencodable_answer_is_replaced_by_error_reply(answer: Any, text: str) -> None:
-    """Who has asked is told why there is no answer, and the next message is handled."""
+    """The sender of the request gets an error reply, and the next message is handled."""
 
     @virtually
     async def play() -> None:
@@ -752,7 +752,7 @@ def test_unencodable_answer_is_replaced_by_error_reply(answer: Any, text: str) -
 
 @virtually
 async def test_answer_over_new_server_limit_becomes_error() -> None:
-    """The next server may take less than the one for which an answer was queued."""
+    """The next server may accept smaller messages than the one for which an answer was queued."""
     async with Scene() as scene:
         gate = asyncio.Event()
 
@@ -771,7 +771,7 @@ async def test_answer_over_new_server_limit_becomes_error() -> None:
 
 @virtually
 async def test_answer_without_buffer_room_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """Where not even an error can be queued this is logged, and nothing else suffers."""
+    """Where not even an error can be queued, this is logged and has no other effect."""
     async with Scene(max_buffered=1) as scene:
         scene.client.on()(lambda data: data)
         await scene.opened()
@@ -782,12 +782,12 @@ async def test_answer_without_buffer_room_is_logged(caplog: pytest.LogCaptureFix
         assert scene.client.state == "open"
 
 
-# ── what is lost ──
+# ── lost messages ──
 
 
 @virtually
 async def test_new_session_gets_no_answers_of_old_session() -> None:
-    """Requests of a lost session are not answered in the new one, at whatever point their answers were."""
+    """Requests of a lost session are not answered in the new one, regardless of the state of their answers."""
     async with Scene() as scene:
         gate = asyncio.Event()
         handled: list[Any] = []
@@ -813,7 +813,7 @@ async def test_new_session_gets_no_answers_of_old_session() -> None:
 
 @virtually
 async def test_gap_event_names_missing_numbers() -> None:
-    """Messages that will not come are named by their numbers, and counting goes on behind them."""
+    """Lost messages are reported by their numbers, and counting continues after them."""
     async with Scene() as scene:
         await scene.opened()
         await scene.link.say({"type": "msg", "data": 1})
@@ -829,7 +829,7 @@ async def test_gap_event_names_missing_numbers() -> None:
 
 @virtually
 async def test_lost_session_fails_sent_messages_only() -> None:
-    """Sent messages and accepted requests of a lost session fail; what was never sent goes to the new one."""
+    """Sent messages and accepted requests of a lost session fail; unsent ones go to the new session."""
     async with Scene() as scene:
         await scene.opened()
         sent = scene.client.send("sent")
@@ -853,7 +853,7 @@ async def test_lost_session_fails_sent_messages_only() -> None:
 
 @virtually
 async def test_replay_on_lost_resends_messages_with_same_keys() -> None:
-    """With `replay_on_lost` every message has a key, and goes to the new session with the same one."""
+    """With `replay_on_lost` every message has an idempotency key, and goes to the new session with the same one."""
     async with Scene(replay_on_lost=True) as scene:
         await scene.opened()
         sent = scene.client.send("a")
@@ -867,12 +867,12 @@ async def test_replay_on_lost_resends_messages_with_same_keys() -> None:
         assert sent.done()
 
 
-# ── a link that is dead ──
+# ── dead connections ──
 
 
 @virtually
 async def test_silent_server_is_disconnected_after_timeout() -> None:
-    """After `ping + timeout` without any frame the link is dead, and the close frame is not waited for."""
+    """After `ping + timeout` without any frame the connection is dead, and the close frame is not awaited."""
     async with Scene() as scene:
         await scene.opened(ping=25_000, timeout=20_000)
         scene.link.may_close.clear()
@@ -887,7 +887,7 @@ async def test_silent_server_is_disconnected_after_timeout() -> None:
 
 @virtually
 async def test_server_without_heartbeat_may_be_silent() -> None:
-    """Where the server says that it sends no pings silence means nothing."""
+    """If the server announces that it sends no pings, silence has no meaning."""
     async with Scene() as scene:
         await scene.opened(ping=0, timeout=0)
         await asyncio.sleep(3600)
@@ -896,7 +896,7 @@ async def test_server_without_heartbeat_may_be_silent() -> None:
 
 @virtually
 async def test_unanswered_probe_closes_connection() -> None:
-    """A probe that is answered proves the link and measures it; one that is not ends it at once."""
+    """An answered probe proves the connection and measures it; an unanswered one closes it at once."""
     async with Scene(probe_timeout=5.0) as scene:
         await scene.opened()
         assert scene.client.rtt is None
@@ -909,11 +909,11 @@ async def test_unanswered_probe_closes_connection() -> None:
         scene.client.probe()
         await asyncio.sleep(5.1)
         assert scene.of("close") == [(4408, "no answer")]
-        assert len(scene.links) == 2, "it dials without waiting"
+        assert len(scene.links) == 2, "it reconnects without delay"
 
 
 async def is_doubted_after(seconds: float, link: FakeLink, *, before: int = 0) -> None:
-    """Nothing more is asked until then, and then it is."""
+    """Check that a probe is sent after that time, and not before."""
     await asyncio.sleep(seconds - 0.1)
     assert len(link.of("ping")) == before
     await asyncio.sleep(0.2)
@@ -922,7 +922,7 @@ async def is_doubted_after(seconds: float, link: FakeLink, *, before: int = 0) -
 
 @virtually
 async def test_unacked_message_triggers_probe_after_ten_seconds() -> None:
-    """When the server has not accepted a message for ten seconds it is asked for a sign of life."""
+    """When the server has not acknowledged a message for ten seconds, the client sends a probe."""
     async with Scene() as scene:
         await scene.opened()
         scene.client.send("x")
@@ -934,7 +934,7 @@ async def test_unacked_message_triggers_probe_after_ten_seconds() -> None:
 
 @virtually
 async def test_each_message_has_its_own_ack_timeout() -> None:
-    """However well the ones before it went, a message that is not accepted is a doubt ten seconds after it was sent."""
+    """Each unacknowledged message causes a probe ten seconds after it was sent, regardless of earlier messages."""
     async with Scene() as scene:
         await scene.opened()
         for number in range(1, 4):
@@ -947,7 +947,7 @@ async def test_each_message_has_its_own_ack_timeout() -> None:
 
 @virtually
 async def test_ack_after_probe_restarts_ack_timeout() -> None:
-    """Who is doubted and answers has ten seconds for what it has not accepted then, from the moment that was sent."""
+    """After an answered probe, a message that is still unacknowledged has ten seconds from its own send."""
     async with Scene() as scene:
         await scene.opened()
         scene.client.send(1)
@@ -961,7 +961,7 @@ async def test_ack_after_probe_restarts_ack_timeout() -> None:
 
 @virtually
 async def test_answering_server_without_acks_is_probed_repeatedly() -> None:
-    """It lives, so the connection stays."""
+    """The server answers, so the connection stays open."""
     async with Scene() as scene:
         await scene.opened()
         scene.client.send("x")
@@ -973,7 +973,7 @@ async def test_answering_server_without_acks_is_probed_repeatedly() -> None:
 
 
 class SlowReader:
-    """A client whose handler takes its time, so that nothing more is read."""
+    """A client with a slow handler, so that it stops reading."""
 
     def __init__(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("fastapi_ws_stabilizer.client.inbound.MAX_UNREAD", 2)
@@ -987,14 +987,14 @@ class SlowReader:
             self.handled.append(data)
 
     async def send_to_handler(self, count: int) -> None:
-        """Let the server send so many messages to the handler."""
+        """Let the server send that many messages to the handler."""
         await self.scene.link.say(*[{"type": "msg", "event": "slow", "data": n} for n in range(count)])
 
 
 @virtually
 @pytest.mark.parametrize("asked", ["by the client", "by check()"])
 async def test_unread_probe_reply_does_not_close_connection(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
-    """The answer to a probe may lie unread behind what a slow handler has not taken: the link is not left for it."""
+    """The reply to a probe may be unread behind messages for a slow handler, so the connection stays open."""
     async with Scene(probe_timeout=5.0) as scene:
         await scene.opened(ping=0)
         reader = SlowReader(scene, monkeypatch)
@@ -1013,7 +1013,7 @@ async def test_unread_probe_reply_does_not_close_connection(monkeypatch: pytest.
 
 @virtually
 async def test_dead_connection_is_closed_after_reading_continues(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time for an answer begins anew then."""
+    """The time for an answer starts again when reading continues."""
     async with Scene(probe_timeout=5.0) as scene:
         await scene.opened(ping=0)
         reader = SlowReader(scene, monkeypatch)
@@ -1030,7 +1030,7 @@ async def test_dead_connection_is_closed_after_reading_continues(monkeypatch: py
 
 @virtually
 async def test_large_message_on_slow_link_extends_probe_timeout() -> None:
-    """The answer to a probe comes behind the message that it is asked for: 16 KiB in a second are no dead link."""
+    """The answer to a probe comes after the message before it: 16 KiB per second is not a dead connection."""
     async with Scene(probe_timeout=5.0) as scene:
         await scene.opened(ping=0)
         scene.link.may_send.clear()
@@ -1041,12 +1041,12 @@ async def test_large_message_on_slow_link_extends_probe_timeout() -> None:
         assert scene.of("close") == [(4408, "no answer")]
 
 
-# ── a large message of the server ──
+# ── large messages of the server ──
 
 
 @virtually
 async def test_incomplete_message_bytes_count_as_liveness() -> None:
-    """A large message on a slow link is no silence, which begins with the last of its bytes."""
+    """A large message on a slow connection is not silence; the timeout starts at the last of its bytes."""
     async with Scene() as scene:
         link = await scene.opened(ping=25_000, timeout=20_000)
         await link.trickle(1_000_000, 200)
@@ -1058,7 +1058,7 @@ async def test_incomplete_message_bytes_count_as_liveness() -> None:
 
 @virtually
 async def test_client_acks_during_large_inbound_message() -> None:
-    """The server's ping is behind the message, perhaps in a proxy, so the client says something within its timeout."""
+    """The server's ping may be behind the message in a proxy, so the client sends a frame within its timeout."""
     async with Scene() as scene:
         link = await scene.opened(ping=25_000, timeout=20_000)
         before = len(link.sent)
@@ -1073,7 +1073,7 @@ async def test_client_acks_during_large_inbound_message() -> None:
 @virtually
 @pytest.mark.parametrize("what", ["come", "gone"])
 async def test_bytes_in_transit_count_as_probe_answer(what: str) -> None:
-    """An answer is behind what is on its way, in both directions, and is waited for as long as that moves."""
+    """An answer is behind the bytes in transit, in both directions, and is awaited as long as they make progress."""
     async with Scene(probe_timeout=5.0) as scene:
         link = await scene.opened(ping=0)
         link.taken = 0
@@ -1090,14 +1090,14 @@ async def test_bytes_in_transit_count_as_probe_answer(what: str) -> None:
 
 
 async def breaks_off(link: FakeLink, count: int = 100_000) -> None:
-    """Lose a connection after so many bytes of a message."""
+    """Lose a connection after that many bytes of a message."""
     link.came = (link.came[0] + count, now())
     await link.closes(1006)
 
 
 @virtually
 async def test_message_interrupted_twice_becomes_gap() -> None:
-    """It would be begun again for ever, so the client goes on behind it, and says so."""
+    """It would be restarted forever, so the client continues after it, and reports a gap."""
     async with Scene() as scene:
         await scene.opened()
         await scene.link.say({"type": "msg", "data": "first"})
@@ -1119,7 +1119,7 @@ async def test_message_interrupted_twice_becomes_gap() -> None:
 @virtually
 @pytest.mark.parametrize("between", ["volatile", "ping", "quiet"])
 async def test_interrupted_volatile_message_skips_no_number(between: str) -> None:
-    """The server does not begin a volatile message anew, so the client leaves out nothing in its place."""
+    """The server does not send a volatile message again, so the client skips no number for it."""
     async with Scene() as scene:
         await scene.opened()
         await scene.link.say({"type": "msg", "data": "first"})
@@ -1140,7 +1140,7 @@ async def test_interrupted_volatile_message_skips_no_number(between: str) -> Non
 
 @virtually
 async def test_slow_message_interrupted_twice_becomes_gap() -> None:
-    """A message whose bytes come with the welcome is the one that was begun anew, also if it breaks off late."""
+    """The bytes after the welcome belong to the message that was sent again, even if it is interrupted late."""
     async with Scene() as scene:
         await scene.opened()
         await breaks_off(scene.link)
@@ -1155,7 +1155,7 @@ async def test_slow_message_interrupted_twice_becomes_gap() -> None:
 @virtually
 @pytest.mark.parametrize("count", [0, 16 * 1024 - 1])
 async def test_small_message_is_never_skipped(count: int) -> None:
-    """What ends the connections again and again is not that."""
+    """A small message is not the cause of the repeated disconnects."""
     async with Scene() as scene:
         for dial in range(1, 6):
             link = await scene.redialled(dial)
@@ -1166,7 +1166,7 @@ async def test_small_message_is_never_skipped(count: int) -> None:
 
 @virtually
 async def test_interruptions_are_counted_per_message_number() -> None:
-    """Another message, or another session, begins the count anew."""
+    """Another message, or another session, restarts the count."""
     async with Scene() as scene:
         await scene.opened()
         await breaks_off(scene.link)
@@ -1182,7 +1182,7 @@ async def test_interruptions_are_counted_per_message_number() -> None:
 
 @virtually
 async def test_unread_messages_do_not_count_as_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has come in while a handler held up the reading may be whole."""
+    """Messages that were not read because of a slow handler may be complete."""
     async with Scene() as scene:
         for dial in range(1, 4):
             link = await scene.redialled(dial)
@@ -1199,7 +1199,7 @@ async def test_unread_messages_do_not_count_as_interrupted(monkeypatch: pytest.M
 
 @virtually
 async def test_close_during_partial_message_reports_no_gap() -> None:
-    """A client that is closed misses nothing that it would tell."""
+    """A client that is closed reports no gap."""
     async with Scene() as scene:
         await scene.opened()
         await breaks_off(scene.link)
@@ -1212,7 +1212,7 @@ async def test_close_during_partial_message_reports_no_gap() -> None:
 
 @virtually
 async def test_late_resent_message_gets_ack_timeout_from_resend() -> None:
-    """And from when it is sent again. When it was sent in the connection before says nothing of this one."""
+    """The timeout runs from the resend; the send on the previous connection is irrelevant."""
     async with Scene() as scene:
         await scene.opened()
         scene.client.send(1)
@@ -1231,7 +1231,7 @@ async def test_late_resent_message_gets_ack_timeout_from_resend() -> None:
 
 @virtually
 async def test_resent_messages_get_new_ack_timeout() -> None:
-    """After a reconnect the server has its time for the messages that the connection before has lost."""
+    """After a reconnect the server has the full timeout for messages that the previous connection lost."""
     async with Scene() as scene:
         await scene.opened()
         scene.client.send("x")
@@ -1243,7 +1243,7 @@ async def test_resent_messages_get_new_ack_timeout() -> None:
 
 @virtually
 async def test_stalled_write_closes_connection_after_grace() -> None:
-    """When nothing can be sent the reader has a moment to learn why; then the connection is lost."""
+    """When a write stalls the reader has a moment to receive a close code; then the connection is lost."""
     async with Scene() as scene:
         await scene.opened()
         scene.link.broken = True
@@ -1259,7 +1259,7 @@ async def test_stalled_write_closes_connection_after_grace() -> None:
 
 @virtually
 async def test_close_code_read_after_failed_write_applies() -> None:
-    """A close code that is read after a write has failed is the one that counts."""
+    """A close code that is read after a failed write takes precedence."""
     async with Scene() as scene:
         await scene.opened()
         scene.link.broken = True
@@ -1273,7 +1273,7 @@ async def test_close_code_read_after_failed_write_applies() -> None:
 async def test_writer_bug_is_logged_and_session_resumes(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What fails in writing and is no closed connection is logged, and the session goes on in a new connection."""
+    """An error in the writer that is not a closed connection is logged, and the session resumes in a new connection."""
     async with Scene() as scene:
         await scene.opened()
 
@@ -1294,7 +1294,7 @@ async def test_writer_bug_is_logged_and_session_resumes(
 
 @virtually
 async def test_probe_during_backoff_reconnects_now() -> None:
-    """News of the network end the wait for the next dial."""
+    """A probe ends the wait before the next attempt."""
     async with Scene(min_delay=100) as scene:
         await scene.opened()
         await scene.link.closes(1006)
@@ -1307,7 +1307,7 @@ async def test_probe_during_backoff_reconnects_now() -> None:
 
 @virtually
 async def test_reconnect_closes_4000_and_resumes_at_once() -> None:
-    """`reconnect` leaves with 4000, and the session goes on in the next connection, at once."""
+    """`reconnect` closes with 4000, and the session resumes in the next connection at once."""
     async with Scene() as scene:
         await scene.opened()
         scene.client.reconnect()
@@ -1318,7 +1318,7 @@ async def test_reconnect_closes_4000_and_resumes_at_once() -> None:
 
 @virtually
 async def test_frames_of_old_connection_are_ignored() -> None:
-    """A connection that was left speaks for nobody."""
+    """Frames of an abandoned connection have no effect."""
     async with Scene() as scene:
         await scene.opened()
         old = scene.link
@@ -1336,7 +1336,7 @@ async def test_frames_of_old_connection_are_ignored() -> None:
 
 @virtually
 async def test_drain_frame_closes_4000_and_resumes() -> None:
-    """The client leaves after `after` with 4000, and resumes at once."""
+    """The client closes with 4000 after `after`, and resumes at once."""
     async with Scene() as scene:
         await scene.opened()
         await scene.link.say({"type": "drain", "after": 3000, "within": 20_000})
@@ -1350,7 +1350,7 @@ async def test_drain_frame_closes_4000_and_resumes() -> None:
 
 @virtually
 async def test_earlier_of_two_drain_frames_applies() -> None:
-    """A later drain does not put off the first, and an earlier one is obeyed."""
+    """A later drain frame does not extend the first, and an earlier one shortens it."""
     async with Scene() as scene:
         await scene.opened()
         for after in (3000, 1000, 9000):
@@ -1369,7 +1369,7 @@ async def test_earlier_of_two_drain_frames_applies() -> None:
 
 @virtually
 async def test_unknown_frames_are_ignored() -> None:
-    """Newer servers may say more."""
+    """Newer servers may send frames and fields that the client does not know."""
     async with Scene() as scene:
         await scene.opened()
         await scene.link.say({"type": "later", "x": 1}, {"type": "welcome", "v": 1})
@@ -1380,7 +1380,7 @@ async def test_unknown_frames_are_ignored() -> None:
     "frame", ["{", "[]", {"type": "ack"}, {"type": "drain"}, {"type": "msg", "event": 7}, b"\x02\x00\x00", {"type": 7}]
 )
 def test_unreadable_frame_is_reported_and_skipped(frame: Any) -> None:
-    """A frame that the client cannot read ends nothing: the client tells `on_error`, counts it and goes on."""
+    """The client reports a frame that it cannot read to `on_error`, counts it and continues."""
 
     @virtually
     async def play() -> None:
@@ -1407,7 +1407,7 @@ def test_unreadable_frame_is_reported_and_skipped(frame: Any) -> None:
     ids=lambda value: str(value)[:24],
 )
 def test_unreadable_sequenced_frame_counts_its_number(frame: Any, number: int) -> None:
-    """A sequenced frame that the client cannot read counts, so that the next ping of the server finds no gap."""
+    """A sequenced frame that the client cannot read is counted, so that the server's next ping reveals no gap."""
 
     @virtually
     async def play() -> None:
@@ -1422,7 +1422,7 @@ def test_unreadable_sequenced_frame_counts_its_number(frame: Any, number: int) -
 
 @virtually
 async def test_oversized_message_is_retried_then_session_restarts() -> None:
-    """The client dials again after a message that its library refuses, and the third time asks for a new session."""
+    """The client reconnects after a message that its library rejects, and requests a new session the third time."""
     async with Scene() as scene:
         for dial in (1, 2, 3):
             await scene.redialled(dial)
@@ -1437,7 +1437,7 @@ async def test_oversized_message_is_retried_then_session_restarts() -> None:
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_unreadable_compressed_frame_counts_its_number(compressed: bool) -> None:
-    """A compressed frame that holds too much for the client counts as what its beginning says."""
+    """A compressed frame that is too large for the client counts under the number at its beginning."""
 
     @virtually
     async def play() -> None:
@@ -1454,7 +1454,7 @@ def test_unreadable_compressed_frame_counts_its_number(compressed: bool) -> None
 
 @virtually
 async def test_error_frame_is_reported_and_keeps_connection() -> None:
-    """An `error` frame ends nothing."""
+    """An `error` frame does not close the connection."""
     async with Scene() as scene:
         await scene.opened()
         await scene.link.say({"type": "error", "code": "unknown_type", "message": "no handler", "seq": 3})
@@ -1464,7 +1464,7 @@ async def test_error_frame_is_reported_and_keeps_connection() -> None:
 
 @virtually
 async def test_rejected_message_fails_its_future_and_is_reported() -> None:
-    """The future of a message that the server refuses fails with its word, and `on_error` hears which one it was."""
+    """The future of a rejected message fails with the server's reason, and `on_error` gets the message's key."""
     async with Scene() as scene:
         await scene.opened()
         sent = [scene.client.send(number, event=f"e{number}") for number in (1, 2, 3)]
@@ -1483,7 +1483,7 @@ async def test_rejected_message_fails_its_future_and_is_reported() -> None:
 
 @virtually
 async def test_rejected_message_with_delay_is_resent_in_order() -> None:
-    """A message that the server has no room for, and those behind it, are sent again after the time, one at first."""
+    """A message that the server has no room for, and those after it, are sent again after the delay, one at first."""
     async with Scene() as scene:
         await scene.opened()
         sent = [scene.client.send(number) for number in range(1, 6)]
@@ -1507,7 +1507,7 @@ async def test_rejected_message_with_delay_is_resent_in_order() -> None:
 
 @virtually
 async def test_number_of_unacked_messages_is_limited() -> None:
-    """The client has at most 128 messages on their way at first, and with each accepted one it may have one more."""
+    """The client has at most 128 unacknowledged messages at first, and each accepted one raises the limit by one."""
     async with Scene() as scene:
         await scene.opened()
         for number in range(600):
@@ -1525,7 +1525,7 @@ async def test_number_of_unacked_messages_is_limited() -> None:
 
 @virtually
 async def test_failing_listener_does_not_affect_others(caplog: pytest.LogCaptureFixture) -> None:
-    """What a listener raises is logged, and the others and the connection go on."""
+    """What a listener raises is logged; the other listeners and the connection continue."""
     async with Scene() as scene:
 
         def fail(*_: Any) -> None:
@@ -1533,7 +1533,7 @@ async def test_failing_listener_does_not_affect_others(caplog: pytest.LogCapture
 
         for register in ("on_open", "on_gap", "on_close", "on_state", "on_drain", "on_error"):
             assert getattr(scene.client, register)(fail) is fail
-        scene.client.on_open(lambda outcome: scene.told.append(("second", outcome)))
+        scene.client.on_open(lambda outcome: scene.heard.append(("second", outcome)))
         await scene.opened()
         await scene.link.say({"type": "drain", "after": 60_000}, {"type": "error"})
         await scene.link.closes(1006)
@@ -1545,7 +1545,7 @@ async def test_failing_listener_does_not_affect_others(caplog: pytest.LogCapture
 
 @virtually
 async def test_async_listener_does_not_block_client() -> None:
-    """What a listener awaits holds nothing up; that it fails is logged."""
+    """The client does not wait for an async listener, and logs its failure."""
     async with Scene() as scene:
         heard: list[str] = []
 
@@ -1560,12 +1560,12 @@ async def test_async_listener_does_not_block_client() -> None:
         assert heard == ["open"]
 
 
-# ── the end ──
+# ── close ──
 
 
 @virtually
 async def test_close_fails_pending_futures_with_client_closed_error() -> None:
-    """At the end every future fails with `ClientClosedError`, whatever state its message was in."""
+    """On close every future fails with `ClientClosedError`, regardless of the state of its message."""
     scene = Scene()
     async with scene:
         await scene.opened()
@@ -1595,7 +1595,7 @@ async def test_close_fails_pending_futures_with_client_closed_error() -> None:
 
 @pytest.mark.parametrize("moment", ["idle", "dialling", "connected", "waiting"])
 def test_client_can_be_closed_in_any_state(moment: str) -> None:
-    """Closing ends a dial, a greeting and a wait within `flush_timeout`, and leaves no task."""
+    """Closing ends an attempt, a handshake and a delay within `flush_timeout`, and leaves no task."""
 
     @virtually
     async def play() -> None:
@@ -1622,7 +1622,7 @@ def test_client_can_be_closed_in_any_state(moment: str) -> None:
 
 @virtually
 async def test_stalled_close_frame_delays_close_by_seconds_only() -> None:
-    """A network that takes nothing delays the end by seconds, and no more."""
+    """A stalled network delays the close by a few seconds at most."""
     async with Scene() as scene:
         await scene.opened()
         scene.link.may_close.clear()
@@ -1653,7 +1653,7 @@ async def test_client_can_be_closed_from_its_own_handler() -> None:
 async def test_client_bug_closes_client_and_wakes_waiters(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """If the client itself fails it is closed, everybody who waits is told, and the error is logged."""
+    """If the client itself fails it is closed, all pending calls fail, and the error is logged."""
     async with Scene() as scene:
         await scene.opened()
         sent = scene.client.send("x")
@@ -1667,7 +1667,7 @@ async def test_client_bug_closes_client_and_wakes_waiters(
 
 @virtually
 async def test_client_repr_contains_no_token_or_credential() -> None:
-    """The repr of a client names its session, and neither its token nor its credential."""
+    """The repr of a client contains its session, and neither its token nor its credential."""
     async with Scene(auth=lambda: "credential") as scene:
         await scene.opened()
         assert repr(scene.client) == "<Client open session=s>"
@@ -1675,7 +1675,7 @@ async def test_client_repr_contains_no_token_or_credential() -> None:
 
 @virtually
 async def test_connect_creates_client_with_same_options() -> None:
-    """`connect` takes what `Evictable` takes."""
+    """`connect` has the same options as `Client`."""
     client = connect("ws://server", dial=Scene()._dial, max_buffered=1)
     assert isinstance(client, Client)
     client.send(1)
@@ -1685,12 +1685,12 @@ async def test_connect_creates_client_with_same_options() -> None:
     assert json.dumps(client.state) == '"closed"'
 
 
-# ── leaving ──
+# ── flush at close ──
 
 
 @virtually
 async def test_client_close_flushes_before_close_frame() -> None:
-    """Closing sends numbered and volatile messages, waits for the server's word, and then says goodbye."""
+    """Closing sends numbered and volatile messages, waits for the acknowledgement, and then sends the close frame."""
     async with Scene() as scene:
         await scene.opened()
         sent = [scene.client.send(number) for number in range(300)]
@@ -1708,7 +1708,7 @@ async def test_client_close_flushes_before_close_frame() -> None:
 
 @virtually
 async def test_close_writes_volatile_messages_first() -> None:
-    """What `volatile` has taken is written before the goodbye, though no acknowledgement is waited for."""
+    """Volatile messages are written before the close frame, without waiting for an acknowledgement."""
     async with Scene() as scene:
         await scene.opened()
         scene.client.send_volatile("x")
@@ -1718,7 +1718,7 @@ async def test_close_writes_volatile_messages_first() -> None:
 
 @virtually
 async def test_close_flushes_in_later_connection() -> None:
-    """A connection that breaks while the client leaves is replaced, and the messages arrive."""
+    """If the connection breaks while the client closes, it is replaced and the messages arrive."""
     async with Scene() as scene:
         await scene.opened()
         sent = scene.client.send("x")
@@ -1733,7 +1733,7 @@ async def test_close_flushes_in_later_connection() -> None:
 
 @pytest.mark.parametrize("flush_timeout", [0.5, 3.0])
 def test_flush_timeout_bounds_close(flush_timeout: float, caplog: pytest.LogCaptureFixture) -> None:
-    """What the server has not accepted in time fails, and a warning says how much that is."""
+    """Messages that the server has not accepted in time fail, and a warning has their number."""
 
     @virtually
     async def play() -> None:
@@ -1753,7 +1753,7 @@ def test_flush_timeout_bounds_close(flush_timeout: float, caplog: pytest.LogCapt
 
 @virtually
 async def test_cancelled_close_ends_client_at_once() -> None:
-    """A close that is cancelled while it waits for the server ends the client all the same."""
+    """A close that is cancelled while it waits for the server still ends the client."""
     async with Scene() as scene:
         await scene.opened()
         scene.client.send("x")
@@ -1766,11 +1766,11 @@ async def test_cancelled_close_ends_client_at_once() -> None:
         assert len(scene.client._tasks) == 0
 
 
-# ── what is told ──
+# ── logs and state ──
 
 
 def test_first_failed_attempt_of_row_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """The first failed dial of a row is a warning, the others are not, and a new row begins after a connection."""
+    """The first failed attempt in a row is logged as a warning; a connection starts a new row."""
     caplog.set_level(logging.INFO, "fastapi_ws_stabilizer.client")
 
     @virtually
@@ -1785,16 +1785,16 @@ def test_first_failed_attempt_of_row_is_logged(caplog: pytest.LogCaptureFixture)
             await scene.redialled(2)
 
     play()
-    told = [(record.levelname, record.getMessage()) for record in caplog.records]
-    assert [level for level, _ in told] == ["WARNING", "INFO", "INFO", "INFO", "INFO", "WARNING"]
-    assert told[0][1].startswith("cannot connect to ws://server/ws: code 1006 (refused); next attempt in ")
-    assert told[3][1] == "connected to ws://server/ws after 3 failed attempts"
-    assert told[4][1].startswith("the connection to ws://server/ws is lost: code 1006 (cable)")
+    records = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert [level for level, _ in records] == ["WARNING", "INFO", "INFO", "INFO", "INFO", "WARNING"]
+    assert records[0][1].startswith("cannot connect to ws://server/ws: code 1006 (refused); next attempt in ")
+    assert records[3][1] == "connected to ws://server/ws after 3 failed attempts"
+    assert records[4][1].startswith("the connection to ws://server/ws is lost: code 1006 (cable)")
     assert "secret" not in caplog.text
 
 
 def test_terminal_close_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """A close that is final, and not ours, is a warning; our own close is none."""
+    """A terminal close by the server is logged as a warning; a local close is not logged."""
 
     @virtually
     async def play() -> None:
@@ -1812,7 +1812,7 @@ def test_terminal_close_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 @virtually
 async def test_iteration_raises_unless_client_was_closed_locally() -> None:
-    """`async for` gives the messages that have come, then ends after our `close()` and raises after any other end."""
+    """`async for` yields the received messages, then ends after a local `close()` and raises after any other close."""
     for code in (None, 4410):
         async with Scene() as scene:
             await scene.opened()
@@ -1831,7 +1831,7 @@ async def test_iteration_raises_unless_client_was_closed_locally() -> None:
 
 @virtually
 async def test_closed_attribute_has_code_and_reason() -> None:
-    """`closed` is `None` until the client is closed for good, and has the code and the reason then."""
+    """`closed` is `None` until the client is closed permanently, and then has the code and the reason."""
     async with Scene() as scene:
         await scene.opened()
         assert scene.client.closed is None
@@ -1843,7 +1843,7 @@ async def test_closed_attribute_has_code_and_reason() -> None:
 
 @pytest.mark.parametrize("timeout", [3.0, 20.0])
 def test_first_connect_timeout_closes_unconnected_client(timeout: float) -> None:
-    """A client without a first connection in time is closed for good, and its error names the last failed dial."""
+    """A client without a first connection in time is closed permanently; its error names the last failed attempt."""
 
     @virtually
     async def play() -> None:
@@ -1860,7 +1860,7 @@ def test_first_connect_timeout_closes_unconnected_client(timeout: float) -> None
 
 @virtually
 async def test_first_connect_timeout_ignores_connected_client() -> None:
-    """A client that has had a connection dials for ever."""
+    """A client that has been connected reconnects forever."""
     async with Scene(first_connect_timeout=2) as scene:
         await scene.opened()
         scene.failures = [TransportClosedError(1006, "refused") for _ in range(3)]
@@ -1874,7 +1874,7 @@ async def test_first_connect_timeout_ignores_connected_client() -> None:
 
 @virtually
 async def test_client_misuse_error_names_correct_usage() -> None:
-    """Each wrong way to use `connect()` raises an error that names the right one."""
+    """Each wrong use of `connect()` raises an error that names the correct one."""
     with pytest.raises(TypeError, match="async with connect"):
         await connect("ws://server")
     with pytest.raises(TypeError, match="async with connect"):
@@ -1895,7 +1895,7 @@ async def test_client_misuse_error_names_correct_usage() -> None:
 
 @virtually
 async def test_send_without_start_warns_once(caplog: pytest.LogCaptureFixture) -> None:
-    """A message waits for `start()`; a second later one warning says that nothing has started the client."""
+    """A message waits for `start()`; after a second, one warning says that the client was not started."""
     client = connect("ws://server")
     client.send("a")
     client.send("b")
@@ -1911,7 +1911,7 @@ async def test_send_without_start_warns_once(caplog: pytest.LogCaptureFixture) -
 
 @virtually
 async def test_send_before_prompt_start_is_silent(caplog: pytest.LogCaptureFixture) -> None:
-    """What is queued before `start()` is sent after it, and nothing is said."""
+    """Messages queued before `start()` are sent after it, without a warning."""
     async with Scene() as scene:
         scene.client.send("early")
         scene.client.start()
@@ -1922,14 +1922,14 @@ async def test_send_before_prompt_start_is_silent(caplog: pytest.LogCaptureFixtu
 
 
 def test_client_outside_event_loop_raises_helpful_error() -> None:
-    """A client that is made outside of a running event loop says how it is made."""
+    """Creating a client without a running event loop raises an error that says how to create it."""
     with pytest.raises(RuntimeError, match=r"asyncio\.run"):
         connect("ws://server")
 
 
 @virtually
 async def test_message_event_falls_back_to_its_type() -> None:
-    """`message.event` is the `type` of the object where the message has no event, and `repr` shows the data, cut."""
+    """`message.event` falls back to the `type` of the object, and `repr` shows the data, shortened."""
     async with Scene() as scene:
         await scene.opened()
         await scene.link.say({"type": "msg", "data": {"type": "done", "text": "x" * 5000}}, {"type": "msg", "data": 1})
@@ -1941,7 +1941,7 @@ async def test_message_event_falls_back_to_its_type() -> None:
 
 @virtually
 async def test_close_reads_acks_behind_unread_messages() -> None:
-    """Unread messages that hold up the reading do not keep the server's word from a client that leaves."""
+    """While a client closes, acknowledgements are read even if unread messages pause reading."""
     async with Scene() as scene:
         await scene.opened()
         await scene.link.say({"type": "msg", "data": 0})

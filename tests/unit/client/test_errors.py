@@ -1,4 +1,4 @@
-"""Tests of what can go wrong in a client."""
+"""Tests of the errors of a client."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ from fastapi_ws_stabilizer.errors import WebSocketStabilizerError
     ],
 )
 def test_client_errors_have_base_class_and_sentence(error: ClientError, text: str) -> None:
-    """Each error is one of this library, and its text is a sentence."""
+    """Each error is derived from the library's base class, and its text is a sentence."""
     assert isinstance(error, WebSocketStabilizerError)
     assert str(error).startswith(text)

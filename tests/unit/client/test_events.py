@@ -1,4 +1,4 @@
-"""Tests of who wants to know what happens to a client."""
+"""Tests of the listeners of a client."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tests.support.fake_websocket import settle
 
 
 def made() -> tuple[ClientEvents, list[BaseException]]:
-    """Listeners, and the failures of their tasks."""
+    """Return listeners, and the failures of their tasks."""
     failures: list[BaseException] = []
     return ClientEvents(TaskSet(lambda _, error: failures.append(error))), failures
 
 
 @pytest.mark.parametrize("event", EVENTS)
 def test_listener_gets_only_its_event(event: str) -> None:
-    """A listener is a decorator that gives its function back, and is told what happened."""
+    """The decorator returns its function, and the listener gets only its event."""
     listeners, _ = made()
     heard: list[Any] = []
 
@@ -33,7 +33,7 @@ def test_listener_gets_only_its_event(event: str) -> None:
 
 
 def test_listeners_run_in_registration_order(caplog: pytest.LogCaptureFixture) -> None:
-    """One that fails is logged, and those behind it are told."""
+    """A failing listener is logged, and the listeners after it are called."""
     listeners, _ = made()
     heard: list[str] = []
     listeners.on_open(lambda _: heard.append("first"))
@@ -45,7 +45,7 @@ def test_listeners_run_in_registration_order(caplog: pytest.LogCaptureFixture) -
 
 
 def test_client_listener_may_unsubscribe_during_call() -> None:
-    """Taking a listener away in a call keeps nobody from being told, and ends its hearing."""
+    """Unsubscribing during a call does not affect other listeners in that call, and takes effect afterwards."""
     listeners, _ = made()
     heard: list[str] = []
 
@@ -61,7 +61,7 @@ def test_client_listener_may_unsubscribe_during_call() -> None:
 
 
 async def test_async_listener_runs_in_its_own_task() -> None:
-    """Whoever tells does not wait, and a failure is that of the task."""
+    """The emitter does not wait, and a failure belongs to the task."""
     listeners, failures = made()
     heard: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Tests of what a client has received: handled one after the other, or kept for who iterates."""
+"""Tests of received messages of a client: handled one after the other, or queued for iteration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.fake_websocket import settle, with_deadline
 
 
 class Desk:
-    """Where messages come in, and what was replied."""
+    """Inbound messages, and the replies to them."""
 
     def __init__(self) -> None:
         self.failures: list[BaseException] = []
@@ -29,14 +29,14 @@ class Desk:
         self.handled: list[Any] = []
 
     def put(self, *data: Any, event: str | None = None) -> None:
-        """Let messages come in."""
+        """Receive messages."""
         for one in data:
             self.incoming.put(Message(one, event=event))
 
 
 @pytest.fixture
 async def desk() -> AsyncIterator[Desk]:
-    """A desk; what is left of its tasks is cancelled at the end."""
+    """Return an inbound side; its tasks are cancelled at the end."""
     made = Desk()
     yield made
     await wait_for_all(made.tasks.cancel(), 1.0)
@@ -57,12 +57,12 @@ async def desk() -> AsyncIterator[Desk]:
     ids=repr,
 )
 def test_message_event_precedes_its_type(message: Message, event: str | None) -> None:
-    """What a sender calls its message counts before what is in it."""
+    """The event of a message takes precedence over the `type` in it."""
     assert event_of(message) == event
 
 
 async def test_unhandled_messages_wait_for_iteration(desk: Desk) -> None:
-    """They are read in the order in which they came."""
+    """Messages without a handler are read in the order in which they came."""
     desk.put("a", "b")
     assert [(await with_deadline(desk.incoming.get())).data for _ in range(2)] == ["a", "b"]  # type: ignore[union-attr]
     reading = asyncio.ensure_future(desk.incoming.get())
@@ -72,7 +72,7 @@ async def test_unhandled_messages_wait_for_iteration(desk: Desk) -> None:
 
 
 async def test_cancelled_iteration_loses_no_message(desk: Desk) -> None:
-    """A message that nobody got is there for the next reader."""
+    """A cancelled read takes no message."""
     reading = asyncio.ensure_future(desk.incoming.get())
     await settle()
     desk.put("a")
@@ -83,7 +83,7 @@ async def test_cancelled_iteration_loses_no_message(desk: Desk) -> None:
 
 
 async def test_messages_before_close_can_still_be_read(desk: Desk) -> None:
-    """At the end readers get what is left, and then nothing."""
+    """After the close readers get the remaining messages, and then nothing."""
     desk.put("a")
     desk.incoming.close()
     assert (await with_deadline(desk.incoming.get())).data == "a"  # type: ignore[union-attr]
@@ -91,7 +91,7 @@ async def test_messages_before_close_can_still_be_read(desk: Desk) -> None:
 
 
 async def test_client_close_wakes_waiting_reader(desk: Desk) -> None:
-    """A reader that waits learns that nothing more will come."""
+    """A waiting reader ends when the client closes."""
     reading = asyncio.ensure_future(desk.incoming.get())
     await settle()
     desk.incoming.close()
@@ -99,7 +99,7 @@ async def test_client_close_wakes_waiting_reader(desk: Desk) -> None:
 
 
 async def test_handler_gets_data_of_its_event(desk: Desk) -> None:
-    """A message goes to the handlers of its event, those of no event to the handler of all others."""
+    """A message goes to the handlers of its event, and one without such handlers to the fallback handler."""
     desk.incoming.on("chat", lambda data: desk.handled.append(("chat", data)))
     desk.incoming.on("chat", lambda data: desk.handled.append(("too", data)))
     desk.incoming.on("*", lambda data: desk.handled.append(("*", data)))
@@ -144,7 +144,7 @@ async def test_handler_return_value_answers_request(desk: Desk) -> None:
 
 
 async def test_request_error_of_handler_is_answer(desk: Desk) -> None:
-    """A `RequestError` is the answer."""
+    """A `RequestError` of the handler is the answer."""
 
     def refuse(_: Any) -> None:
         raise RequestError("busy", "later")
@@ -156,7 +156,7 @@ async def test_request_error_of_handler_is_answer(desk: Desk) -> None:
 
 
 async def test_handler_bug_is_logged_and_answered_without_details(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
-    """A bug is logged, told to who asked, without what is inside it, and the next message is handled."""
+    """A bug is logged and answered with an error without details, and the next message is handled."""
 
     def fail(data: Any) -> None:
         desk.handled.append(data)
@@ -176,7 +176,7 @@ async def test_handler_bug_is_logged_and_answered_without_details(desk: Desk, ca
 async def test_unread_messages_are_dropped_oldest_first(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A client over which nobody iterates keeps the newest messages, counts the others, and says so once."""
+    """Without iteration the client drops the oldest messages, counts them, and warns once."""
     monkeypatch.setattr(incoming_module, "MAX_UNREAD", 2)
     with caplog.at_level(logging.WARNING):
         desk.put("a", "b", "c", "d")
@@ -187,7 +187,7 @@ async def test_unread_messages_are_dropped_oldest_first(
 
 
 async def test_slow_iteration_pauses_reading(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once somebody iterates nothing is thrown away: nothing more is read until there is room."""
+    """During an iteration nothing is dropped: reading pauses until there is room."""
     monkeypatch.setattr(incoming_module, "MAX_UNREAD", 2)
     desk.put("a")
     await with_deadline(desk.incoming.get())
@@ -201,7 +201,7 @@ async def test_slow_iteration_pauses_reading(desk: Desk, monkeypatch: pytest.Mon
 
 
 async def test_busy_handlers_pause_reading(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Handlers that are busy make the reading wait, and TCP push back."""
+    """Busy handlers pause reading, so that TCP applies backpressure."""
     monkeypatch.setattr(incoming_module, "MAX_UNREAD", 2)
     gate = asyncio.Event()
 
@@ -219,7 +219,7 @@ async def test_busy_handlers_pause_reading(desk: Desk, monkeypatch: pytest.Monke
 
 
 async def test_cancellation_inside_handler_is_answered_as_failure(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
-    """A handler that awaits what somebody has cancelled is answered for, and the next message is handled."""
+    """A handler that awaits a cancelled task is answered as failed, and the next message is handled."""
 
     async def handle(data: Any) -> Any:
         desk.handled.append(data)
@@ -240,7 +240,7 @@ async def test_cancellation_inside_handler_is_answered_as_failure(desk: Desk, ca
 
 
 async def test_client_close_cancels_running_handler(desk: Desk) -> None:
-    """A handler that is at work when the client ends is cancelled, and what is behind it is not handled."""
+    """Closing cancels the running handler, and later messages are not handled."""
 
     async def handle(data: Any) -> None:
         desk.handled.append(data)
@@ -276,13 +276,13 @@ async def test_requests_of_lost_session_are_handled_unanswered(desk: Desk) -> No
 
 
 def crowded(monkeypatch: pytest.MonkeyPatch, waits: bool = False) -> InboundMessages:
-    """A place for messages of which two may wait."""
+    """Return an inbound side with room for two messages."""
     monkeypatch.setattr(incoming_module, "MAX_UNREAD", 2)
     return InboundMessages(TaskSet(lambda *_: None), lambda *_: None, lambda: waits)
 
 
 async def fill(incoming: InboundMessages) -> None:
-    """Read one message by hand, and let as many come in as may wait."""
+    """Read one message with `anext`, then fill the queue."""
     incoming.put(Message("a"))
     message = await incoming.get()
     assert message is not None
@@ -292,7 +292,7 @@ async def fill(incoming: InboundMessages) -> None:
 
 @pytest.mark.parametrize("waits", ["handlers", "answers"])
 def test_abandoned_iteration_drops_oldest_after_ten_seconds(monkeypatch: pytest.MonkeyPatch, waits: str) -> None:
-    """After ten seconds in which nobody has read there is room again, and the oldest message goes."""
+    """After ten seconds without a read the oldest message is dropped, so that reading continues."""
 
     @virtually
     async def play() -> None:
@@ -316,7 +316,7 @@ def test_abandoned_iteration_drops_oldest_after_ten_seconds(monkeypatch: pytest.
 
 @virtually
 async def test_abandoned_iteration_drops_nothing_without_demand() -> None:
-    """Without handlers and without anything to wait for nothing is thrown away, however long nobody reads."""
+    """Without handlers and pending calls nothing is dropped, however long nothing is read."""
     with pytest.MonkeyPatch.context() as patched:
         incoming = crowded(patched)
         await fill(incoming)
@@ -330,7 +330,7 @@ async def test_abandoned_iteration_drops_nothing_without_demand() -> None:
 
 @virtually
 async def test_slow_loop_body_loses_no_message() -> None:
-    """A loop that takes its time for a message is still there, and loses nothing; ten seconds later it may be gone."""
+    """A loop body that takes less than ten seconds for a message loses nothing; later it counts as abandoned."""
     with pytest.MonkeyPatch.context() as patched:
         incoming = crowded(patched, waits=True)
         incoming.put(Message("a"))
@@ -352,7 +352,7 @@ async def test_slow_loop_body_loses_no_message() -> None:
 
 @virtually
 async def test_slow_handlers_do_not_abandon_iteration() -> None:
-    """While handlers hold the reading up, who iterates by hand has nothing to read, and is still waited for later."""
+    """While slow handlers pause reading, a manual iteration has nothing to read and does not count as abandoned."""
     with pytest.MonkeyPatch.context() as patched:
         incoming, gate = crowded(patched), asyncio.Event()
         incoming.on("chat", lambda _: gate.wait())
@@ -375,7 +375,7 @@ async def test_slow_handlers_do_not_abandon_iteration() -> None:
 
 @virtually
 async def test_iteration_ends_after_last_message() -> None:
-    """What came before the end is read, and then the loop is over."""
+    """The loop yields the messages received before the close, and then ends."""
     incoming = InboundMessages(TaskSet(lambda *_: None), lambda *_: None)
     incoming.put(Message("a"))
     incoming.close()

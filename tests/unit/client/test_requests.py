@@ -1,4 +1,4 @@
-"""Tests of the requests of a client that are not answered yet."""
+"""Tests of the pending requests of a client."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tests.support.fake_websocket import settle
 
 
 def opened(requests: PendingRequests, name: str) -> tuple[asyncio.Future[object], PendingMessage]:
-    """A request, and the message that it is sent in."""
+    """Return a request, and the message in which it is sent."""
     message = PendingMessage("msg", None, {"id": name})
     return requests.open(name, message), message
 
 
 async def test_answer_resolves_its_request_once() -> None:
-    """Each answer goes to the request with its id, once."""
+    """An answer completes the request with its id, once."""
     requests = PendingRequests()
     (first, _), (second, _) = opened(requests, "c1"), opened(requests, "c2")
     requests.answered("c2", 2, None)
@@ -31,7 +31,7 @@ async def test_answer_resolves_its_request_once() -> None:
 
 @pytest.mark.parametrize("error", [{"code": "no", "message": "never"}, {}, "no", {"code": 7}, {"code": "x" * 9999}])
 async def test_error_answer_raises_short_error(error: object) -> None:
-    """Whatever a server says in place of an error is one, and a short one."""
+    """Any error value of a server becomes an error with a short text."""
     requests = PendingRequests()
     future, _ = opened(requests, "c1")
     requests.answered("c1", None, error)
@@ -41,7 +41,7 @@ async def test_error_answer_raises_short_error(error: object) -> None:
 
 
 async def test_failed_message_fails_its_request() -> None:
-    """A message that is not accepted will not be answered; one that is accepted is not answered yet."""
+    """A message that fails also fails its request; an accepted message leaves its request pending."""
     requests = PendingRequests()
     (failed, lost), (waiting, accepted) = opened(requests, "c1"), opened(requests, "c2")
     cancelled, given_up = opened(requests, "c3")
@@ -55,7 +55,7 @@ async def test_failed_message_fails_its_request() -> None:
 
 
 async def test_lost_session_fails_accepted_requests() -> None:
-    """The answer to an accepted request went with the session; what was not accepted is its message's business."""
+    """The answer to an accepted request is lost with the session; an unaccepted one depends on its message."""
     requests = PendingRequests()
     (asked, accepted), (unsent, _) = opened(requests, "c1"), opened(requests, "c2")
     accepted.accept()
@@ -65,7 +65,7 @@ async def test_lost_session_fails_accepted_requests() -> None:
 
 
 async def test_fail_all_fails_every_pending_request() -> None:
-    """At the end nobody waits any more, and who has stopped waiting is left alone."""
+    """On close no request stays pending, and a cancelled one is left alone."""
     requests = PendingRequests()
     future, _ = opened(requests, "c1")
     forgotten, _ = opened(requests, "c2")

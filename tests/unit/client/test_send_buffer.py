@@ -1,4 +1,4 @@
-"""Tests of what a client has to send: bounded, in order, kept until it is accepted."""
+"""Tests of the outbound messages of a client: bounded, in order, stored until the server accepts them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.own_loop import run
 def buffer(
     max_messages: int = 100, max_bytes: int = 10**6, overflow: Literal["reject", "drop_oldest"] = "reject"
 ) -> SendBuffer:
-    """An empty buffer."""
+    """Return an empty buffer."""
     return SendBuffer(max_messages, max_bytes, overflow)
 
 
@@ -36,7 +36,7 @@ def put(into: SendBuffer, *data: Any) -> list[PendingMessage]:
 
 
 def sent(out: SendBuffer) -> list[tuple[int, Any]]:
-    """Everything that is to be sent now, with its number."""
+    """Return all frames that are to be sent now, with their numbers."""
     messages = []
     while (message := out.next()) is not None:
         frame = parse(message.frame())
@@ -55,7 +55,7 @@ async def test_messages_are_numbered_from_one_in_order() -> None:
 
 
 async def test_ack_resolves_messages_and_frees_room() -> None:
-    """An acknowledgement settles everything up to its number, and makes room."""
+    """An acknowledgement completes all messages up to its number, and makes room."""
     out = buffer(max_messages=3)
     messages = put(out, "a", "b", "c")
     sent(out)
@@ -69,7 +69,7 @@ async def test_ack_resolves_messages_and_frees_room() -> None:
 
 
 async def test_ack_above_last_sent_number_resolves_nothing() -> None:
-    """A number from the server says nothing about messages that it has not got."""
+    """An acknowledgement above the last sent number completes nothing."""
     out = buffer()
     (message,) = put(out, "a")
     out.accepted(5)
@@ -78,7 +78,7 @@ async def test_ack_above_last_sent_number_resolves_nothing() -> None:
 
 
 async def test_resume_resends_unacked_messages_before_new() -> None:
-    """After a reconnect what is not accepted goes again, with the same numbers, before anything new."""
+    """After a reconnect unacknowledged messages are sent again with the same numbers, before new ones."""
     out = buffer()
     put(out, "a", "b", "c")
     sent(out)
@@ -90,16 +90,16 @@ async def test_resume_resends_unacked_messages_before_new() -> None:
 
 
 async def test_send_window_is_bounded_and_smaller_after_reconnect() -> None:
-    """So many messages are on their way at most, fewer at the beginning of a later connection, one after 4429."""
+    """The number of unacknowledged messages is bounded, with a smaller bound after a reconnect, and one after 4429."""
     out = buffer(10_000)
     put(out, *range(3000))
-    last, on_the_way = 0, []
+    last, unacked = 0, []
     for _ in range(5):
         batch = sent(out)
-        on_the_way.append(len(batch))
+        unacked.append(len(batch))
         last = batch[-1][0]
         out.accepted(last)
-    assert on_the_way == [128, 256, 512, 512, 512]
+    assert unacked == [128, 256, 512, 512, 512]
     out.resume(last)
     assert len(sent(out)) == 32
     out.reduce_window()
@@ -108,7 +108,7 @@ async def test_send_window_is_bounded_and_smaller_after_reconnect() -> None:
 
 
 async def test_resend_restarts_after_second_reconnect() -> None:
-    """Sending again begins at the server's number each time, however far the last time went."""
+    """Each resend starts at the server's number, however far the previous resend came."""
     out = buffer()
     put(out, "a", "b", "c")
     sent(out)
@@ -119,7 +119,7 @@ async def test_resend_restarts_after_second_reconnect() -> None:
 
 
 async def test_message_acked_during_resend_is_not_resent() -> None:
-    """An acknowledgement that comes while messages are sent again leaves out what it covers."""
+    """A message that is acknowledged during a resend is left out."""
     out = buffer()
     put(out, "a", "b", "c")
     sent(out)
@@ -132,7 +132,7 @@ async def test_message_acked_during_resend_is_not_resent() -> None:
 
 
 async def test_server_ahead_of_client_sets_next_number() -> None:
-    """A server that has accepted more than this client remembers sets the next number."""
+    """A server that has accepted more than this client remembers determines the next number."""
     out = buffer()
     out.resume(7)
     put(out, "a")
@@ -140,21 +140,21 @@ async def test_server_ahead_of_client_sets_next_number() -> None:
 
 
 async def test_lost_session_fails_sent_and_retains_unsent() -> None:
-    """Whether a sent message was handled is not known; one that was never sent goes to the new session."""
+    """Sent messages fail, because it is unknown whether they were handled; unsent ones go to the new session."""
     out = buffer()
     lost = put(out, "a", "b")
     sent(out)
-    (kept,) = put(out, "c")
+    (unsent,) = put(out, "c")
     assert out.restart_session(0, replay=False) == lost
     for message in lost:
         assert isinstance(message.done.exception(), SessionLostError)
     assert sent(out) == [(1, "c")]
-    assert not kept.done.done()
+    assert not unsent.done.done()
     assert len(out) == 1
 
 
 async def test_replay_resends_messages_with_new_numbers() -> None:
-    """With `replay` everything goes to the new session, in order, under new numbers."""
+    """With `replay` all messages go to the new session, in order, under new numbers."""
     out = buffer()
     messages = put(out, "a", "b")
     sent(out)
@@ -166,7 +166,7 @@ async def test_replay_resends_messages_with_new_numbers() -> None:
 
 
 async def test_full_buffer_rejects_new_message() -> None:
-    """What finds no room is refused, and what is there stays; sent messages count too."""
+    """A full buffer rejects a new message and stays as it is; sent messages count too."""
     out = buffer(max_messages=2)
     messages = put(out, "a", "b")
     sent(out)
@@ -178,7 +178,7 @@ async def test_full_buffer_rejects_new_message() -> None:
 
 
 async def test_drop_oldest_drops_oldest_unsent_message() -> None:
-    """With `drop_oldest` the newest messages stay, and who waits for the oldest is told."""
+    """With `drop_oldest` the newest messages stay, and the future of the oldest fails."""
     out = buffer(max_messages=2, overflow="drop_oldest")
     first, second = put(out, "a", "b")
     put(out, "c")
@@ -188,7 +188,7 @@ async def test_drop_oldest_drops_oldest_unsent_message() -> None:
 
 
 async def test_sent_message_is_never_dropped() -> None:
-    """A message with a number cannot be left out; where all are sent the new one is refused."""
+    """A numbered message cannot be dropped; if all are sent, the new one is rejected."""
     out = buffer(max_messages=2, overflow="drop_oldest")
     messages = put(out, "a", "b")
     sent(out)
@@ -198,7 +198,7 @@ async def test_sent_message_is_never_dropped() -> None:
 
 
 async def test_buffer_is_bounded_by_bytes() -> None:
-    """Bytes are counted as well as messages, and one message of any size fits into an empty buffer."""
+    """Bytes are limited as well as messages, and one message of any size fits into an empty buffer."""
     out = buffer(max_bytes=100)
     (large,) = put(out, "x" * 200)
     with pytest.raises(BufferFullError):
@@ -210,7 +210,7 @@ async def test_buffer_is_bounded_by_bytes() -> None:
 
 
 async def test_finished_message_frees_its_bytes() -> None:
-    """Whatever becomes of a message, its bytes count no more."""
+    """A finished message no longer counts, regardless of its result."""
     out = buffer(max_bytes=300)
     put(out, "x" * 100, "x" * 100)
     sent(out)
@@ -226,7 +226,7 @@ async def test_finished_message_frees_its_bytes() -> None:
 
 
 async def test_message_over_server_limit_is_not_buffered() -> None:
-    """A message that would end the connection is not queued."""
+    """A message that would close the connection is not queued."""
     out = buffer()
     out.max_frame = 100
     with pytest.raises(MessageTooLargeError, match=r"the message has \d+ bytes, but the server accepts 100") as caught:
@@ -240,7 +240,7 @@ async def test_message_over_server_limit_is_not_buffered() -> None:
 
 
 async def test_only_unsent_message_can_be_cancelled() -> None:
-    """A message that was sent cannot be taken back."""
+    """A sent message cannot be cancelled."""
     out = buffer()
     first, second = put(out, "a", "b")
     out.next()
@@ -253,7 +253,7 @@ async def test_only_unsent_message_can_be_cancelled() -> None:
 
 
 async def test_fail_all_fails_every_buffered_message() -> None:
-    """At the end every promise is settled, and nothing is left."""
+    """On close every future fails, and the buffer is empty."""
     out = buffer()
     messages = put(out, "a", "b", "c")
     out.next()
@@ -264,7 +264,7 @@ async def test_fail_all_fails_every_buffered_message() -> None:
 
 
 async def test_cancelled_future_is_not_resolved() -> None:
-    """A cancelled promise is left alone."""
+    """A cancelled future is left alone."""
     out = buffer()
     first, second = put(out, "a", "b")
     first.done.cancel()
@@ -275,7 +275,7 @@ async def test_cancelled_future_is_not_resolved() -> None:
 
 
 async def test_unencodable_message_raises_in_caller() -> None:
-    """The caller gets the error, and not a task later."""
+    """The caller gets the encoding error immediately, and not a task later."""
     with pytest.raises(ValueError, match="serialize"):
         PendingMessage("msg", object(), {})
 
@@ -283,7 +283,7 @@ async def test_unencodable_message_raises_in_caller() -> None:
 @pytest.mark.parametrize("data", [{"n": 1}, "\ud83d\ude00 ü", None, b"\x00\xff", bytearray(b"ab"), b""], ids=repr)
 @pytest.mark.parametrize("fields", [{}, {"event": "chat", "id": None}, {"re": "s1", "error": {"code": "no"}}], ids=str)
 async def test_numbered_frame_equals_frame_encoded_with_number(data: Any, fields: dict[str, Any]) -> None:
-    """The frame is the same as one that is encoded with its number, for each number, and no larger than it says."""
+    """The frame equals one that is encoded with its number, for each number, and is not larger than its size."""
     data = data.encode("utf-16", "surrogatepass").decode("utf-16") if isinstance(data, str) else data
     message = PendingMessage("msg", data, fields)
     for message.seq in (1, 12, MAX_SEQ):
@@ -295,7 +295,7 @@ async def test_numbered_frame_equals_frame_encoded_with_number(data: Any, fields
 
 
 async def test_message_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However often it is sent, and whatever becomes of the object meanwhile, it goes as it was when it was queued."""
+    """The message is encoded when it is queued; later changes of the object and resends do not matter."""
     encoded: list[Any] = []
 
     def counted(type_: str, data: Any, **fields: Any) -> str | bytes:
@@ -313,7 +313,7 @@ async def test_message_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_mutated_buffer_does_not_change_message() -> None:
-    """A buffer that is used again by its owner does not change what was queued."""
+    """Changing a bytearray after it was queued does not change the message."""
     data = bytearray(b"first")
     out = buffer()
     put(out, data)
@@ -322,7 +322,7 @@ async def test_mutated_buffer_does_not_change_message() -> None:
 
 
 async def test_binary_fields_over_limit_raise_before_numbering() -> None:
-    """The fields of a binary message are known to fit before a number is given, and not in the middle of writing."""
+    """The fields of a binary message are checked before it gets a number."""
     most = MAX_META_BYTES - len('{"type":"msg","note":""}')
     with pytest.raises(ValueError, match="fields of a binary message"):
         PendingMessage("msg", b"", {"note": "x" * most})
@@ -331,7 +331,7 @@ async def test_binary_fields_over_limit_raise_before_numbering() -> None:
 
 @pytest.mark.parametrize("replay", [False, True])
 async def test_answers_to_lost_session_are_dropped(replay: bool) -> None:
-    """Nobody in the new session has asked: answers go nowhere, sent or not, and their bytes count no more."""
+    """Answers to requests of a lost session are dropped, sent or not, and their bytes no longer count."""
     out = buffer(max_bytes=300)
     old = PendingMessage("reply", "x" * 100, {"re": "s1"})
     out.add(old)
@@ -360,7 +360,7 @@ STEPS = st.lists(
 
 @given(STEPS)
 def test_random_breaks_deliver_every_message_once_in_order(steps: list[tuple[str, int]]) -> None:
-    """However connections break, a server that looks at the numbers has every message once and in order."""
+    """With any disconnects, a server that checks the numbers has every message once and in order."""
 
     async def play() -> None:
         out, took, count = buffer(10**6), [], 0
@@ -369,7 +369,7 @@ def test_random_breaks_deliver_every_message_once_in_order(steps: list[tuple[str
             message = out.next()
             if message is not None:
                 frame = parse(message.frame())
-                assert frame["seq"] <= len(took) + 1, "a number is left out"
+                assert frame["seq"] <= len(took) + 1, "a number is missing"
                 if frame["seq"] == len(took) + 1:
                     took.append(frame["data"])
             return message is not None
@@ -394,14 +394,14 @@ def test_random_breaks_deliver_every_message_once_in_order(steps: list[tuple[str
 @pytest.mark.parametrize("field", ["event", "key"])
 @pytest.mark.parametrize("name", ["x" * 257, "a\nb"])
 async def test_invalid_event_name_raises_in_sender(field: str, name: str) -> None:
-    """It would end the session of who sends it; text and bytes alike."""
+    """An invalid event name raises at the sender, for text and bytes, because it would end the session."""
     for data in ("text", b"bytes"):
         with pytest.raises(ValueError, match=f"{field} must have at most 256 characters"):
             PendingMessage("msg", data, {field: name})
 
 
 async def test_too_deep_data_raises_in_sender() -> None:
-    """Too deep is too deep on this side already."""
+    """Data that is nested too deep raises at the sender."""
     deep: list[Any] = []
     for _ in range(64):
         deep = [deep]

@@ -10,7 +10,7 @@ from tests.support.fake_link import virtually
 
 @virtually
 async def test_timer_fires_once_when_due() -> None:
-    """A timer runs until it has called, and can be started anew in its own call."""
+    """A timer runs until it has fired, and can be restarted in its own callback."""
     timers, called = NamedTimers(), []
 
     def act() -> None:
@@ -31,7 +31,7 @@ async def test_timer_fires_once_when_due() -> None:
 
 @virtually
 async def test_timer_with_same_name_replaces_earlier() -> None:
-    """Starting a timer again takes the place of the one before, and leaves those of other names alone."""
+    """Restarting a timer replaces it, and does not affect timers with other names."""
     timers, called = NamedTimers(), []
     timers.start("x", 1, lambda: called.append("first"))
     timers.start("y", 1, lambda: called.append("other"))
@@ -42,7 +42,7 @@ async def test_timer_with_same_name_replaces_earlier() -> None:
 
 @virtually
 async def test_stopped_timer_does_not_fire() -> None:
-    """Stopping one or all of them, also again or before any was started, ends the calling."""
+    """Stopping one timer or all of them prevents the call, also when repeated or before a start."""
     timers, called = NamedTimers(), []
     timers.stop("x")
     for name in "xyz":

@@ -31,7 +31,7 @@ NO_PROXY: dict[str, Any] = {"proxy": None} if int(websockets.__version__.split("
 
 @asynccontextmanager
 async def served(handler: Callable[[ServerConnection], Awaitable[None]], **options: Any) -> Any:
-    """A server on this machine, as its URL."""
+    """Run a server on this machine; yield its URL."""
     async with serve(handler, "127.0.0.1", 0, **options) as server:
         yield f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/ws"
 
@@ -43,7 +43,7 @@ async def echo(connection: ServerConnection) -> None:
 
 
 async def test_text_and_bytes_travel_in_both_directions() -> None:
-    """A transport sends and receives texts and bytes as they are, in the subprotocol that the server has chosen."""
+    """A transport sends and receives text and bytes unchanged, in the subprotocol that the server selects."""
     async with served(echo, subprotocols=[SUBPROTOCOL]) as url:
         transport = await with_deadline(connector({})(url, [SUBPROTOCOL]))
         assert transport.subprotocol == SUBPROTOCOL
@@ -56,7 +56,7 @@ async def test_text_and_bytes_travel_in_both_directions() -> None:
 
 
 async def test_incomplete_message_bytes_are_counted() -> None:
-    """A transport knows what has come of a message before it is whole, and what the server has taken."""
+    """A transport knows how much of an incomplete message it has received, and how much the server has taken."""
     may_end = asyncio.Event()
 
     async def parts() -> Any:
@@ -83,7 +83,7 @@ async def test_incomplete_message_bytes_are_counted() -> None:
 
 
 async def test_custom_create_connection_counts_no_bytes() -> None:
-    """`create_connection` is an option as any other; then whole messages are all that is seen."""
+    """`create_connection` can be overridden; then only whole messages are counted."""
     async with served(echo) as url:
         dial = connector({"create_connection": ClientConnection})
         transport: Any = await with_deadline(dial(url, [SUBPROTOCOL]))
@@ -92,7 +92,7 @@ async def test_custom_create_connection_counts_no_bytes() -> None:
 
 
 async def test_server_without_subprotocol_reports_none() -> None:
-    """A server that speaks something else is connected to, and says so."""
+    """The connection opens without a subprotocol, and the transport reports that."""
     async with served(echo) as url:
         transport = await with_deadline(connector({})(url, [SUBPROTOCOL]))
         assert transport.subprotocol is None
@@ -100,7 +100,7 @@ async def test_server_without_subprotocol_reports_none() -> None:
 
 
 async def test_server_close_frame_reaches_reader_and_writer() -> None:
-    """The code and the reason are those that the server has sent, for the reader and for the writer."""
+    """Reader and writer both get the code and the reason that the server has sent."""
 
     async def close(connection: ServerConnection) -> None:
         await connection.close(4503, "draining; retry=250")
@@ -130,7 +130,7 @@ async def test_broken_connection_closes_with_1006() -> None:
 
 
 async def test_oversized_message_requests_resync() -> None:
-    """What this side refuses to read asks for a resynchronisation, and the reason has the library's code in it."""
+    """A message that the library rejects requests a resynchronisation, and the reason has the library's code."""
 
     async def much(connection: ServerConnection) -> None:
         await connection.send("x" * 2000)
@@ -158,7 +158,7 @@ async def test_oversized_message_requests_resync() -> None:
 async def test_rejected_handshake_becomes_close_code(
     status: int, headers: dict[str, str], code: int, reason: str
 ) -> None:
-    """The HTTP status of a refusal means what the close code for it does, and `Retry-After` is a hint."""
+    """The HTTP status of a rejection becomes its close code, and `Retry-After` becomes a hint."""
 
     def refuse(connection: ServerConnection, _: object) -> Any:
         response = connection.respond(http.HTTPStatus(status), "")
@@ -169,11 +169,11 @@ async def test_rejected_handshake_becomes_close_code(
         with pytest.raises(TransportClosedError) as caught:
             await with_deadline(connector(NO_PROXY)(url, [SUBPROTOCOL]))
     assert caught.value.code == code
-    assert re.fullmatch(reason, caught.value.reason), "the part of the second is chosen by the client"
+    assert re.fullmatch(reason, caught.value.reason), "the client chooses the fraction of a second"
 
 
 async def test_unreachable_server_is_lost_connection() -> None:
-    """A dial that finds nobody has failed as a broken connection does."""
+    """An unreachable server counts like a broken connection."""
     async with served(echo) as url:
         pass
     with pytest.raises(TransportClosedError) as caught:
@@ -192,14 +192,14 @@ async def test_unreachable_server_is_lost_connection() -> None:
     ids=["no URL", "scheme", "TypeError", "ValueError"],
 )
 async def test_invalid_target_is_terminal(url: str, options: dict[str, Any]) -> None:
-    """A wrong URL and a wrong option are said to be so, with a code after which no client dials again."""
+    """A wrong URL or option is reported with a close code after which no client reconnects."""
     with pytest.raises(ClientClosedError, match="invalid URL or options: ") as caught:
         await with_deadline(connector(options)(url, [SUBPROTOCOL]))
     assert action_for(caught.value.code) is ReconnectAction.STOP
 
 
 async def test_invalid_certificate_is_lost_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its error is a `ValueError` too, and a server can get another one."""
+    """A certificate error is a `ValueError` too, but a later attempt may succeed, so it is not terminal."""
 
     async def refuse(*_: Any, **__: Any) -> None:
         raise ssl.SSLCertVerificationError("certificate has expired")
@@ -231,7 +231,7 @@ async def test_cancelled_close_aborts_connection() -> None:
 
 
 async def test_close_frame_counts_when_network_stays_open() -> None:
-    """A server that says goodbye and closes nothing is left after half a second, with its code."""
+    """A server that sends a close frame but does not close TCP is disconnected after 0.5 s, with its code."""
 
     async def close_and_stay(connection: ServerConnection) -> None:
         connection.transport.write(b"\x88\x05" + (4429).to_bytes(2, "big") + b"why")

@@ -1,1 +1,1 @@
-"""Tests of one connection."""
+"""Unit tests of `fastapi_ws_stabilizer.connection`."""

@@ -1,4 +1,4 @@
-"""Tests of the life of one connection: one ending, the same steps after it, and nothing left behind."""
+"""Tests of the life cycle of a connection: it closes once, the same steps follow, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tests.support.fake_websocket import eventually, settle, with_deadline
 
 
 def transport_of(server: Any) -> list[str]:
-    """Give a server a transport that writes down that it was aborted."""
+    """Give a server a transport that records its abort."""
     aborted: list[str] = []
     server.transport = SimpleNamespace(abort=lambda: aborted.append("aborted"), get_write_buffer_size=lambda: 0)
     return aborted
 
 
 async def test_opening_emits_event_and_counts(bench: Any) -> None:
-    """Opening is reported with both ids."""
+    """Opening a connection emits an event with both ids."""
     b = bench()
     connection, _ = await b.open()
     (report,) = b.heard.all
@@ -36,7 +36,7 @@ async def test_opening_emits_event_and_counts(bench: Any) -> None:
 
 
 async def test_connections_of_client_have_distinct_ids(bench: Any) -> None:
-    """Two connections of one client differ by their connection id."""
+    """Two connections of one client have different connection ids."""
     b, c = bench(), bench()
     first, _ = await b.open()
     second, _ = await c.open()
@@ -45,7 +45,7 @@ async def test_connections_of_client_have_distinct_ids(bench: Any) -> None:
 
 
 async def test_first_close_info_wins(bench: Any) -> None:
-    """Whatever else would end the connection later changes nothing."""
+    """Later causes do not change the first close info."""
     b = bench()
     connection, _ = await b.open()
     assert connection.close(DisconnectReason.HEARTBEAT_TIMEOUT)
@@ -62,7 +62,7 @@ async def test_first_close_info_wins(bench: Any) -> None:
 
 
 async def test_close_event_has_cause_code_reason_and_duration(bench: Any) -> None:
-    """The report of the end has reason, code, text and duration, and is no warning."""
+    """The close event has cause, code, reason and duration, and is not a warning."""
     b = bench()
     connection, _ = await b.open()
     b.server.feed_disconnect(4000, "see you")
@@ -93,7 +93,7 @@ async def test_close_event_has_cause_code_reason_and_duration(bench: Any) -> Non
     ],
 )
 async def test_close_policy_decides_flush_or_discard(bench: Any, reason: DisconnectReason, flushed: bool) -> None:
-    """Each ending either sends what is queued before its close frame, or counts it as discarded."""
+    """Each close policy either sends queued messages before the close frame, or counts them as discarded."""
     b = bench()
     connection, _ = await b.open()
     for number in range(3):
@@ -107,7 +107,7 @@ async def test_close_policy_decides_flush_or_discard(bench: Any, reason: Disconn
 
 
 async def test_messages_received_before_disconnect_can_be_read(bench: Any) -> None:
-    """After a disconnect a reader first gets what is in the inbox, and then `SocketClosed`."""
+    """After a disconnect a reader gets the messages in the inbox, and then `SocketClosed`."""
     b = bench()
     connection, _ = await b.open()
     b.server.feed_text("1", "2")
@@ -120,7 +120,7 @@ async def test_messages_received_before_disconnect_can_be_read(bench: Any) -> No
 
 
 async def test_local_close_counts_unread_messages(bench: Any) -> None:
-    """An ending by our own side throws unread messages away and says how many."""
+    """A local close discards unread messages, and counts them."""
     b = bench()
     connection, _ = await b.open()
     b.server.feed_text("1", "2")
@@ -132,7 +132,7 @@ async def test_local_close_counts_unread_messages(bench: Any) -> None:
 
 
 async def test_close_wakes_senders_and_readers_at_once(bench: Any) -> None:
-    """Everyone who waits is woken when the ending is written, not when the clean-up is done."""
+    """All waiting calls wake up when the close info is set, and not after the teardown."""
     b = bench(outbox_max_messages=1, send_timeout=5)
     connection, _ = await b.open()
     b.server.block()
@@ -152,7 +152,7 @@ async def test_close_wakes_senders_and_readers_at_once(bench: Any) -> None:
 
 
 async def test_full_outbox_disconnects_slow_consumer(bench: Any) -> None:
-    """A client that does not keep up with what is queued without waiting is a slow consumer."""
+    """A client that does not take messages queued without waiting is a slow consumer."""
     b = bench(outbox_max_messages=2)
     connection, _ = await b.open()
     b.server.block()
@@ -173,7 +173,7 @@ async def test_full_outbox_disconnects_slow_consumer(bench: Any) -> None:
 
 
 async def test_stalled_send_closes_and_aborts_transport(bench: Any) -> None:
-    """A send without progress for `send_timeout` is told, ends the connection, and the transport is cut."""
+    """A send without progress for `send_timeout` is reported, closes the connection, and aborts the transport."""
     b = bench(send_timeout=0.03)
     aborted = transport_of(b.server)
     connection, _ = await b.open()
@@ -188,7 +188,7 @@ async def test_stalled_send_closes_and_aborts_transport(bench: Any) -> None:
 
 
 async def test_send_waiting_on_closing_transport_is_aborted(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A transport that the server is closing would wait for the same client as the send does, so it is aborted."""
+    """A closing transport would wait for the same client as the send does, so it is aborted."""
     monkeypatch.setattr("fastapi_ws_stabilizer.connection.stall_watch.POLL_INTERVAL", 0.01)
     b = bench(send_timeout=60)
     aborted = transport_of(b.server)
@@ -206,7 +206,7 @@ async def test_send_waiting_on_closing_transport_is_aborted(bench: Any, monkeypa
 
 
 async def test_stalled_close_frame_does_not_block_teardown(bench: Any) -> None:
-    """A client that takes nothing at all cannot keep a connection from ending."""
+    """A client that takes nothing cannot delay the teardown."""
     b = bench(send_timeout=0.03)
     aborted = transport_of(b.server)
     connection, _ = await b.open()
@@ -218,7 +218,7 @@ async def test_stalled_close_frame_does_not_block_teardown(bench: Any) -> None:
 
 
 async def test_failed_send_waits_for_disconnect_event(bench: Any) -> None:
-    """When a send fails because the client has just left, the ending is the client's and not a lost network."""
+    """When a send fails because the client has just disconnected, the close info is that of the client's disconnect."""
     b = bench()
     connection, _ = await b.open()
     b.server.fail(RuntimeError("close already sent"))
@@ -230,7 +230,7 @@ async def test_failed_send_waits_for_disconnect_event(bench: Any) -> None:
 
 
 async def test_failed_send_without_event_is_lost_connection(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the server never says why it refused a message, the network is taken for lost."""
+    """When the server gives no cause for a failed send, the connection counts as lost."""
     monkeypatch.setattr("fastapi_ws_stabilizer.connection.sending.DISCONNECT_EVENT_GRACE", 0.01)
     b = bench()
     connection, _ = await b.open()
@@ -242,7 +242,7 @@ async def test_failed_send_without_event_is_lost_connection(bench: Any, monkeypa
 
 
 async def test_failed_flush_counts_unsent_messages(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Messages whose flush the server refuses are counted as discarded, and not forgotten."""
+    """Messages that the server refuses during the flush are counted as discarded."""
     monkeypatch.setattr("fastapi_ws_stabilizer.connection.sending.DISCONNECT_EVENT_GRACE", 0.01)
     b = bench()
     connection, _ = await b.open()
@@ -257,7 +257,7 @@ async def test_failed_flush_counts_unsent_messages(bench: Any, monkeypatch: pyte
 
 
 async def test_message_and_disconnect_in_one_iteration_close_at_once(bench: Any) -> None:
-    """A message that was queued in the moment in which the client leaves holds up neither the end nor a close."""
+    """A message that is queued in the same iteration as the disconnect delays neither the teardown nor a close."""
     b = bench()
     connection, socket = await b.open()
     await settle()
@@ -269,11 +269,11 @@ async def test_message_and_disconnect_in_one_iteration_close_at_once(bench: Any)
     assert b.events.counters.messages_discarded == 1
 
 
-# ── before it is open ──
+# ── before the connection is open ──
 
 
 async def test_use_before_open_raises(bench: Any) -> None:
-    """Before the handshake is accepted, sending, receiving and closing say that it is too early."""
+    """Before the accept, sending, receiving and closing raise an error that says so."""
     b = bench()
     connection, socket = await b.open(accept=False)
     with pytest.raises(NotOpenError, match="not accepted yet"):
@@ -290,7 +290,7 @@ async def test_use_before_open_raises(bench: Any) -> None:
 
 
 async def test_create_task_before_open_raises(bench: Any) -> None:
-    """A task that is tied to a connection which is then refused would never end; it is refused itself."""
+    """A task of a connection that is then rejected would never end, so creating it raises."""
     b = bench()
     _, socket = await b.open(accept=False)
     waiting = asyncio.Event().wait()
@@ -308,7 +308,7 @@ async def test_create_task_before_open_raises(bench: Any) -> None:
 
 
 async def test_websocket_receive_reads_from_inbox(bench: Any) -> None:
-    """`websocket.receive_text()` gets what the pump has read, and control frames stay hidden."""
+    """`websocket.receive_text()` returns what the pump has read, and control frames stay hidden."""
     b = bench()
     await b.open()
     b.server.feed_text("1", "ping")
@@ -323,7 +323,7 @@ async def test_websocket_receive_reads_from_inbox(bench: Any) -> None:
 
 
 async def test_websocket_send_goes_through_outbox(bench: Any) -> None:
-    """`websocket.send_text()` and `send_bytes()` queue behind what is queued already."""
+    """`websocket.send_text()` and `send_bytes()` enqueue behind what is already queued."""
     b = bench()
     connection, _ = await b.open()
     connection.enqueue(encode("first"))
@@ -336,7 +336,7 @@ async def test_websocket_send_goes_through_outbox(bench: Any) -> None:
 
 
 async def test_websocket_close_closes_connection(bench: Any) -> None:
-    """`websocket.close()` is an ending by the application, after what is queued."""
+    """`websocket.close()` is a close by the application, after queued messages."""
     b = bench()
     connection, _ = await b.open()
     await b.server.websocket.send_text("last")
@@ -349,7 +349,7 @@ async def test_websocket_close_closes_connection(bench: Any) -> None:
 
 @pytest.mark.parametrize("code", [1000, 1005, 1006])
 async def test_websocket_close_after_close_is_silent(bench: Any, code: int) -> None:
-    """An exception handler that closes once more, with whatever code the connection ended with, changes nothing."""
+    """A second close in an exception handler changes nothing, regardless of the code."""
     b = bench()
     connection, _ = await b.open()
     b.server.feed_disconnect(1006)
@@ -360,7 +360,7 @@ async def test_websocket_close_after_close_is_silent(bench: Any, code: int) -> N
 
 
 async def test_websocket_send_after_close_raises_disconnect(bench: Any) -> None:
-    """Code that knows only Starlette's error catches ours."""
+    """Code that catches only Starlette's error catches the library's error too."""
     b = bench()
     connection, _ = await b.open()
     b.server.feed_disconnect(1001)
@@ -370,18 +370,18 @@ async def test_websocket_send_after_close_raises_disconnect(bench: Any) -> None:
 
 
 async def test_unsendable_asgi_message_raises(bench: Any) -> None:
-    """An ASGI message that does not belong here is an error and not silently dropped."""
+    """An invalid ASGI message raises, and is not silently dropped."""
     b = bench()
     connection, _ = await b.open()
     with pytest.raises(RuntimeError, match=r"cannot send 'websocket\.accept'"):
         await connection._asgi_send({"type": "websocket.accept"})
 
 
-# ── the steps of the end ──
+# ── teardown ──
 
 
 async def test_disconnect_hooks_run_once_with_cause(bench: Any) -> None:
-    """Where hooks are wanted they run exactly once, whatever ends the connection how often."""
+    """Disconnect hooks run exactly once, regardless of the cause and the number of closes."""
     b = bench()
     connection, _ = await b.open()
     connection.disconnect_hooks_pending = True
@@ -393,7 +393,7 @@ async def test_disconnect_hooks_run_once_with_cause(bench: Any) -> None:
 
 
 async def test_disconnect_hooks_require_connect_hooks(bench: Any) -> None:
-    """A connection whose connect hooks never began has none to undo."""
+    """Disconnect hooks do not run if the connect hooks have not begun."""
     b = bench()
     connection, _ = await b.open()
     connection.close(DisconnectReason.REPLACED)
@@ -402,7 +402,7 @@ async def test_disconnect_hooks_require_connect_hooks(bench: Any) -> None:
 
 
 async def test_disconnect_hooks_wait_for_running_handlers(bench: Any) -> None:
-    """The disconnect hooks run after the messages that were received have been handled."""
+    """The disconnect hooks run after the received messages have been handled."""
     b = bench()
     connection, _ = await b.open()
     connection.disconnect_hooks_pending = True
@@ -420,7 +420,7 @@ async def test_disconnect_hooks_wait_for_running_handlers(bench: Any) -> None:
 
 
 async def test_endpoint_is_cancelled_after_disconnect_grace(bench: Any) -> None:
-    """An endpoint that does not notice the end is cancelled after `disconnect_grace`, and not before."""
+    """An endpoint that does not notice the close is cancelled after `disconnect_grace`, and not before."""
     b = bench(disconnect_grace=0.05)
     events: list[str] = []
 
@@ -444,7 +444,7 @@ async def test_endpoint_is_cancelled_after_disconnect_grace(bench: Any) -> None:
 
 
 async def test_endpoint_returning_within_grace_is_not_cancelled(bench: Any) -> None:
-    """What the endpoint does within the grace is left alone, and its end ends the wait."""
+    """An endpoint that returns within the grace is not cancelled, and ends the wait."""
     b = bench(disconnect_grace=5)
 
     async def endpoint() -> str:
@@ -463,7 +463,7 @@ async def test_endpoint_returning_within_grace_is_not_cancelled(bench: Any) -> N
 
 
 async def test_busy_handler_is_cancelled_after_disconnect_grace(bench: Any) -> None:
-    """A handler that does not end is cancelled with its endpoint, and the hooks run after it."""
+    """A handler that does not return is cancelled together with its endpoint, and the hooks run after it."""
     b = bench(disconnect_grace=0.03)
     order: list[str] = []
 
@@ -491,7 +491,7 @@ async def test_busy_handler_is_cancelled_after_disconnect_grace(bench: Any) -> N
 
 
 async def test_disconnect_hooks_share_endpoint_context(bench: Any) -> None:
-    """Context variables of the endpoint's task are those of its disconnect hooks, whoever ends the connection."""
+    """Disconnect hooks see the context variables of the endpoint's task, regardless of what closes the connection."""
     variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
     b = bench()
     seen: list[str] = []
@@ -510,7 +510,7 @@ async def test_disconnect_hooks_share_endpoint_context(bench: Any) -> None:
 
 
 async def test_closed_connection_leaves_no_task_or_timer(bench: Any) -> None:
-    """When a connection has finished, pump, writer, hooks and timers are gone."""
+    """After teardown the pump, the writer, hooks and timers no longer exist."""
     b = bench()
     loop = asyncio.get_running_loop()
     before = len([timer for timer in loop._scheduled if not timer.cancelled()])  # type: ignore[attr-defined]
@@ -525,11 +525,11 @@ async def test_closed_connection_leaves_no_task_or_timer(bench: Any) -> None:
     assert len([timer for timer in loop._scheduled if not timer.cancelled()]) == before  # type: ignore[attr-defined]
 
 
-# ── tied tasks ──
+# ── tasks of a connection ──
 
 
 async def test_connection_task_is_cancelled_on_close(bench: Any) -> None:
-    """A task of `ws.create_task` does not outlive its connection."""
+    """A task of `ws.create_task` is cancelled when its connection closes."""
     b = bench()
     connection, socket = await b.open()
     named = socket.create_task(asyncio.Event().wait(), name="ticker")
@@ -544,7 +544,7 @@ async def test_connection_task_is_cancelled_on_close(bench: Any) -> None:
 
 
 async def test_connection_task_error_is_reported_and_closes_1011(bench: Any) -> None:
-    """A tied task that fails closes with 1011, and is reported once and to the error hooks."""
+    """A failing task closes with 1011, and is reported once and to the error hooks."""
     b = bench()
     connection, socket = await b.open()
     error = ValueError("bug")
@@ -560,7 +560,7 @@ async def test_connection_task_error_is_reported_and_closes_1011(bench: Any) -> 
 
 
 async def test_http_exception_in_connection_task_closes_connection(bench: Any) -> None:
-    """An `HTTPException` in a tied task ends the connection too; it is not swallowed without a trace."""
+    """An `HTTPException` in a task closes the connection too, and is not silently dropped."""
     b = bench()
     connection, socket = await b.open()
 
@@ -573,7 +573,7 @@ async def test_http_exception_in_connection_task_closes_connection(bench: Any) -
 
 
 async def test_socket_closed_in_connection_task_is_no_bug(bench: Any) -> None:
-    """A task that sends in a loop ends with `SocketClosed` when the client leaves, and that is no error."""
+    """A task that sends in a loop ends with `SocketClosed` when the client disconnects, and that is not an error."""
     b = bench()
     connection, socket = await b.open()
 
@@ -589,7 +589,7 @@ async def test_socket_closed_in_connection_task_is_no_bug(bench: Any) -> None:
 
 
 async def test_create_task_after_close_raises(bench: Any) -> None:
-    """Tying a task to what is over raises, and the coroutine is closed without a warning."""
+    """Creating a task after the close raises, and the coroutine is closed without a warning."""
     b = bench()
     connection, socket = await b.open()
     connection.close(DisconnectReason.APPLICATION)
@@ -600,7 +600,7 @@ async def test_create_task_after_close_raises(bench: Any) -> None:
 
 
 async def test_bug_event_has_both_ids(bench: Any) -> None:
-    """A bug is an error report with the connection's ids, and the error hooks get it."""
+    """The event of a bug has the connection's ids and its error, and the error hooks get it."""
     b = bench()
     connection, _ = await b.open()
     error = ValueError("bug")
@@ -611,7 +611,7 @@ async def test_bug_event_has_both_ids(bench: Any) -> None:
 
 
 async def test_random_closes_during_sends_finish_every_connection(bench: Any) -> None:
-    """However sends, receives and endings meet, each connection finishes and no task fails."""
+    """With any interleaving of sends, receives and closes, each connection finishes and no task fails."""
     endings = [
         lambda b: b.server.feed_disconnect(1001),
         lambda b: b.connection.close(DisconnectReason.REPLACED),

@@ -1,4 +1,4 @@
-"""Tests of the term of a credential: when a client is asked for a new one, and when it is too late."""
+"""Tests of credential expiry: when a renewal is requested, and when the connection closes."""
 
 from __future__ import annotations
 
@@ -18,121 +18,121 @@ from fastapi_ws_stabilizer.connection.credential_expiry import (
 from tests.support.fake_link import virtually
 
 
-class Held:
-    """A connection that writes down what it is told, with the time."""
+class ExpiryHarness:
+    """Connection that records calls, with the time."""
 
     def __init__(self) -> None:
         self.close_info: CloseInfo | None = None
-        self.told: list[tuple[float, dict[str, Any]]] = []
-        self.ended: list[tuple[float, int | None]] = []
-        self.asked: list[str | None] = []
-        self.term = CredentialExpiry(self, self.asked.append)
+        self.sent: list[tuple[float, dict[str, Any]]] = []
+        self.closes: list[tuple[float, int | None]] = []
+        self.validated: list[str | None] = []
+        self.term = CredentialExpiry(self, self.validated.append)
 
     def answer(self, frame: Any) -> None:
-        """As a connection."""
-        self.told.append((now(), json.loads(frame.text)))
+        """Record a control frame."""
+        self.sent.append((now(), json.loads(frame.text)))
 
     def close(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
-        """As a connection."""
+        """Record a close."""
         assert reason is DisconnectReason.POLICY
         assert text == "the credential has expired"
-        self.ended.append((now(), code))
+        self.closes.append((now(), code))
         self.close_info = local_close(reason, code=code, text=text)
         return True
 
 
 def now() -> float:
-    """The time of the test's clock."""
+    """Return the time of the test's clock."""
     return round(asyncio.get_running_loop().time(), 3)
 
 
 @pytest.mark.parametrize(
-    ("life", "asked_at"),
+    ("lifetime", "asked_at"),
     [
-        (3600.0, 3570.0),  # never earlier than 30 s before
+        (3600.0, 3570.0),  # at most 30 s before
         (100.0, 80.0),  # a fifth is left
         (10.0, 8.0),
-        (4.0, 3.0),  # a second at least
+        (4.0, 3.0),  # at least 1 s before
         (2.0, 1.0),
-        (1.0, 0.5),  # of a short one half
+        (1.0, 0.5),  # half of a short one
         (0.02, 0.01),
     ],
 )
 @virtually
-async def test_client_gets_renewal_request_then_4401_at_expiry(life: float, asked_at: float) -> None:
-    """It gets as much notice as its credential's life allows, and 4401 when that is over."""
-    held = Held()
-    held.term.reset(life)
-    await asyncio.sleep(life + 1)
-    assert held.told == [(asked_at, {"type": "auth", "in": to_milliseconds(life - asked_at)})]
-    assert held.ended == [(life, 4401)]
+async def test_client_gets_renewal_request_then_4401_at_expiry(lifetime: float, asked_at: float) -> None:
+    """The notice depends on the credential's lifetime, and the connection closes with 4401 at expiry."""
+    harness = ExpiryHarness()
+    harness.term.reset(lifetime)
+    await asyncio.sleep(lifetime + 1)
+    assert harness.sent == [(asked_at, {"type": "auth", "in": to_milliseconds(lifetime - asked_at)})]
+    assert harness.closes == [(lifetime, 4401)]
 
 
 @virtually
 async def test_credential_without_expiry_is_never_requested() -> None:
-    """Without a term nothing happens."""
-    held = Held()
-    held.term.reset(None)
+    """Without an expiry no renewal is requested."""
+    harness = ExpiryHarness()
+    harness.term.reset(None)
     await asyncio.sleep(1e6)
-    assert (held.told, held.ended) == ([], [])
+    assert (harness.sent, harness.closes) == ([], [])
 
 
 @virtually
 async def test_renewed_credential_schedules_next_renewal() -> None:
-    """The client is told that it was taken, and is asked anew."""
-    held = Held()
-    held.term.reset(10.0)
+    """The client gets a confirmation, and the next renewal is scheduled."""
+    harness = ExpiryHarness()
+    harness.term.reset(10.0)
     await asyncio.sleep(8.5)
-    held.term.renewal_requested("new")
-    assert held.asked == ["new"]
-    held.term.renewed(10.0)
+    harness.term.renewal_requested("new")
+    assert harness.validated == ["new"]
+    harness.term.renewed(10.0)
     await asyncio.sleep(9.0)
-    assert [frame for _, frame in held.told] == [
+    assert [frame for _, frame in harness.sent] == [
         {"type": "auth", "in": 2000},
         {"type": "auth", "ok": True, "in": 10_000},
         {"type": "auth", "in": 2000},
     ]
-    assert held.ended == []
+    assert harness.closes == []
     await asyncio.sleep(1.5)
-    assert held.ended == [(18.5, 4401)]
+    assert harness.closes == [(18.5, 4401)]
 
 
 @virtually
 async def test_renewal_during_validation_is_ignored() -> None:
-    """What comes meanwhile is not looked at: each look is a call of the application."""
-    held = Held()
+    """A credential that arrives during a validation is ignored, because each validation calls the application."""
+    harness = ExpiryHarness()
     for credential in ("one", "two", None):
-        held.term.renewal_requested(credential)
-    assert held.asked == ["one"]
-    held.term.renewed(None)
-    held.term.renewal_requested("three")
-    assert held.asked == ["one", "three"]
+        harness.term.renewal_requested(credential)
+    assert harness.validated == ["one"]
+    harness.term.renewed(None)
+    harness.term.renewal_requested("three")
+    assert harness.validated == ["one", "three"]
 
 
 @virtually
 async def test_renewal_without_validator_keeps_old_expiry() -> None:
-    """The old one's time goes on, and the client is told that it cannot be renewed here."""
-    held = Held()
-    held.term.reset(10.0)
-    held.term.renewal_requested("new")
-    held.term.renewal_rejected("credential renewal is not supported")
-    assert held.told[0][1]["code"] == "auth_refused"
+    """The old expiry stays, and the client gets an error: it cannot renew its credential."""
+    harness = ExpiryHarness()
+    harness.term.reset(10.0)
+    harness.term.renewal_requested("new")
+    harness.term.renewal_rejected("credential renewal is not supported")
+    assert harness.sent[0][1]["code"] == "auth_refused"
     await asyncio.sleep(11)
-    assert held.ended == [(10.0, 4401)]
+    assert harness.closes == [(10.0, 4401)]
 
 
 @virtually
 async def test_renewal_accepted_after_close_sends_nothing() -> None:
-    """The connection is over: nothing is sent, and no timer is left."""
-    held = Held()
-    held.term.reset(1.0)
-    held.term.renewal_requested("new")
+    """After the close nothing is sent, and no timer is left."""
+    harness = ExpiryHarness()
+    harness.term.reset(1.0)
+    harness.term.renewal_requested("new")
     await asyncio.sleep(2)
-    told = len(held.told)
-    held.term.renewed(1.0)
+    before = len(harness.sent)
+    harness.term.renewed(1.0)
     await asyncio.sleep(10)
-    assert len(held.told) == told
-    assert held.ended == [(1.0, 4401)]
+    assert len(harness.sent) == before
+    assert harness.closes == [(1.0, 4401)]
 
 
 @pytest.mark.parametrize(
@@ -157,38 +157,38 @@ async def test_renewal_accepted_after_close_sends_nothing() -> None:
     ids=lambda value: repr(value)[:24],
 )
 def test_plain_client_renewal_requires_exact_object_shape(message: str | bytes, token: str | None) -> None:
-    """Only an object of exactly that shape is one; all else is data of the application."""
+    """Only an object of exactly that shape is a renewal; everything else is data of the application."""
     assert parse_renewal(message) == token
 
 
 def test_longest_credential_can_be_renewed() -> None:
-    """The longest credential that is taken elsewhere can be renewed too."""
+    """The longest credential that a handshake accepts can be renewed too."""
     token = "x" * 8192
     assert parse_renewal(f'{{"type":"auth","token":"{token}"}}') == token
 
 
-@pytest.mark.parametrize(("seconds", "told"), [(0.0, 1), (0.0001, 1), (1.0, 1000), (1.2345, 1234)])
-def test_durations_are_sent_as_at_least_one_millisecond(seconds: float, told: int) -> None:
-    """One at least: nothing would say that it is over."""
-    assert to_milliseconds(seconds) == told
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0, 1), (0.0001, 1), (1.0, 1000), (1.2345, 1234)])
+def test_durations_are_sent_as_at_least_one_millisecond(seconds: float, expected: int) -> None:
+    """Durations are sent as at least 1 ms."""
+    assert to_milliseconds(seconds) == expected
 
 
 @virtually
 async def test_on_auth_without_expiry_keeps_identity_expiry() -> None:
-    """`expires_at` is an end that only a new time moves, and not an `on_auth` that returns nothing."""
-    held = Held()
-    held.term.start(None, 10.0)
-    held.term.renewal_requested("new")
-    held.term.renewed(None)
-    assert held.told[-1][1]["code"] == "auth_refused"
+    """An `on_auth` that returns nothing leaves `expires_at` unchanged; only a new time moves it."""
+    harness = ExpiryHarness()
+    harness.term.start(None, 10.0)
+    harness.term.renewal_requested("new")
+    harness.term.renewed(None)
+    assert harness.sent[-1][1]["code"] == "auth_refused"
     await asyncio.sleep(11)
-    assert held.ended == [(10.0, 4401)]
+    assert harness.closes == [(10.0, 4401)]
 
 
 @virtually
 async def test_earlier_of_on_auth_and_identity_expiry_applies() -> None:
-    """What `on_auth` says and when the identity ends: whichever comes first."""
-    held = Held()
-    held.term.start(5.0, 10.0)
+    """The earlier of the times of `on_auth` and of the identity is the expiry."""
+    harness = ExpiryHarness()
+    harness.term.start(5.0, 10.0)
     await asyncio.sleep(6)
-    assert held.ended == [(5.0, 4401)]
+    assert harness.closes == [(5.0, 4401)]

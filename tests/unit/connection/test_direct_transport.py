@@ -1,4 +1,4 @@
-"""Tests of a connection that is at its server's transport, over a link that does what a test tells it to."""
+"""Tests of a connection with a direct transport to its server, which a test controls."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer import scheduling as turns_module
+from fastapi_ws_stabilizer import scheduling as scheduling_module
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
 from fastapi_ws_stabilizer.connection.metered import CONTROL_FRAMES
@@ -20,7 +20,7 @@ from tests.support.fake_websocket import FakeServer, eventually, settle
 
 
 class LinkServer(FakeServer):
-    """A server that offers a link, and is its own transport."""
+    """Server with a direct transport, which is its own transport."""
 
     def __init__(self) -> None:
         super().__init__(extensions={EXTENSION: {}})
@@ -72,12 +72,12 @@ class LinkServer(FakeServer):
         self.reading = True
 
     def stall(self) -> None:
-        """The transport has had enough."""
+        """Pause writing."""
         self.write_paused = True
         self.sink.pause_writing()
 
     def drain(self) -> None:
-        """The transport takes more."""
+        """Resume writing."""
         self.write_paused = False
         self.sink.resume_writing()
 
@@ -99,7 +99,7 @@ def offer(b: Any, *texts: str) -> list[Any]:
 
 
 async def test_messages_of_one_iteration_are_one_write(linked: Any) -> None:
-    """Fifty messages, one write, in their order; one alone is a write of its own."""
+    """Fifty messages of one iteration are one write, in order; a single message is a write too."""
     b = await linked()
     offer(b, *(f"{number:02}" for number in range(50)))
     assert b.server.writes == []
@@ -112,7 +112,7 @@ async def test_messages_of_one_iteration_are_one_write(linked: Any) -> None:
 
 
 async def test_full_transport_gets_no_more_messages(linked: Any) -> None:
-    """What is queued waits in the outbox, where it is bounded, until the transport takes more."""
+    """Queued messages wait in the bounded outbox until the transport resumes."""
     b = await linked()
     b.server.stall()
     offer(b, "a", "b")
@@ -125,7 +125,7 @@ async def test_full_transport_gets_no_more_messages(linked: Any) -> None:
 
 
 async def test_large_send_queue_is_written_in_pieces(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After each piece the transport is asked whether it has had enough."""
+    """After each piece the connection checks whether the transport has paused writing."""
     monkeypatch.setattr("fastapi_ws_stabilizer.connection.direct_outbox.MAX_WRITE_BYTES", 10)
     b = await linked()
     b.server.stall()
@@ -146,7 +146,7 @@ async def test_large_send_queue_is_written_in_pieces(linked: Any, monkeypatch: p
 
 
 async def test_stalled_client_lags_then_is_disconnected(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bounds and the policy are those of every outbox; the close frame is written though the transport is full."""
+    """Bounds and policy are those of every outbox; the close frame is written although the transport is full."""
     monkeypatch.setattr("fastapi_ws_stabilizer.connection.stall_watch.STALL_THRESHOLD", -1.0)
     b = await linked(outbox_max_messages=2)
     b.server.stall()
@@ -159,7 +159,7 @@ async def test_stalled_client_lags_then_is_disconnected(linked: Any, monkeypatch
 
 
 async def test_stalled_client_is_aborted_after_send_timeout(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A transport that makes no progress at all is aborted."""
+    """A transport that makes no progress is aborted."""
     monkeypatch.setattr("fastapi_ws_stabilizer.connection.stall_watch.POLL_INTERVAL", 0.01)
     b = await linked(send_timeout=0.03)
     b.server.stall()
@@ -170,7 +170,7 @@ async def test_stalled_client_is_aborted_after_send_timeout(linked: Any, monkeyp
 
 @pytest.mark.parametrize("texts", [("a",), ("a", "b")])
 async def test_failed_write_closes_and_counts_lost_messages(linked: Any, texts: tuple[str, ...]) -> None:
-    """What the transport raises goes to nobody who sends, and what was lost is counted."""
+    """An exception of the transport reaches no sender, and lost messages are counted."""
     b = await linked()
     b.server.error = RuntimeError("the handle is closed")
     offer(b, *texts)
@@ -184,7 +184,7 @@ async def test_failed_write_closes_and_counts_lost_messages(linked: Any, texts: 
 
 @pytest.mark.parametrize("texts", [("a",), ("a", "b")])
 async def test_nothing_is_written_after_failed_write(linked: Any, texts: tuple[str, ...]) -> None:
-    """Neither what is offered later, nor the last call, nor a transport that takes more leads to a second write."""
+    """After a failed write, later messages, the last flush and a resumed transport cause no second write."""
     b = await linked()
     attempts: list[bytes] = []
 
@@ -206,7 +206,7 @@ async def test_nothing_is_written_after_failed_write(linked: Any, texts: tuple[s
 
 
 async def test_client_disconnect_ends_flush(linked: Any) -> None:
-    """What was to be sent before the close frame is counted, close() returns, and a transport that drains gets none."""
+    """Messages before the close frame are counted, close() returns, and a drained transport gets none."""
     b = await linked()
     b.server.stall()
     offer(b, "a", "b")
@@ -223,7 +223,7 @@ async def test_client_disconnect_ends_flush(linked: Any) -> None:
 
 
 async def test_messages_reach_inbox_without_task(linked: Any) -> None:
-    """What the link has read is there at once; text pings are answered before what is queued."""
+    """A message that the transport has read is in the inbox at once; text pings are answered before queued messages."""
     b = await linked()
     assert len(b.tasks) == 0
     b.server.sink.message_received("hello")
@@ -235,7 +235,7 @@ async def test_messages_reach_inbox_without_task(linked: Any) -> None:
 
 
 async def test_full_inbox_pauses_transport_until_read(linked: Any) -> None:
-    """The message after the full one is taken, then nothing more is read; one that is read makes room."""
+    """The message that fills the inbox is taken, then reading pauses; reading a message makes room."""
     b = await linked(inbox_max_messages=2)
     for text in "ab":
         b.server.sink.message_received(text)
@@ -249,7 +249,7 @@ async def test_full_inbox_pauses_transport_until_read(linked: Any) -> None:
 
 
 async def test_full_unread_inbox_closes_after_pause_timeout(linked: Any) -> None:
-    """An endpoint that has read, reads no more and sends nothing is cut after inbox_pause_timeout."""
+    """An endpoint that has read, but no longer reads or sends, is closed after inbox_pause_timeout."""
     b = await linked(inbox_max_messages=1, inbox_pause_timeout=0.03)
     b.server.sink.message_received("first")
     await b.connection.receive()
@@ -261,7 +261,7 @@ async def test_full_unread_inbox_closes_after_pause_timeout(linked: Any) -> None
 
 
 async def test_inbox_overflow_close_closes_connection(linked: Any) -> None:
-    """With that policy reading never stops, and the message too many is counted."""
+    """With that policy reading never pauses, and the message over the limit is counted."""
     b = await linked(inbox_max_messages=1, inbox_overflow="close")
     b.server.sink.message_received("a")
     b.server.sink.message_received("b")
@@ -270,7 +270,7 @@ async def test_inbox_overflow_close_closes_connection(linked: Any) -> None:
 
 
 async def test_messages_after_close_in_same_read_are_counted(linked: Any) -> None:
-    """What one read has brought together with the message that ended the connection is discarded, each of it."""
+    """Messages in the same read as the one that closed the connection are discarded and counted."""
     b = await linked(inbox_max_messages=2, inbox_overflow="close")
     for number in range(10):
         b.server.sink.message_received(str(number))
@@ -280,7 +280,7 @@ async def test_messages_after_close_in_same_read_are_counted(linked: Any) -> Non
 
 
 async def test_heartbeat_measures_only_matching_pongs(linked: Any) -> None:
-    """The payload tells an answer from an unsolicited pong; a full transport gets no ping."""
+    """The payload distinguishes an answer from an unsolicited pong; a full transport gets no ping."""
     b = await linked()
     connection = b.connection
     assert connection.pings_by_protocol
@@ -295,7 +295,7 @@ async def test_heartbeat_measures_only_matching_pongs(linked: Any) -> None:
 
 
 async def test_pongs_up_to_ping_count_are_free(linked: Any) -> None:
-    """As many pong frames as there were ping frames are free, also late ones; more than that count."""
+    """As many pong frames as there were ping frames are free, even late ones; further ones count."""
     b = await linked()
     for number in range(300):
         b.connection.ping(None, b.connection.opened_at + number)
@@ -309,7 +309,7 @@ async def test_pongs_up_to_ping_count_are_free(linked: Any) -> None:
 
 
 async def test_partial_message_counts_as_liveness(linked: Any) -> None:
-    """A large message over a slow line is no silence, and its end pays what is owed."""
+    """A large message over a slow connection is not silence, and its end answers the open ping."""
     b = await linked()
     liveness = b.connection.liveness
     liveness.last_seen = liveness.awaiting_since = -1.0
@@ -333,7 +333,7 @@ async def test_control_frame_answers_pending_ping(linked: Any, frame: str) -> No
 
 
 async def test_queued_messages_are_written_before_server_stops(linked: Any) -> None:
-    """What was queued in the turn in which the server stops is not lost."""
+    """Messages queued in the iteration in which the server stops are not lost."""
     b = await linked()
     offer(b, "last words")
     b.server.sink.before_shutdown()
@@ -341,10 +341,10 @@ async def test_queued_messages_are_written_before_server_stops(linked: Any) -> N
 
 
 async def test_compression_none_negotiates_and_sends_none(linked: Any) -> None:
-    """Neither before the accept nor after it is anything compressed."""
+    """Neither the handshake nor a frame is compressed."""
     b = await linked(compression="none", compression_min_bytes=0)
     assert b.connection._direct is not None
-    b.connection._direct.refuse_compression()  # as the door does
+    b.connection._direct.refuse_compression()  # as the handshake does
     assert not b.server.compression
     offer(b, "x" * 100)
     await settle()
@@ -352,7 +352,7 @@ async def test_compression_none_negotiates_and_sends_none(linked: Any) -> None:
 
 
 async def test_connection_lost_before_registration_is_not_registered(manager_with: Any) -> None:
-    """A link can say at once that the client has gone while user code was between accept and connect."""
+    """A transport can report a lost client while user code runs between accept and registration."""
     manager, _ = manager_with()
     server = LinkServer()
     server.gone_before = {"type": "websocket.disconnect", "code": 1001, "reason": ""}
@@ -363,7 +363,7 @@ async def test_connection_lost_before_registration_is_not_registered(manager_wit
 
 
 async def test_middleware_around_direct_transport_is_logged_once(manager_with: Any) -> None:
-    """Connections then go through ASGI, and the log says why, once."""
+    """Such connections use ASGI, and the log gives the reason once."""
     manager, heard = manager_with(compression="none")
     for name in ("ann", "bob"):
         server = LinkServer()
@@ -382,7 +382,7 @@ async def test_middleware_around_direct_transport_is_logged_once(manager_with: A
 
 
 async def test_bug_in_message_receipt_is_logged_and_closes(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on other servers: the log names it, and the server hears of no exception."""
+    """The log names the bug, and the server sees no exception, as on other servers."""
     b = await linked()
     monkeypatch.setattr("fastapi_ws_stabilizer.connection.direct_reader.decode", lambda *_: 1 / 0)
     b.server.sink.message_received("x")
@@ -393,7 +393,7 @@ async def test_bug_in_message_receipt_is_logged_and_closes(linked: Any, monkeypa
 
 @pytest.mark.parametrize("reason", [DisconnectReason.MEMORY, DisconnectReason.APPLICATION])
 async def test_failing_server_close_does_not_block_teardown(linked: Any, reason: DisconnectReason) -> None:
-    """A link whose close raises ends its connection as one that takes the close frame."""
+    """If `close` of the transport raises, the connection finishes as after a close frame."""
     b = await linked()
 
     def refuse(code: int, reason: str) -> None:
@@ -406,7 +406,7 @@ async def test_failing_server_close_does_not_block_teardown(linked: Any, reason:
 
 
 async def test_full_transport_with_empty_queue_is_watched(linked: Any) -> None:
-    """A client that takes nothing of its only message ends as a slow consumer after `send_timeout`."""
+    """A client that does not take its only message is closed as a slow consumer after `send_timeout`."""
     b = await linked(send_timeout=0.05)
     offer(b, "large")
     b.connection.outbox._write = lambda data: (b.server.writes.append(data), b.server.stall())
@@ -417,7 +417,7 @@ async def test_full_transport_with_empty_queue_is_watched(linked: Any) -> None:
 
 
 async def test_drained_transport_is_not_watched(linked: Any) -> None:
-    """The watch ends with what it watches, and messages go the short way again."""
+    """The watch ends when the transport drains, and messages use the fast path again."""
     b = await linked(send_timeout=0.05)
     b.server.stall()
     b.server.drain()
@@ -428,7 +428,7 @@ async def test_drained_transport_is_not_watched(linked: Any) -> None:
 
 
 async def test_transport_full_before_attach_is_watched(linked: Any, bench: Any) -> None:
-    """What the server has written before counts too."""
+    """Bytes that the server wrote before the attach count too."""
     b = bench(send_timeout=0.05)
     b.server = LinkServer()
     b.server.write_paused = True
@@ -437,11 +437,11 @@ async def test_transport_full_before_attach_is_watched(linked: Any, bench: Any) 
     assert b.connection.close_info.cause is DisconnectReason.SLOW_CONSUMER
 
 
-# ── what user code sends ──
+# ── sends of user code ──
 
 
 async def test_endpoint_send_is_written_before_yielding(linked: Any) -> None:
-    """A message of the endpoint is at the transport when the call is over, whatever the endpoint does then."""
+    """A message of the endpoint is at the transport when the call returns, whatever the endpoint does next."""
     b = await linked()
     assert b.connection.put_now(encode("now"))
     assert b.connection.put_now(encode("too"))
@@ -451,9 +451,9 @@ async def test_endpoint_send_is_written_before_yielding(linked: Any) -> None:
 
 
 async def test_endpoint_send_flushes_earlier_queued_messages(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a broadcast has queued in the same turn goes first, and nothing goes twice."""
+    """Messages that a broadcast has queued in the same iteration are sent first, and nothing is sent twice."""
     b = await linked()
-    monkeypatch.setattr(turns_module, "monotonic", lambda: 0.0)  # the loop is not held for long
+    monkeypatch.setattr(scheduling_module, "monotonic", lambda: 0.0)  # the loop is not blocked for long
     offer(b, "first")
     sending = b.connection.send(encode("then"))
     with pytest.raises(StopIteration):
@@ -464,7 +464,7 @@ async def test_endpoint_send_flushes_earlier_queued_messages(linked: Any, monkey
 
 
 async def test_endpoint_send_waits_in_outbox_while_transport_is_full(linked: Any) -> None:
-    """A client that takes nothing gets nothing more written, and what waits is sent in order when it does."""
+    """A client that takes nothing gets no further writes, and queued messages are sent in order when it resumes."""
     b = await linked()
     b.server.stall()
     for text in ("a", "b"):
@@ -476,31 +476,31 @@ async def test_endpoint_send_waits_in_outbox_while_transport_is_full(linked: Any
 
 
 async def test_sender_yields_to_loop_after_max_block(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A send gives the loop a turn when it was held for longer than MAX_BLOCK, and else it does not."""
+    """A send yields to the loop when it was blocked for longer than MAX_BLOCK, and otherwise does not."""
     b = await linked()
     now = [1e9]
-    monkeypatch.setattr(turns_module, "monotonic", lambda: now[0])
+    monkeypatch.setattr(scheduling_module, "monotonic", lambda: now[0])
     await b.connection.send(encode("first"))
     turned: list[str] = []
     asyncio.get_running_loop().call_soon(turned.append, "turned")
     await b.connection.send(encode("second"))
     assert turned == []
-    now[0] += 2 * turns_module.MAX_BLOCK
+    now[0] += 2 * scheduling_module.MAX_BLOCK
     await b.connection.send(encode("third"))
     assert turned == ["turned"]
 
 
-# ── an endpoint that does not read ──
+# ── endpoints that do not read ──
 
 
 def say(b: Any, *texts: str) -> None:
-    """The client sends some messages."""
+    """Let the client send some messages."""
     for text in texts:
         b.server.sink.message_received(text)
 
 
 async def test_unread_inbox_drops_oldest_after_pause_timeout(linked: Any) -> None:
-    """An endpoint that only sends is not cut for what its client says: the oldest go, are counted, and it is told."""
+    """An endpoint that only sends is not closed for unread messages; the oldest are dropped, counted and logged."""
     b = await linked(inbox_max_messages=2, inbox_pause_timeout=0.05)
     say(b, "1", "2", "3")
     assert b.connection.reading_paused
@@ -511,13 +511,13 @@ async def test_unread_inbox_drops_oldest_after_pause_timeout(linked: Any) -> Non
     assert b.server.reading
     assert b.connection.inbox.unread() == ["4", "5"]
     assert b.events.counters.messages_discarded == 3
-    (told,) = b.heard.of("messages_not_read")
-    assert "ignore_messages" in told.fields["advice"]
+    (event,) = b.heard.of("messages_not_read")
+    assert "ignore_messages" in event.fields["advice"]
     assert b.connection.close_info is None
 
 
 async def test_ignore_messages_never_pauses_reading(linked: Any) -> None:
-    """`ws.ignore_messages()` holds at once, also after a message was read, and until one is read again."""
+    """`ws.ignore_messages()` takes effect at once, also after a read, and until the next read."""
     b = await linked(inbox_max_messages=2)
     ws = b.connection.socket
     say(b, "subscribe")
@@ -533,7 +533,7 @@ async def test_ignore_messages_never_pauses_reading(linked: Any) -> None:
 
 
 async def test_ignore_messages_ends_current_read_pause(linked: Any) -> None:
-    """A full inbox is emptied as far as needed when the endpoint says that it does not read."""
+    """A full inbox is emptied as far as needed when the endpoint calls `ignore_messages()`."""
     b = await linked(inbox_max_messages=2)
     say(b, *"123")
     assert not b.server.reading
@@ -542,14 +542,14 @@ async def test_ignore_messages_ends_current_read_pause(linked: Any) -> None:
 
 
 async def waits_for_the_end(b: Any) -> asyncio.Future[Any]:
-    """A task of the endpoint has called `wait_closed`."""
+    """Return a task of the endpoint that has called `wait_closed`."""
     waiting = asyncio.ensure_future(b.connection.socket.wait_closed())
     await asyncio.sleep(0)
     return waiting
 
 
 async def test_wait_closed_without_read_drops_oldest_silently(linked: Any) -> None:
-    """`wait_closed` in an endpoint that has not read lets the oldest messages go, soon and without a warning."""
+    """`wait_closed` in an endpoint that has not read drops the oldest messages, soon and without a warning."""
     b = await linked(inbox_max_messages=2)
     waiting = await waits_for_the_end(b)
     say(b, *"123")
@@ -563,7 +563,7 @@ async def test_wait_closed_without_read_drops_oldest_silently(linked: Any) -> No
 
 
 async def test_cancelled_wait_closed_loses_no_message(linked: Any) -> None:
-    """An endpoint that looks for the end now and then, and has not read yet, loses no message."""
+    """An endpoint that calls `wait_closed` from time to time, and has not read yet, loses no message."""
     b = await linked(inbox_max_messages=2)
     waiting = await waits_for_the_end(b)
     say(b, *"12")
@@ -577,7 +577,7 @@ async def test_cancelled_wait_closed_loses_no_message(linked: Any) -> None:
 
 @pytest.mark.parametrize("reads", [False, True])
 async def test_burst_during_wait_closed_closes_only_if_later_read(linked: Any, reads: bool) -> None:
-    """With inbox_overflow="close" a burst at an endpoint that waits for the end is dropped, unless it reads."""
+    """With inbox_overflow="close", a burst during `wait_closed` is dropped, unless the endpoint reads later."""
     b = await linked(inbox_max_messages=2, inbox_overflow="close")
     waiting = await waits_for_the_end(b)
     say(b, *"123")
@@ -590,7 +590,7 @@ async def test_burst_during_wait_closed_closes_only_if_later_read(linked: Any, r
 
 
 async def test_hanging_handler_beside_wait_closed_is_logged(linked: Any) -> None:
-    """A handler that hangs from the first message on is named in the log, though wait_closed is called beside it."""
+    """A handler that hangs from the first message on is named in the log, even if wait_closed is called beside it."""
     b = await linked(inbox_max_messages=2)
     waiting = await waits_for_the_end(b)
     say(b, "0")
@@ -604,7 +604,7 @@ async def test_hanging_handler_beside_wait_closed_is_logged(linked: Any) -> None
 
 
 async def test_woken_reader_loses_nothing_to_burst(linked: Any) -> None:
-    """A burst that fills the inbox before the task that waits for a message has run is read whole."""
+    """A burst that fills the inbox before the woken reader has run is read completely."""
     b = await linked(inbox_max_messages=2)
     waiting = await waits_for_the_end(b)
     await asyncio.sleep(1.5 * READER_START_GRACE)
@@ -618,7 +618,7 @@ async def test_woken_reader_loses_nothing_to_burst(linked: Any) -> None:
 
 
 async def test_slow_reader_beside_wait_closed_loses_nothing(linked: Any) -> None:
-    """Where one task waits for the end and another reads slowly, reading pauses and no message is dropped."""
+    """When one task waits for the close and another reads slowly, reading pauses and no message is dropped."""
     b = await linked(inbox_max_messages=2)
     waiting = await waits_for_the_end(b)
     say(b, "1")
@@ -630,7 +630,7 @@ async def test_slow_reader_beside_wait_closed_loses_nothing(linked: Any) -> None
 
 
 async def test_endpoint_sending_after_first_read_stays_connected(linked: Any) -> None:
-    """After a first message, an endpoint that only sends keeps its connection when its inbox is full."""
+    """After a first read, an endpoint that only sends keeps its connection when its inbox is full."""
     b = await linked(inbox_max_messages=1, inbox_pause_timeout=0.05)
     say(b, "subscribe")
     await b.connection.receive()
@@ -643,7 +643,7 @@ async def test_endpoint_sending_after_first_read_stays_connected(linked: Any) ->
 
 
 async def test_broadcasts_do_not_save_hanging_endpoint_from_1013(linked: Any) -> None:
-    """Broadcasts are no sign that the endpoint is well: it has neither read nor sent, and is cut with 1013."""
+    """Broadcasts do not show that the endpoint is alive: it has neither read nor sent, and is closed with 1013."""
     b = await linked(inbox_max_messages=1, inbox_pause_timeout=0.05)
     say(b, "subscribe")
     await b.connection.receive()
@@ -655,7 +655,7 @@ async def test_broadcasts_do_not_save_hanging_endpoint_from_1013(linked: Any) ->
 
 
 async def test_idle_check_does_not_close_sending_endpoint(linked: Any) -> None:
-    """Whether an endpoint sends is remembered apart from whether its connection is used."""
+    """Sends of the endpoint are tracked separately from the use of its connection."""
     b = await linked(inbox_max_messages=1, inbox_pause_timeout=0.05)
     say(b, "subscribe")
     await b.connection.receive()

@@ -1,4 +1,4 @@
-"""Tests of calls on a connection that has ended: each raises again, and the event loop has its turns."""
+"""Tests of calls on a closed connection: each raises again, and the event loop keeps running."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.fake_websocket import settle, with_deadline
 
 
 async def ended(bench: Any, **options: Any) -> Any:
-    """A connection that has ended."""
+    """Return a closed connection."""
     b = bench(**options)
     await b.open()
     b.connection.close(DisconnectReason.APPLICATION)
@@ -27,7 +27,7 @@ async def ended(bench: Any, **options: Any) -> Any:
 
 
 async def turns_of(*calls: Any) -> list[int]:
-    """How many turns of the event loop each call took."""
+    """Return how many iterations of the event loop each call took."""
     scheduler = 0
     over = False
 
@@ -54,21 +54,21 @@ async def turns_of(*calls: Any) -> list[int]:
 
 
 async def test_first_error_after_close_raises_without_yielding(bench: Any) -> None:
-    """A task is told of the end without a turn of the event loop the first time, and with one from then on."""
+    """The first error in a task is raised without yielding to the event loop, later ones after a yield."""
     b = await ended(bench)
     socket = b.connection.socket
     assert await turns_of(socket.receive, lambda: socket.send("x"), socket.receive_json) == [0, 1, 1]
 
 
 async def test_each_task_gets_first_close_error_without_yielding(bench: Any) -> None:
-    """What one task was told does not slow another one down."""
+    """The errors of one task do not slow another one down."""
     b = await ended(bench)
     for _ in range(3):
         assert await turns_of(b.connection.socket.receive) == [0]
 
 
 async def test_task_ignoring_close_yields_to_event_loop(bench: Any) -> None:
-    """A loop that no error ends leaves the event loop to others after many errors."""
+    """A loop that ignores the close yields to the event loop on later errors."""
     b = await ended(bench)
     count = 0
 
@@ -89,7 +89,7 @@ async def test_task_ignoring_close_yields_to_event_loop(bench: Any) -> None:
 
 
 async def spin(*sockets: Any) -> None:
-    """A loop that catches all errors and never waits."""
+    """Catch all errors in an endless loop, and never wait."""
     while True:
         for socket in sockets:
             with contextlib.suppress(SocketClosed):
@@ -97,7 +97,7 @@ async def spin(*sockets: Any) -> None:
 
 
 async def test_task_spinning_on_two_closed_connections_is_named(bench: Any) -> None:
-    """A loop that ignores the ends of several connections in turn is named by its coroutine, and slowed down."""
+    """A loop that ignores the close of several connections in turn is slowed down and logged with its coroutine."""
     benches = [await ended(bench), await ended(bench)]
     task = asyncio.ensure_future(spin(*(b.connection.socket for b in benches)))
     task.set_name("the publisher")
@@ -112,7 +112,7 @@ async def test_task_spinning_on_two_closed_connections_is_named(bench: Any) -> N
 
 
 async def rounds_among(bench: Any, between: Callable[[Any], Awaitable[None]], stale: int) -> tuple[float, list[Any]]:
-    """The seconds that a publisher needs for 200 rounds after many, and what is said of it."""
+    """Return the seconds that a publisher needs for 200 rounds after many earlier ones, and the log about it."""
     benches = [await ended(bench) for _ in range(stale)]
     live = bench()
     await live.open()
@@ -139,18 +139,18 @@ async def rounds_among(bench: Any, between: Callable[[Any], Awaitable[None]], st
 @pytest.mark.parametrize("stale", [1, IGNORED + 1])
 @pytest.mark.parametrize("how", ["sleeps", "sends"])
 async def test_publisher_to_some_closed_connections_is_not_slowed(bench: Any, how: str, stale: int) -> None:
-    """A task that waits, or sends to connections that are open, between two errors is well: nothing is said of it."""
+    """A task that waits, or sends to open connections, between two errors is neither slowed down nor logged."""
 
     async def between(socket: Any) -> None:
         await (asyncio.sleep(0.0001) if how == "sleeps" else socket.send("price"))
 
-    seconds, told = await rounds_among(bench, between, stale)
-    assert told == []
+    seconds, logged = await rounds_among(bench, between, stale)
+    assert logged == []
     assert seconds < 100 * PAUSE
 
 
 async def test_endpoint_sleeping_between_errors_is_named(bench: Any) -> None:
-    """An endpoint that goes on with its own connection is named, whatever it does between the errors."""
+    """An endpoint that continues with its own closed connection is logged, even if it waits between the errors."""
     b = bench()
 
     async def endpoint() -> None:
@@ -168,7 +168,7 @@ async def test_endpoint_sleeping_between_errors_is_named(bench: Any) -> None:
 
 
 async def test_closed_websocket_reads_unread_then_raises_disconnect(bench: Any) -> None:
-    """Starlette's WebSocket gives unread messages after the end, then raises `WebSocketDisconnect` each time."""
+    """Starlette's WebSocket returns unread messages after the close, then raises `WebSocketDisconnect` each time."""
     b = bench()
     await b.open()
     b.server.feed_text("1", "2")
@@ -186,10 +186,10 @@ async def test_closed_websocket_reads_unread_then_raises_disconnect(bench: Any) 
 
 
 async def test_closed_websocket_keeps_application_class(bench: Any) -> None:
-    """A WebSocket of a class of the application keeps it after the end."""
+    """A WebSocket of an application's class keeps that class after the close."""
 
     class Own(WebSocket):
-        """One with something of its own."""
+        """WebSocket class of an application."""
 
         name = "own"
 

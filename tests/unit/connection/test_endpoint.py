@@ -1,4 +1,4 @@
-"""Tests of the user's code behind one connection: how it is stopped, and how its end is read."""
+"""Tests of the endpoint of a connection: how it is cancelled, and how its result is interpreted."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ TIMED_OUT = closed_error_for(local_close(DisconnectReason.HEARTBEAT_TIMEOUT))
     ids=lambda error: f"{type(error).__module__}.{type(error).__name__}",
 )
 def test_rejection_disconnect_and_cancellation_are_no_bugs(error: BaseException) -> None:
-    """A refusal, a disconnect and a cancellation are not errors that somebody has to mend."""
+    """A rejection, a disconnect and a cancellation are not bugs."""
     assert not is_bug(error)
 
 
@@ -57,7 +57,7 @@ def test_rejection_disconnect_and_cancellation_are_no_bugs(error: BaseException)
     "error", [ValueError("x"), KeyError("x"), MessageEncodeError("x"), ConcurrentReceiveError(), TimeoutError()]
 )
 def test_other_exceptions_are_bugs(error: BaseException) -> None:
-    """Whatever else an endpoint lets escape is reported."""
+    """Any other exception of an endpoint is reported as a bug."""
     assert is_bug(error)
 
 
@@ -83,22 +83,22 @@ def test_other_exceptions_are_bugs(error: BaseException) -> None:
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
 def test_endpoint_outcome_decides_close_code(error: Any, reason: DisconnectReason, code: int, text: str) -> None:
-    """A return is 1000, an HTTPException 4000 + its status, a bug 1011 without a word about the inside."""
+    """A return gives 1000, an HTTPException 4000 + its status, and a bug 1011 without details."""
     assert close_info_for(error) == CloseInfo(reason, code, text[:123])
 
 
 def test_http_exception_with_odd_status_has_close_code() -> None:
-    """A status that makes no close code of 4000 + status ends the connection all the same."""
+    """A status for which 4000 + status is not a close code still closes the connection."""
     assert close_info_for(HTTPException(1500, "odd")).cause in (DisconnectReason.POLICY, DisconnectReason.ERROR)
 
 
 def test_non_json_detail_becomes_text_in_reason() -> None:
-    """Any detail can stand in the close reason."""
+    """Any detail can be the close reason."""
     assert "object" in close_info_for(HTTPException(400, {"x": object()})).reason
 
 
 def test_validation_error_reason_names_parameters() -> None:
-    """Invalid parameters close with 1008 and a reason that names them as JSON."""
+    """Invalid parameters close with 1008 and a reason that lists them as JSON."""
     error = WebSocketRequestValidationError([{"loc": ("query", "page"), "msg": "not an int", "type": "int"}])
     how = close_info_for(error)
     assert (how.cause, how.code) == (DisconnectReason.POLICY, 1008)
@@ -106,7 +106,7 @@ def test_validation_error_reason_names_parameters() -> None:
 
 
 def test_validation_reason_contains_only_whole_problems() -> None:
-    """Of many problems as many are told as fit whole, so that the reason stays JSON."""
+    """The reason contains as many problems as fit completely, so that it stays valid JSON."""
     problems = [{"loc": ("query", f"parameter{number}"), "msg": "not an int"} for number in range(10)]
     text = close_info_for(WebSocketRequestValidationError(problems)).reason
     assert 0 < len(json.loads(text)) < 10
@@ -120,15 +120,15 @@ def test_long_validation_problem_is_cut_to_parameter_name() -> None:
 
 
 def test_validation_error_without_problems_has_reason() -> None:
-    """An empty list of problems is no failure of its own."""
+    """An empty list of problems is not an error itself."""
     assert close_info_for(WebSocketRequestValidationError([])).code == 1008
 
 
-# ── cancelling ──
+# ── cancellation ──
 
 
 async def test_own_cancellation_can_be_suppressed() -> None:
-    """The task that we cancelled may go on, and its count of cancellations is right again."""
+    """A task that the library has cancelled may continue, and its count of cancellations is correct again."""
 
     async def endpoint() -> int:
         mine = EndpointTask(cancellable=True)
@@ -150,7 +150,7 @@ async def test_own_cancellation_can_be_suppressed() -> None:
 
 
 async def test_foreign_cancellation_propagates() -> None:
-    """A task that somebody else cancelled has to go on with its cancellation."""
+    """A task that other code cancelled continues with its cancellation."""
 
     async def endpoint() -> bool:
         mine = EndpointTask(cancellable=True)
@@ -170,7 +170,7 @@ async def test_foreign_cancellation_propagates() -> None:
 
 @pytest.mark.xfail(sys.version_info < (3, 11), reason="Python 3.10 does not count cancellations")
 async def test_foreign_cancellation_beside_own_propagates() -> None:
-    """Where both have cancelled, the cancellation goes on."""
+    """When both have cancelled the task, the cancellation propagates."""
 
     async def endpoint() -> bool:
         mine = EndpointTask(cancellable=True)
@@ -189,14 +189,14 @@ async def test_foreign_cancellation_beside_own_propagates() -> None:
 
 
 async def test_error_raised_on_cancellation_is_not_suppressed() -> None:
-    """What an endpoint raises when it is cancelled is its own error."""
+    """An exception that an endpoint raises on its cancellation propagates."""
     endpoint = EndpointTask(cancellable=True)
     assert not endpoint.is_own_cancellation(ValueError("no"))
     assert not endpoint.is_own_cancellation(asyncio.CancelledError())
 
 
 async def test_returned_endpoint_is_not_cancelled() -> None:
-    """The clean-up of dependencies, which runs in the same task, is left alone."""
+    """The cleanup of dependencies, which runs in the same task, is not cancelled."""
 
     async def endpoint() -> str:
         mine = EndpointTask(cancellable=True)
@@ -210,7 +210,7 @@ async def test_returned_endpoint_is_not_cancelled() -> None:
 
 
 async def test_endpoint_is_cancelled_once() -> None:
-    """A second cancel does not hit the code that handles the first."""
+    """A second cancel does not reach the code that handles the first."""
 
     async def endpoint() -> str:
         mine = EndpointTask(cancellable=True)
@@ -229,7 +229,7 @@ async def test_endpoint_is_cancelled_once() -> None:
 
 
 async def test_endpoint_of_adopted_socket_is_not_cancelled() -> None:
-    """For a socket that was connected by hand nobody waits, and nothing is cancelled."""
+    """The endpoint of an adopted socket is never awaited or cancelled."""
     endpoint = EndpointTask(cancellable=False)
     assert endpoint.returned.done()
     endpoint.cancel()
@@ -242,7 +242,7 @@ async def test_endpoint_of_adopted_socket_is_not_cancelled() -> None:
 
 @pytest.mark.parametrize("name", ["fastapi_function_astack", "fastapi_inner_astack", "fastapi_astack"])
 async def test_end_of_user_code_is_seen_through_fastapi_stack(name: str) -> None:
-    """The callback stands above the dependencies, so it is called before they are closed."""
+    """The callback is above the dependencies on the stack, so it runs before they are closed."""
     order: list[str] = []
     endpoint = EndpointTask(cancellable=True)
     async with AsyncExitStack() as stack:
@@ -252,7 +252,7 @@ async def test_end_of_user_code_is_seen_through_fastapi_stack(name: str) -> None
 
 
 async def test_innermost_fastapi_stack_is_watched() -> None:
-    """Of FastAPI's several stacks the innermost is the one whose end is that of the user's code."""
+    """The innermost of FastAPI's stacks is the one that closes when the user's code ends."""
     inner, outer = AsyncExitStack(), AsyncExitStack()
     scope = {"fastapi_inner_astack": outer, "fastapi_function_astack": inner, "fastapi_astack": "not a stack"}
     assert find_exit_stack(scope) is inner
@@ -268,7 +268,7 @@ async def test_missing_fastapi_stack_is_ignored() -> None:
 
 
 def test_application_error_with_unsendable_code_closes_with_1008() -> None:
-    """A subclass of the library's error whose close code cannot be sent ends its connection all the same."""
+    """A subclass of the library's error with an invalid close code still closes its connection."""
 
     class Odd(ShutdownError):
         close_code = 1005

@@ -1,4 +1,4 @@
-"""Tests of what a client has sent and nobody has read yet."""
+"""Tests of the received messages that the endpoint has not read yet."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.support.own_loop import run
 
 
 def make(max_messages: int = 3, max_bytes: int = 10_000) -> Inbox:
-    """A small inbox."""
+    """Return a small inbox."""
     return Inbox(InboxLimits(max_messages, max_bytes))
 
 
 async def test_messages_are_read_in_order() -> None:
-    """What went in first comes out first, text and bytes as they came."""
+    """Messages are read in the order of arrival, text and bytes unchanged."""
     inbox = make()
     inbox.put("one")
     inbox.put(b"two")
@@ -32,7 +32,7 @@ async def test_messages_are_read_in_order() -> None:
 
 
 async def test_message_wakes_waiting_reader() -> None:
-    """A reader that came first gets the message when it comes."""
+    """A waiting reader gets the message on arrival."""
     inbox = make()
     reader = asyncio.ensure_future(inbox.get())
     await settle()
@@ -43,7 +43,7 @@ async def test_message_wakes_waiting_reader() -> None:
 
 
 async def test_closed_inbox_returns_queued_messages_first() -> None:
-    """A closed inbox gives out what it holds, and only then says that it is closed."""
+    """A closed inbox returns its messages, and only then reports that it is closed."""
     inbox = make()
     inbox.put("one")
     assert inbox.close(discard=False) == 0
@@ -53,7 +53,7 @@ async def test_closed_inbox_returns_queued_messages_first() -> None:
 
 
 async def test_discarded_inbox_is_empty_and_counts_messages() -> None:
-    """Messages that are thrown away are counted."""
+    """Discarded messages are counted."""
     inbox = make()
     inbox.put("one")
     inbox.put("two")
@@ -64,7 +64,7 @@ async def test_discarded_inbox_is_empty_and_counts_messages() -> None:
 
 
 async def test_close_wakes_waiting_reader() -> None:
-    """A reader that waits when the inbox closes learns it."""
+    """A waiting reader wakes up when the inbox closes."""
     inbox = make()
     reader = asyncio.ensure_future(inbox.get())
     await settle()
@@ -74,7 +74,7 @@ async def test_close_wakes_waiting_reader() -> None:
 
 
 async def test_second_close_wakes_reader_only_once() -> None:
-    """A second message or close before the woken reader has run breaks nothing."""
+    """A second message or close before the woken reader runs has no effect on it."""
     inbox = make()
     reader = asyncio.ensure_future(inbox.get())
     await settle()
@@ -85,7 +85,7 @@ async def test_second_close_wakes_reader_only_once() -> None:
 
 
 async def test_cancelled_reader_loses_no_message() -> None:
-    """A reader that is cancelled after it was woken has taken nothing out."""
+    """A reader that is cancelled after it was woken takes no message."""
     inbox = make()
     reader = asyncio.ensure_future(inbox.get())
     await settle()
@@ -97,7 +97,7 @@ async def test_cancelled_reader_loses_no_message() -> None:
 
 
 async def test_reader_timeout_loses_no_message() -> None:
-    """`asyncio.wait_for` round a read can be repeated without a gap."""
+    """`asyncio.wait_for` around a read can be repeated without a gap."""
     inbox = make()
     with pytest.raises(asyncio.TimeoutError):
         await asyncio.wait_for(inbox.get(), 0.01)
@@ -106,7 +106,7 @@ async def test_reader_timeout_loses_no_message() -> None:
 
 
 async def test_second_reader_raises() -> None:
-    """Two tasks that wait for the same stream would each get a part of it, so the second gets an error."""
+    """Two concurrent readers would each get a part of the messages, so the second raises."""
     inbox = make()
     reader = asyncio.ensure_future(inbox.get())
     await settle()
@@ -117,7 +117,7 @@ async def test_second_reader_raises() -> None:
 
 
 async def test_inbox_is_full_by_count_or_bytes() -> None:
-    """An inbox is full by number or by size; the message that reaches the mark is taken."""
+    """An inbox is full by count or by bytes; the message that reaches the limit is accepted."""
     by_number, by_size = make(max_messages=2), make(max_bytes=500)
     by_number.put("a")
     assert not by_number.full
@@ -129,7 +129,7 @@ async def test_inbox_is_full_by_count_or_bytes() -> None:
 
 
 async def test_read_that_makes_room_wakes_waiter() -> None:
-    """Who waits for room is woken by the read that makes it, not by one that is not enough."""
+    """Waiting for room ends with the read that makes enough room."""
     inbox = make(max_messages=2)
     for text in ("a", "b", "c"):
         inbox.put(text)
@@ -144,14 +144,14 @@ async def test_read_that_makes_room_wakes_waiter() -> None:
 
 
 async def test_wait_for_room_below_limit_returns_at_once() -> None:
-    """Waiting for room that is there takes no turn."""
+    """Waiting below the limit does not yield."""
     inbox = make()
     await with_deadline(inbox.wait_for_room())
     assert not inbox.full
 
 
 async def test_close_wakes_wait_for_room() -> None:
-    """A full inbox that is closed lets the pump go on to its end."""
+    """Closing a full inbox ends the wait for room, so that the pump can finish."""
     inbox = make(max_messages=1)
     inbox.put("a")
     room = asyncio.ensure_future(inbox.wait_for_room())
@@ -178,7 +178,7 @@ async def test_cancelled_wait_for_room_leaves_inbox_usable() -> None:
 
 
 async def test_message_frees_size_counted_on_arrival() -> None:
-    """Python grows a str when somebody asks for its UTF-8; the account must not lose by it."""
+    """A str grows when its UTF-8 is cached, but the account frees what it counted on arrival."""
     inbox = make()
     text = '"' + "grün€" * 50 + '"'
     inbox.put(text)
@@ -189,7 +189,7 @@ async def test_message_frees_size_counted_on_arrival() -> None:
 
 @given(st.lists(st.one_of(st.binary(max_size=50), st.text(max_size=50), st.just(None)), max_size=40), st.booleans())
 def test_account_matches_after_random_operations(steps: list[str | bytes | None], discard: bool) -> None:
-    """Every message that went in was read, is held, or was counted as discarded; the bytes are those of the held."""
+    """Every message was read, is held, or was counted as discarded; the bytes are those of the held messages."""
 
     async def play() -> None:
         inbox = make(max_messages=5, max_bytes=300)
@@ -210,7 +210,7 @@ def test_account_matches_after_random_operations(steps: list[str | bytes | None]
 
 
 async def test_transferred_inbox_drops_nothing_for_next_reader() -> None:
-    """What one reader has read, and said of reading, does not hold for the next one."""
+    """The reads of the previous reader, and its `ignore_messages`, do not apply to the next one."""
     inbox = Inbox(InboxLimits(2, 1000))
     inbox.put("one")
     await inbox.get()
@@ -224,7 +224,7 @@ async def test_transferred_inbox_drops_nothing_for_next_reader() -> None:
 
 @pytest.mark.parametrize("others", [0, 1, 2])
 async def test_requests_are_removed_from_inbox(others: int) -> None:
-    """Only what asks for an answer is taken out, and the memory of it is given back."""
+    """Only requests are removed, and their memory is released."""
     budget = MemoryBudget()
     inbox = Inbox(InboxLimits(10, 10_000, budget))
     for number in range(others):

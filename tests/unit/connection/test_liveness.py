@@ -1,4 +1,4 @@
-"""Tests of the signs of life of one connection."""
+"""Tests of the liveness of one connection."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from fastapi_ws_stabilizer.connection.liveness import MAX_OPEN_PINGS, Liveness
 
 
 def test_new_connection_has_no_outstanding_ping() -> None:
-    """A connection counts as seen when it opens, and has answered nothing yet."""
+    """A new connection counts as seen when it opens, and has no open ping."""
     liveness = Liveness(10.0)
     assert (liveness.last_seen, liveness.awaiting_since, liveness.has_ponged, liveness.rtt) == (10.0, None, False, None)
 
 
 def test_inbound_frame_clears_outstanding_ping() -> None:
-    """Not only a pong but any inbound frame proves life."""
+    """Any inbound frame proves life, not only a pong."""
     liveness = Liveness(0.0)
     liveness.on_ping_sent(5.0)
     assert liveness.awaiting_since == 5.0
@@ -34,7 +34,7 @@ def test_pong_measures_round_trip() -> None:
 
 
 def test_unsolicited_pong_does_not_change_round_trip() -> None:
-    """An unsolicited pong shows that the client answers, and leaves the round trip alone."""
+    """An unsolicited pong shows that the client answers, and does not change the round trip."""
     liveness = Liveness(0.0)
     liveness.on_ping_sent(1.0)
     liveness.on_pong(1.5)
@@ -43,7 +43,7 @@ def test_unsolicited_pong_does_not_change_round_trip() -> None:
 
 
 def test_pongs_beyond_pings_sent_are_unsolicited() -> None:
-    """Of either kind, early or late; one that nobody has asked for is none."""
+    """Pongs without a matching ping are unsolicited, whether early or late."""
     liveness = Liveness(0.0)
     assert not liveness.on_pong(0.5)
     liveness.on_ping_sent(1.0)
@@ -66,7 +66,7 @@ def test_outstanding_pings_are_bounded() -> None:
 
 
 def test_round_trip_is_measured_from_oldest_open_ping() -> None:
-    """A client that answers late looks no better because it was asked again."""
+    """A client that answers late does not get a shorter round trip because it was pinged again."""
     liveness = Liveness(0.0)
     liveness.on_pong(0.5)
     liveness.on_ping_sent(1.0)
@@ -77,7 +77,7 @@ def test_round_trip_is_measured_from_oldest_open_ping() -> None:
 
 
 def test_data_between_ping_and_pong_does_not_shorten_rtt() -> None:
-    """TCP keeps the order, so the first pong answers the first open ping, whatever was received in between."""
+    """TCP preserves order, so the first pong answers the first open ping, whatever was received in between."""
     liveness = Liveness(0.0)
     liveness.on_pong(0.5)
     liveness.on_ping_sent(1.0)
@@ -89,7 +89,7 @@ def test_data_between_ping_and_pong_does_not_shorten_rtt() -> None:
 
 
 def test_first_pong_is_measured_from_last_ping() -> None:
-    """A client that has ignored pings for long has no round trip as long as that."""
+    """The round trip of a client that has ignored pings for long does not include that time."""
     liveness = Liveness(0.0)
     liveness.on_ping_sent(1.0)
     liveness.on_ping_sent(100.0)
@@ -98,7 +98,7 @@ def test_first_pong_is_measured_from_last_ping() -> None:
 
 
 def test_reset_deadline_clears_ping_and_measurement() -> None:
-    """A pause of ours is no debt of the client, and a pong after it says nothing about the way."""
+    """After a pause of the server the client owes no pong, and a pong after it measures nothing."""
     liveness = Liveness(0.0)
     liveness.on_ping_sent(1.0)
     liveness.reset_deadline()

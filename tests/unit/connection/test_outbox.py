@@ -1,4 +1,4 @@
-"""Tests of what waits to be sent to a client, and of the one writer that sends it."""
+"""Tests of the send queue of a client, and of the only writer that sends it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.own_loop import run
 
 
 class Owner:
-    """Who is told what happens to the messages."""
+    """Owner of an outbox, which records its callbacks."""
 
     connection_id = "test"
     context = None
@@ -35,37 +35,37 @@ class Owner:
     def __init__(self) -> None:
         self.counters = Counters()
         self.stuck = 0
-        self.waits = 0
+        self.delayed_sends = 0
         self.failures: list[Exception] = []
         self.discarded = 0
         self.outbox: Outbox | None = None
         self.dropped_messages = 0
         self.coalesced_messages = 0
-        self.told: list[SlowConsumer | str] = []
+        self.degrees: list[SlowConsumer | str] = []
 
     @property
     def taken(self) -> int:
-        """How many messages were taken."""
+        """Number of messages that were taken."""
         return self.counters.messages_sent
 
     def on_dropped(self, count: int) -> None:
-        """Count messages that were thrown away."""
+        """Count dropped messages."""
         self.dropped_messages += count
 
     def on_coalesced(self) -> None:
-        """Count messages in whose place a newer one came."""
+        """Count messages that a newer one has replaced."""
         self.coalesced_messages += 1
 
     def on_slow(self, how: SlowConsumer) -> None:
-        """Keep how slow the client has become."""
-        self.told.append(how)
+        """Record the degree of slowness."""
+        self.degrees.append(how)
 
     def on_caught_up(self) -> None:
-        """Keep that it has caught up."""
-        self.told.append("caught up")
+        """Record that the client has caught up."""
+        self.degrees.append("caught up")
 
     def on_nonzero(self) -> None:
-        """Nobody asks."""
+        """Do nothing."""
 
     def on_send_stalled(self) -> None:
         """Count a send that made no progress."""
@@ -78,15 +78,15 @@ class Owner:
     progress: list[int] = []  # noqa: RUF012 (replaced by the tests that use it)
 
     def send_progress(self) -> int | None:
-        """What the client has taken at each look; nothing is known of it without a list."""
+        """Return the bytes that the client has taken, from a list; `None` if the list is empty."""
         return self.progress.pop(0) if self.progress else None
 
     def on_send_delayed(self) -> None:
         """Count a send that waits."""
-        self.waits += 1
+        self.delayed_sends += 1
 
     def on_send_failed(self, error: Exception) -> None:
-        """Keep the failure and let the outbox go, as a connection does."""
+        """Record the failure and discard the outbox, as a connection does."""
         self.failures.append(error)
         if self.outbox is not None:
             self.discarded += self.outbox.discard()
@@ -114,7 +114,7 @@ class Post:
         self.outbox.open()
 
     def make(self, *, max_messages: int, max_bytes: int, send_timeout: float, **config: Any) -> AsgiOutbox:
-        """An outbox that is not open yet."""
+        """Return an outbox that is not open yet."""
         limits = OutboxLimits(
             WebSocketConfig(
                 outbox_max_messages=max_messages, outbox_max_bytes=max_bytes, send_timeout=send_timeout, **config
@@ -135,8 +135,8 @@ class Post:
         """Start to put a message that waits for room."""
         return asyncio.ensure_future(self.outbox.put_wait(encode(text)))
 
-    async def stuck_with(self, *texts: str) -> None:
-        """Let the first message be stuck in the server and the others wait behind it."""
+    async def stall_with(self, *texts: str) -> None:
+        """Block the server, so that the first message is stalled and the others wait behind it."""
         self.server.block()
         for number, text in enumerate(texts):
             assert self.outbox.put(encode(text))
@@ -146,7 +146,7 @@ class Post:
 
 @pytest.fixture
 async def post() -> AsyncIterator[Callable[..., Post]]:
-    """Make outboxes; their tasks are cancelled at the end."""
+    """Return a factory of posts; their tasks are cancelled at the end."""
     made: list[Post] = []
 
     def make(**kwargs: Any) -> Post:
@@ -193,47 +193,47 @@ async def test_outbox_before_open_accepts_nothing(post: Any) -> None:
 
 
 async def test_outbox_is_bounded_by_message_count(post: Any) -> None:
-    """No more than `max_messages` wait behind the one that is being sent."""
+    """At most `max_messages` wait behind the one that is being sent."""
     p = post(max_messages=2)
-    await p.stuck_with("sending", "a", "b")
+    await p.stall_with("sending", "a", "b")
     assert not p.outbox.put(encode("c"))
     assert len(p.outbox) == 2
 
 
 async def test_outbox_is_bounded_by_bytes(post: Any) -> None:
-    """No more than `max_bytes` wait behind the one that is being sent."""
+    """At most `max_bytes` wait behind the one that is being sent."""
     p = post(max_messages=100, max_bytes=10)
-    await p.stuck_with("sending", "12345678")
+    await p.stall_with("sending", "12345678")
     assert not p.outbox.put(encode("123"))
     assert p.outbox.put(encode("12"))
     assert p.outbox.held_bytes == 10
 
 
 async def test_empty_outbox_accepts_message_of_any_size(post: Any) -> None:
-    """A message that is larger than the bound can be sent all the same, alone."""
+    """A message larger than the limit can still be sent on its own."""
     p = post(max_bytes=10)
-    await p.stuck_with("sending", "x" * 5000)
+    await p.stall_with("sending", "x" * 5000)
     assert not p.outbox.put(encode("y"))
     p.server.release()
     await p.server.until(lambda: len(p.server.data) == 2)
 
 
 async def test_backpressure_starts_above_half_of_bound(post: Any) -> None:
-    """An outbox is under pressure when more than half of one of its bounds is used."""
+    """An outbox is backpressured when more than half of one of its limits is used."""
     p = post(max_messages=4, max_bytes=100)
-    await p.stuck_with("sending", "a", "b")
+    await p.stall_with("sending", "a", "b")
     assert not p.outbox.half_full
     p.outbox.put(encode("c"))
     assert p.outbox.half_full
     q = post(max_messages=100, max_bytes=100)
-    await q.stuck_with("sending", "x" * 51)
+    await q.stall_with("sending", "x" * 51)
     assert q.outbox.half_full
 
 
 async def test_put_wait_continues_when_room_appears(post: Any) -> None:
-    """`put_wait` waits while the outbox is full, and queues as soon as the client takes something."""
+    """`put_wait` waits while the outbox is full, and enqueues as soon as the client takes something."""
     p = post(max_messages=1)
-    await p.stuck_with("sending", "a")
+    await p.stall_with("sending", "a")
     sender = p.waiting("b")
     await settle()
     assert not sender.done()
@@ -243,9 +243,9 @@ async def test_put_wait_continues_when_room_appears(post: Any) -> None:
 
 
 async def test_waiting_senders_are_served_in_order(post: Any) -> None:
-    """Who waited first is served first, however many wait."""
+    """Senders are served in the order in which they began to wait, however many there are."""
     p = post(max_messages=1)
-    await p.stuck_with("sending", "0")
+    await p.stall_with("sending", "0")
     senders = [p.waiting(str(number)) for number in range(1, 8)]
     await settle()
     p.server.release()
@@ -254,9 +254,9 @@ async def test_waiting_senders_are_served_in_order(post: Any) -> None:
 
 
 async def test_put_wait_queues_behind_waiting_sender(post: Any) -> None:
-    """A `put_wait` that comes while another waits queues behind it, even if its own message would fit."""
+    """A `put_wait` during another one's wait queues behind it, even if its own message would fit."""
     p = post(max_messages=10, max_bytes=10)
-    await p.stuck_with("sending", "123456")
+    await p.stall_with("sending", "123456")
     big = p.waiting("1234567")
     await settle()
     small = p.waiting("1")
@@ -268,7 +268,7 @@ async def test_put_wait_queues_behind_waiting_sender(post: Any) -> None:
 
 
 async def test_first_waiting_sender_gets_room_despite_its_size(post: Any) -> None:
-    """A large message that waits gets in as soon as the bounds are not reached, and holds up those behind it."""
+    """A large message gets in as soon as the queue is below its limits, and those behind it wait."""
     p = post(max_messages=10, max_bytes=10)
     gate = asyncio.Semaphore(0)
     taken: list[Any] = []
@@ -298,9 +298,9 @@ async def test_first_waiting_sender_gets_room_despite_its_size(post: Any) -> Non
 
 
 async def test_cancelled_sender_queues_nothing_and_blocks_no_sender(post: Any) -> None:
-    """A sender that is cancelled while it waits has queued nothing, and holds up nobody."""
+    """A sender that is cancelled while it waits has queued nothing, and does not delay others."""
     p = post(max_messages=1)
-    await p.stuck_with("sending", "a")
+    await p.stall_with("sending", "a")
     first, second = p.waiting("first"), p.waiting("second")
     await settle()
     first.cancel()
@@ -311,9 +311,9 @@ async def test_cancelled_sender_queues_nothing_and_blocks_no_sender(post: Any) -
 
 
 async def test_room_of_cancelled_sender_goes_to_next_sender(post: Any) -> None:
-    """A sender that waits and is cancelled leaves its message out and its place to the next."""
+    """When a waiting sender is cancelled, its message is not sent and its turn passes to the next one."""
     p = post(max_messages=1)
-    await p.stuck_with("sending", "a")
+    await p.stall_with("sending", "a")
     first, second = p.waiting("first"), p.waiting("second")
     await settle()
     first.cancel()
@@ -324,9 +324,9 @@ async def test_room_of_cancelled_sender_goes_to_next_sender(post: Any) -> None:
 
 
 async def test_freed_room_goes_to_waiting_sender_first(post: Any) -> None:
-    """The writer hands room over, so messages that nobody waits with cannot take it away."""
+    """The writer hands freed room to waiting senders, so other messages cannot take it."""
     p = post(max_messages=1)
-    await p.stuck_with("sending", "a")
+    await p.stall_with("sending", "a")
     waiting = p.waiting("waits")
     await settle()
     p.server.release()
@@ -337,7 +337,7 @@ async def test_freed_room_goes_to_waiting_sender_first(post: Any) -> None:
 
 
 async def test_finish_flushes_then_closes(post: Any) -> None:
-    """What is queued is sent, the close frame after it, and then `done` is set."""
+    """Queued messages are sent, then the close frame, and then `done` is set."""
     p = post()
     p.outbox.put(encode("a"))
     assert p.outbox.finish(4408, "bye", flush=True) == 0
@@ -350,9 +350,9 @@ async def test_finish_flushes_then_closes(post: Any) -> None:
 
 
 async def test_finish_without_flush_counts_discarded_messages(post: Any) -> None:
-    """Where nothing is flushed, what waits is counted as discarded, and only the close frame goes out."""
+    """Without a flush, queued messages are counted as discarded, and only the close frame is sent."""
     p = post()
-    await p.stuck_with("sending", "a", "b")
+    await p.stall_with("sending", "a", "b")
     assert p.outbox.finish(4408, "bye", flush=False) == 2
     p.server.release()
     await with_deadline(p.outbox.done)
@@ -362,7 +362,7 @@ async def test_finish_without_flush_counts_discarded_messages(post: Any) -> None
 
 
 async def test_finished_outbox_accepts_nothing(post: Any) -> None:
-    """After the end has begun nothing can be queued, and a second end changes nothing."""
+    """After the close has begun nothing can be queued, and a second close changes nothing."""
     p = post()
     p.outbox.finish(1000, "", flush=True)
     assert not p.outbox.put(encode("late"))
@@ -373,9 +373,9 @@ async def test_finished_outbox_accepts_nothing(post: Any) -> None:
 
 
 async def test_finish_wakes_waiting_senders(post: Any) -> None:
-    """Everyone who waits for room is woken when the outbox is shut, and has queued nothing."""
+    """All waiting senders wake up when the outbox closes, and have queued nothing."""
     p = post(max_messages=1)
-    await p.stuck_with("sending", "a")
+    await p.stall_with("sending", "a")
     senders = [p.waiting("b"), p.waiting("c")]
     await settle()
     p.outbox.finish(1000, "", flush=True)
@@ -383,7 +383,7 @@ async def test_finish_wakes_waiting_senders(post: Any) -> None:
 
 
 async def test_discard_of_idle_outbox_completes_at_once(post: Any) -> None:
-    """Without a writer there is nothing to wait for."""
+    """Without a writer the discard completes immediately."""
     p = post()
     assert p.outbox.discard() == 0
     assert p.outbox.done.done()
@@ -391,9 +391,9 @@ async def test_discard_of_idle_outbox_completes_at_once(post: Any) -> None:
 
 
 async def test_discard_stops_stalled_send(post: Any) -> None:
-    """A discarded outbox sends nothing more, not even the close frame that was waiting."""
+    """A discarded outbox sends nothing more, not even the waiting close frame."""
     p = post()
-    await p.stuck_with("sending", "a")
+    await p.stall_with("sending", "a")
     p.outbox.finish(1000, "", flush=True)
     assert p.outbox.discard() >= 1
     await with_deadline(p.outbox.done)
@@ -404,7 +404,7 @@ async def test_discard_stops_stalled_send(post: Any) -> None:
 
 
 async def test_discard_before_writer_runs_completes(post: Any) -> None:
-    """A message and the end of the connection in one turn of the event loop leave nobody waiting for `done`."""
+    """A message and a close in one iteration of the event loop still set `done`."""
     p = post()
     p.outbox.put(encode("a"))
     assert p.outbox.discard() == 1
@@ -413,7 +413,7 @@ async def test_discard_before_writer_runs_completes(post: Any) -> None:
 
 
 async def test_failed_send_is_reported_and_stops_writer(post: Any) -> None:
-    """When the server refuses a message the owner learns the error, and nothing more is sent."""
+    """When the server rejects a message the owner gets the error, and nothing more is sent."""
     p = post()
     error = OSError("gone")
     p.server.fail(error)
@@ -426,7 +426,7 @@ async def test_failed_send_is_reported_and_stops_writer(post: Any) -> None:
 
 
 async def test_failed_close_frame_is_reported(post: Any) -> None:
-    """A close frame that the server refuses does not keep the end from coming."""
+    """A close frame that the server rejects does not prevent the end of the connection."""
     p = post()
     p.server.fail(RuntimeError("closed already"))
     p.outbox.finish(1000, "", flush=True)
@@ -435,30 +435,30 @@ async def test_failed_close_frame_is_reported(post: Any) -> None:
 
 
 async def test_stalled_send_is_reported_once(post: Any) -> None:
-    """A send that makes no progress for `send_timeout` is told."""
+    """A send that makes no progress for `send_timeout` is reported."""
     p = post(send_timeout=0.02)
-    await p.stuck_with("sending")
+    await p.stall_with("sending")
     await eventually(lambda: p.owner.stuck == 1)
     assert p.owner.taken == 0
 
 
 async def test_send_with_progress_is_not_stalled(post: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that reads slowly makes progress, and `send_timeout` counts from the last of it."""
+    """A slow client makes progress, and `send_timeout` counts from the last progress."""
     monkeypatch.setattr("fastapi_ws_stabilizer.connection.stall_watch.POLL_INTERVAL", 0.02)
     p = post(send_timeout=0.05)
     p.owner.progress = list(range(20))
-    await p.stuck_with("sending")
+    await p.stall_with("sending")
     await eventually(lambda: not p.owner.progress)
     assert p.owner.stuck == 0
     await eventually(lambda: p.owner.stuck == 1)
 
 
 async def test_delayed_send_is_reported_before_stall(post: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a send waits the owner can look at its transport, long before `send_timeout`."""
+    """While a send waits the owner is called long before `send_timeout`, so that it can check its transport."""
     monkeypatch.setattr("fastapi_ws_stabilizer.connection.stall_watch.POLL_INTERVAL", 0.01)
     p = post(send_timeout=5)
-    await p.stuck_with("sending")
-    await eventually(lambda: p.owner.waits >= 2)
+    await p.stall_with("sending")
+    await eventually(lambda: p.owner.delayed_sends >= 2)
     assert p.owner.stuck == 0
 
 
@@ -477,7 +477,7 @@ async def test_stall_watch_measures_one_send(post: Any) -> None:
 
 
 async def test_stall_watch_stops_without_delayed_send(post: Any) -> None:
-    """Some time after a send has waited the outbox owns no timer either."""
+    """A while after a delayed send the outbox has no timer."""
     p = post(send_timeout=0.02)
     p.server.block()
     p.outbox.put(encode("a"))
@@ -488,23 +488,23 @@ async def test_stall_watch_stops_without_delayed_send(post: Any) -> None:
     assert p.owner.stuck == 0
 
 
-# ── slots ──
+# ── writer slots ──
 
 
 @pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a send wait for a minute before its slot is given to others."""
+def long_slot_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a send wait for 60 s before it gives its slot up."""
     for module in (send_watch_module, asgi_outbox_module):
         monkeypatch.setattr(module, "STALL_THRESHOLD", 60.0)
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("long_slot_timeout")
 async def test_reading_client_needs_no_writer_slot(post: Any) -> None:
-    """However many stuck clients there are for two slots, one whose sends do not wait gets all of its messages."""
+    """With any number of stalled clients for two slots, a client without waiting sends gets all its messages."""
     slots = CallbackSemaphore(2)
-    stuck = [post(sends=slots) for _ in range(40)]
-    for one in stuck:
-        await one.stuck_with("stuck")
+    stalled = [post(sends=slots) for _ in range(40)]
+    for one in stalled:
+        await one.stall_with("stuck")
     await eventually(lambda: slots.taken == 2)
     assert len(slots) == 38
     reading = post(sends=slots, max_messages=10)
@@ -516,13 +516,13 @@ async def test_reading_client_needs_no_writer_slot(post: Any) -> None:
     assert not reading.outbox.is_stalled
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("long_slot_timeout")
 async def test_send_waiting_for_slot_continues_in_order(post: Any) -> None:
-    """A send that was begun and waits for a slot is neither begun again nor overtaken, and its client is stuck."""
+    """A begun send that waits for a slot is neither restarted nor overtaken, and its client counts as stalled."""
     slots = CallbackSemaphore(1)
     first, second = post(sends=slots), post(sends=slots)
-    await first.stuck_with("first")
-    await second.stuck_with("begun", "behind")
+    await first.stall_with("first")
+    await second.stall_with("begun", "behind")
     assert second.outbox.is_stalled
     second.server.release()
     await settle()
@@ -534,16 +534,16 @@ async def test_send_waiting_for_slot_continues_in_order(post: Any) -> None:
     assert not second.outbox.is_stalled
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("long_slot_timeout")
 async def test_discard_of_send_waiting_for_slot_counts_message(post: Any) -> None:
-    """Discarding closes the send that was begun, counts its message, and leaves the slot to others."""
+    """A discard closes the begun send, counts its message, and leaves the slot to others."""
     slots = CallbackSemaphore(1)
     first, second, third = (post(sends=slots) for _ in range(3))
-    await first.stuck_with("first")
+    await first.stall_with("first")
     begun = second.server.send(encode("begun").message())
     second.outbox._send = lambda _: begun
-    await second.stuck_with("begun", "behind")
-    await third.stuck_with("third")
+    await second.stall_with("begun", "behind")
+    await third.stall_with("third")
     third.server.release()
     assert second.outbox.discard() == 2
     assert second.outbox.done.done()
@@ -555,18 +555,18 @@ async def test_discard_of_send_waiting_for_slot_counts_message(post: Any) -> Non
 
 @pytest.mark.parametrize("inline", [True, False])
 async def test_stalled_send_releases_slot(post: Any, inline: bool) -> None:
-    """A send that waits for longer than a healthy client makes it holds up no other, and goes on all the same."""
+    """A send that waits for too long gives its slot up, and continues nevertheless."""
     slots = CallbackSemaphore(1)
-    stuck, other = post(sends=slots, inline=inline), post(sends=slots, inline=inline)
-    await stuck.stuck_with("stuck")
+    stalled, other = post(sends=slots, inline=inline), post(sends=slots, inline=inline)
+    await stalled.stall_with("stuck")
     other.server.block()
     other.outbox.put(encode("other"))
     await eventually(lambda: len(slots) == 1)
     other.server.release()
     await other.server.until(lambda: other.server.data == ["other"])
     await eventually(lambda: slots.taken == 0)
-    stuck.server.release()
-    await stuck.server.until(lambda: stuck.server.data == ["stuck"])
+    stalled.server.release()
+    await stalled.server.until(lambda: stalled.server.data == ["stuck"])
     await settle()
     assert slots.taken == 0
 
@@ -577,7 +577,7 @@ _STEPS = st.lists(st.sampled_from(["put", "big", "wait", "turn", "block", "relea
 @settings(deadline=None, max_examples=60)
 @given(_STEPS, st.sampled_from(["flush", "drop", "discard", "fail"]), st.booleans())
 def test_every_message_is_sent_or_counted_as_discarded(steps: list[str], end: str, settled: bool) -> None:
-    """Whatever happens, each message that was taken is sent or counted as discarded when all is over."""
+    """In any sequence, each message that was taken is sent or counted as discarded in the end."""
 
     async def play() -> None:
         p = Post(max_messages=4, max_bytes=30)
@@ -616,7 +616,7 @@ def test_every_message_is_sent_or_counted_as_discarded(steps: list[str], end: st
         assert p.outbox.done.done()
         assert all(sender.done() for sender in senders)
         accepted += sum(1 for sender in senders if not sender.cancelled() and sender.result())
-        cancelled = sum(sender.cancelled() for sender in senders)  # one that had just been queued is sent all the same
+        cancelled = sum(sender.cancelled() for sender in senders)  # a message that had just been queued is still sent
         assert accepted <= p.owner.taken + p.owner.discarded <= accepted + cancelled
         assert (len(p.outbox), p.outbox.held_bytes) == (0, 0)
 

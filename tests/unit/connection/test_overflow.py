@@ -1,4 +1,4 @@
-"""Tests of what a full outbox does, and of messages that only count while they are new."""
+"""Tests of the overflow policies of an outbox, and of coalescing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.fake_websocket import FakeServer, eventually, settle, with_de
 
 @pytest.fixture
 async def stalled(bench: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A connection whose first message is stuck for long in the server, so that all others wait in the outbox."""
+    """Return a connection with a stalled first message, so that all others wait in the outbox."""
     monkeypatch.setattr(send_watch_module, "STALL_THRESHOLD", -1.0)
 
     async def make(**options: Any) -> Any:
@@ -41,7 +41,7 @@ def offer(b: Any, *texts: str, key: Any = None) -> list[EnqueueResult]:
 
 
 async def test_drop_oldest_discards_and_counts_oldest(stalled: Any) -> None:
-    """The messages that have waited longest go, and each is counted."""
+    """The messages that have waited longest are dropped and counted."""
     b = await stalled(outbox_overflow="drop_oldest")
     assert offer(b, *"abcdef")[-1] is EnqueueResult.SLOW
     b.server.release()
@@ -51,7 +51,7 @@ async def test_drop_oldest_discards_and_counts_oldest(stalled: Any) -> None:
 
 
 async def test_drop_newest_discards_and_counts_newest(stalled: Any) -> None:
-    """What waits is kept, what finds no room is counted."""
+    """Queued messages stay, and messages without room are counted."""
     b = await stalled(outbox_overflow="drop_newest")
     assert offer(b, *"abcdef")[-2:] == [EnqueueResult.DROPPED, EnqueueResult.DROPPED]
     b.server.release()
@@ -60,7 +60,7 @@ async def test_drop_newest_discards_and_counts_newest(stalled: Any) -> None:
 
 
 async def test_disconnect_policy_closes_with_4507(stalled: Any) -> None:
-    """The client learns that it has missed something."""
+    """The close code tells the client that it has missed messages."""
     b = await stalled()
     assert offer(b, *"abcde")[-1] is EnqueueResult.CLOSED
     assert b.connection.close_info.cause is DisconnectReason.SLOW_CONSUMER
@@ -68,7 +68,7 @@ async def test_disconnect_policy_closes_with_4507(stalled: Any) -> None:
 
 
 async def test_slowness_level_is_reported_once_until_drained(stalled: Any) -> None:
-    """Lagging, dropping, and anew after it has caught up."""
+    """Lagging and dropping are reported once each, and again after the client has caught up."""
     b = await stalled(outbox_overflow="drop_newest")
     offer(b, *"abcdefgh")
     assert b.slow == [SlowConsumer.LAGGING, SlowConsumer.DROPPING]
@@ -83,7 +83,7 @@ async def test_slowness_level_is_reported_once_until_drained(stalled: Any) -> No
 
 
 async def test_keyed_message_replaces_queued_message(stalled: Any) -> None:
-    """Only the newest of a key is sent, in the place of the first; other keys and messages are left alone."""
+    """Only the newest message of a key is sent, in the position of the first; other messages are unaffected."""
     b = await stalled()
     offer(b, "p1", key="price")
     offer(b, "other")
@@ -97,7 +97,7 @@ async def test_keyed_message_replaces_queued_message(stalled: Any) -> None:
 
 
 async def test_keyed_message_replaces_message_of_waiting_sender(stalled: Any) -> None:
-    """The sender returns as if its own were queued, in its place in the line, and the client gets the newer one."""
+    """The sender returns as if its message were queued, and the client gets the newer one in its position."""
     b = await stalled()
     offer(b, *"abcd")
     senders = [
@@ -115,7 +115,7 @@ async def test_keyed_message_replaces_message_of_waiting_sender(stalled: Any) ->
 
 
 async def test_waiting_senders_with_same_key_coalesce(stalled: Any) -> None:
-    """All but the newest return at once, since theirs are worth nothing any more."""
+    """All waiting senders but the newest return at once, because their messages are superseded."""
     b = await stalled()
     offer(b, *"abcd")
     senders = [asyncio.ensure_future(b.connection.send(encode(f"p{number}", "price"))) for number in range(5)]
@@ -128,7 +128,7 @@ async def test_waiting_senders_with_same_key_coalesce(stalled: Any) -> None:
 
 
 async def test_waiting_sender_is_not_starved_by_small_messages(bench: Any) -> None:
-    """What becomes free is its own as soon as the bounds are not reached, however often others fill the outbox up."""
+    """A waiting sender gets freed room as soon as the queue is below its limits, even if others keep filling it."""
     b = bench(outbox_max_bytes=100, outbox_overflow="drop_newest")
     await b.open()
     taken: list[str] = []
@@ -164,7 +164,7 @@ async def test_waiting_sender_is_not_starved_by_small_messages(bench: Any) -> No
 async def test_replacing_message_counts_lagging_client_as_slow(
     manager_with: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A broadcast tells how many lag, whether its message was added or has replaced one."""
+    """A broadcast reports how many clients lag, whether its message was added or has replaced one."""
     monkeypatch.setattr(send_watch_module, "STALL_THRESHOLD", -1.0)
     manager, _ = manager_with(outbox_max_messages=4)
     server = FakeServer()
@@ -182,7 +182,7 @@ async def test_replacing_message_counts_lagging_client_as_slow(
 
 
 async def test_control_frames_precede_messages(stalled: Any) -> None:
-    """A control frame overtakes what is queued."""
+    """A control frame is sent before queued messages."""
     b = await stalled()
     offer(b, "a", "b")
     b.connection.answer(encode("pong"))
@@ -191,7 +191,7 @@ async def test_control_frames_precede_messages(stalled: Any) -> None:
 
 
 def test_unhashable_key_raises_in_caller() -> None:
-    """A key must be hashable, and that shows before anything is queued."""
+    """An unhashable key raises before anything is queued."""
     with pytest.raises(TypeError):
         encode("x", ["no", "key"])
 
@@ -205,13 +205,13 @@ _STEPS = st.lists(
 @settings(deadline=None, max_examples=300)
 @given(_STEPS)
 def test_send_queue_matches_list_model(steps: list[tuple[str, str | None]]) -> None:
-    """Whatever is put in and taken out, order, length, bytes and places of keys are those of a plain list."""
+    """With any operations, order, length, bytes and positions of keys equal those of a plain list."""
     backlog = SendQueue(OutboxLimits(WebSocketConfig(outbox_max_messages=10), Counters()))
     model: list[Any] = []
     for number, (step, key) in enumerate(steps):
         if step == "put":
             frame = encode("x" * (number % 7), key)
-            old = [place for place, one in enumerate(model) if key is not None and one.key == key]
+            old = [position for position, one in enumerate(model) if key is not None and one.key == key]
             if key is not None and backlog._coalesce(frame):
                 model[old[-1]] = frame
             else:
@@ -230,7 +230,7 @@ def test_send_queue_matches_list_model(steps: list[tuple[str, str | None]]) -> N
 
 
 async def test_outbox_queues_for_writer_slot_once(bench: Any) -> None:
-    """However often it is offered something meanwhile; and it gets its turn when the slot is free."""
+    """However often messages are offered, the outbox queues for a slot once, and gets it when a slot is free."""
     b = bench(outbox_max_messages=4, outbox_overflow="drop_oldest", max_concurrent_broadcast=1)
     await b.open()
     slots = b.connection.outbox._writers.sends

@@ -15,7 +15,7 @@ from tests.support.fake_websocket import FakeServer, eventually, settle, with_de
 
 
 async def test_messages_are_read_without_waiting_reader(bench: Any) -> None:
-    """What comes in goes to the inbox and is counted, whatever the endpoint is doing."""
+    """Received messages go to the inbox and are counted, whatever the endpoint is doing."""
     b = bench()
     connection, _ = await b.open()
     b.server.feed_text("one", "")
@@ -26,7 +26,7 @@ async def test_messages_are_read_without_waiting_reader(bench: Any) -> None:
 
 
 async def test_event_without_text_or_bytes_is_empty_binary(bench: Any) -> None:
-    """A message without a text and without bytes, as some servers put it, is empty bytes."""
+    """A message with neither text nor bytes, as some servers send it, is empty bytes."""
     b = bench()
     connection, _ = await b.open()
     b.server.feed({"type": "websocket.receive", "text": None, "bytes": None})
@@ -38,7 +38,7 @@ async def test_event_without_text_or_bytes_is_empty_binary(bench: Any) -> None:
     [("ping", "pong"), ('{"type":"ping"}', '{"type":"pong"}'), ('{"type":"ping","ts":5}', '{"type":"pong","ts":5}')],
 )
 async def test_text_ping_is_answered_while_handler_is_busy(bench: Any, ping: str, pong: str) -> None:
-    """Pings are answered by the pump and are no messages."""
+    """Text pings are answered by the pump and are not messages."""
     b = bench()
     connection, _ = await b.open()
     b.server.feed_text(ping, "data")
@@ -48,7 +48,7 @@ async def test_text_ping_is_answered_while_handler_is_busy(bench: Any, ping: str
 
 
 async def test_text_pong_counts_as_liveness_and_is_hidden(bench: Any) -> None:
-    """A pong reaches the pulse and not the endpoint."""
+    """A pong updates liveness and is hidden from the endpoint."""
     b = bench()
     connection, _ = await b.open()
     connection.liveness.on_ping_sent(connection.opened_at)
@@ -60,7 +60,7 @@ async def test_text_pong_counts_as_liveness_and_is_hidden(bench: Any) -> None:
 
 
 async def test_data_counts_as_liveness_but_not_as_pong(bench: Any) -> None:
-    """Data proves life as well as a pong does, and is not counted as an answer."""
+    """Data proves life like a pong, but does not count as an answer."""
     b = bench()
     connection, _ = await b.open()
     connection.liveness.on_ping_sent(connection.opened_at)
@@ -82,7 +82,7 @@ async def test_disabled_control_frames_are_data(bench: Any) -> None:
 
 
 async def test_unparsable_control_text_is_data(bench: Any) -> None:
-    """Half a surrogate pair in what looks like a control frame does not stop the reading."""
+    """A half surrogate pair in a text like a control frame does not stop the reading."""
     b = bench()
     connection, _ = await b.open()
     b.server.feed_text('{"type":"ping","ts":"\ud800"}', "next")
@@ -119,7 +119,7 @@ async def test_message_at_max_size_is_accepted(bench: Any, message: str | bytes)
 
 
 async def test_full_inbox_pauses_reading_until_read(bench: Any) -> None:
-    """With `inbox_overflow="pause"` reading stops at the mark, is told once, and goes on when there is room."""
+    """With `inbox_overflow="pause"` reading stops at the limit, is reported once, and resumes when there is room."""
     b = bench(inbox_max_messages=2)
     connection, _ = await b.open()
     b.server.feed_text("1", "2", "3", "4", "5")
@@ -133,7 +133,7 @@ async def test_full_inbox_pauses_reading_until_read(bench: Any) -> None:
 
 
 async def test_read_pause_does_not_count_as_silence(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What could not be read during our pause never counts as the client's silence."""
+    """The time of a read pause never counts as the client's silence."""
     b = bench(inbox_max_messages=1)
     connection, _ = await b.open()
     b.server.feed_text("1", "2")
@@ -147,7 +147,7 @@ async def test_read_pause_does_not_count_as_silence(bench: Any, monkeypatch: pyt
 
 
 async def test_connection_can_close_during_read_pause(bench: Any) -> None:
-    """A connection whose reading is paused can be ended, and what came in before can still be read."""
+    """A connection can be closed during a read pause, and received messages can still be read."""
     b = bench(inbox_max_messages=1)
     connection, _ = await b.open()
     b.server.feed_text("1", "2")
@@ -171,7 +171,7 @@ async def test_connection_can_close_during_read_pause(bench: Any) -> None:
 async def test_close_during_read_pause_delivers_read_messages(
     bench: Any, reason: DisconnectReason, tracked: bool
 ) -> None:
-    """An ending that delivers what is unread delivers the message that filled the inbox too."""
+    """A close that delivers unread messages delivers the message that filled the inbox too."""
     b = bench(inbox_max_messages=2)
     connection, _ = await b.open(cancellable=tracked)
     b.server.feed_text("1", "2", "3")
@@ -188,7 +188,7 @@ async def test_close_during_read_pause_delivers_read_messages(
 
 @pytest.mark.parametrize("code", [None, 1000])
 async def test_close_during_read_pause_counts_discarded_messages(bench: Any, code: int | None) -> None:
-    """Each message that was read is handled or counted as discarded, also where the endpoint reads only a part."""
+    """Each received message is handled or counted as discarded, also if the endpoint reads only a part."""
     b = bench(inbox_max_messages=2)
     connection, _ = await b.open(cancellable=True)
     b.server.feed_text("1", "2", "3")
@@ -203,7 +203,7 @@ async def test_close_during_read_pause_counts_discarded_messages(bench: Any, cod
 
 
 async def test_inbox_overflow_close_closes_with_1013(bench: Any) -> None:
-    """With `inbox_overflow="close"` a client that sends faster than it is read is closed with 1013."""
+    """With `inbox_overflow="close"` a client that sends faster than the endpoint reads is closed with 1013."""
     b = bench(inbox_max_messages=2, inbox_overflow="close")
     connection, _ = await b.open()
     b.server.feed_text("1", "2", "3")
@@ -236,7 +236,7 @@ async def test_inbox_max_bytes_pauses_reading(bench: Any) -> None:
 async def test_disconnect_event_decides_close_info(
     bench: Any, code: Any, reason: Any, expected: DisconnectReason, seen: int
 ) -> None:
-    """A disconnect event ends the connection with what it says, and nothing is sent any more."""
+    """A disconnect event determines the close info, and nothing more is sent."""
     b = bench()
     connection, _ = await b.open()
     b.server.feed_disconnect(code, reason)
@@ -247,7 +247,7 @@ async def test_disconnect_event_decides_close_info(
 
 
 async def test_failing_receive_is_lost_connection(bench: Any) -> None:
-    """A server that tears its stream down instead of saying so has lost the connection, and that is no error log."""
+    """A server that fails in `receive` counts as a lost connection, and no error is logged."""
     b = bench()
     connection, _ = await b.open()
     b.server.feed(RuntimeError("stream closed"))
@@ -258,7 +258,7 @@ async def test_failing_receive_is_lost_connection(bench: Any) -> None:
 
 
 async def test_ping_flood_is_not_fully_answered(bench: Any) -> None:
-    """A client that pings without taking anything gets no answer instead of an ever longer queue."""
+    """A client that pings without reading gets no further answers, so that no queue grows."""
     b = bench()
     connection, _ = await b.open()
     b.server.block()
@@ -269,7 +269,7 @@ async def test_ping_flood_is_not_fully_answered(bench: Any) -> None:
 
 
 async def test_pump_bug_is_reported_and_closes_connection(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bug of ours in reading is told, and the connection does not stay without a reader."""
+    """A bug in the pump is reported, and closes the connection, which would have no reader."""
     b = bench()
     connection, _ = await b.open()
     monkeypatch.setattr(type(connection.inbox), "put", lambda self, message: 1 / 0)
@@ -292,21 +292,21 @@ async def test_pump_bug_is_reported_and_closes_connection(bench: Any, monkeypatc
 async def test_message_size_is_checked_only_with_reachable_limit(
     manager_with: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], watches: bool
 ) -> None:
-    """Without a limit that a message could reach, it costs nothing to have limits."""
-    told: list[str] = []
+    """Without a reachable limit, message sizes are not computed."""
+    calls: list[str] = []
     may_send = Connection.admit_message
-    monkeypatch.setattr(Connection, "admit_message", lambda *args: bool(told.append("may") or may_send(*args)))
-    monkeypatch.setattr(Connection, "on_message", lambda _: told.append("heard"))
+    monkeypatch.setattr(Connection, "admit_message", lambda *args: bool(calls.append("may") or may_send(*args)))
+    monkeypatch.setattr(Connection, "on_message", lambda _: calls.append("heard"))
     manager, _ = manager_with(**options)
     server = FakeServer()
     ws = await manager.connect("ann", await server.accepted())
     server.feed_text("one")
     assert await with_deadline(ws.receive_text()) == "one"
-    assert told == (["may", "heard"] if watches else [])
+    assert calls == (["may", "heard"] if watches else [])
 
 
 async def test_pump_drops_oldest_after_pause_timeout_without_read(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After inbox_pause_timeout without a read, reading goes on, and the oldest messages go and are counted."""
+    """After inbox_pause_timeout without a read, reading resumes, and the oldest messages are dropped and counted."""
     monkeypatch.setattr(pump_module, "_POLL_INTERVAL", 0.01)
     b = bench(inbox_max_messages=2, inbox_pause_timeout=0.05)
     connection, _ = await b.open()
@@ -321,7 +321,7 @@ async def test_pump_drops_oldest_after_pause_timeout_without_read(bench: Any, mo
 
 
 async def test_pump_closes_hanging_endpoint_after_pause_timeout(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An endpoint that has read, and neither reads nor sends any more, is cut after inbox_pause_timeout."""
+    """An endpoint that has read, but no longer reads or sends, is closed after inbox_pause_timeout."""
     monkeypatch.setattr(pump_module, "_POLL_INTERVAL", 0.01)
     b = bench(inbox_max_messages=1, inbox_pause_timeout=0.05)
     connection, _ = await b.open()
@@ -333,7 +333,7 @@ async def test_pump_closes_hanging_endpoint_after_pause_timeout(bench: Any, monk
 
 
 async def test_pump_does_not_pause_with_ignore_messages(bench: Any) -> None:
-    """With `ignore_messages` reading goes on at once."""
+    """With `ignore_messages` reading resumes at once."""
     b = bench(inbox_max_messages=2)
     connection, _ = await b.open()
     connection.socket.ignore_messages()

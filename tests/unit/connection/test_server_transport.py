@@ -1,4 +1,4 @@
-"""Tests of what can be found out about the server behind the two ASGI callables."""
+"""Tests of access to the server's transport through the two ASGI callables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.fake_websocket import eventually, settle
 
 
 class Transport:
-    """A transport that counts."""
+    """Transport that counts calls."""
 
     def __init__(self, buffered: Any = 0, error: Exception | None = None) -> None:
         self.buffered = buffered
@@ -24,39 +24,39 @@ class Transport:
         self.aborted = 0
 
     def abort(self) -> None:
-        """Cut."""
+        """Count an abort."""
         self.aborted += 1
         if self.error is not None:
             raise self.error
 
     def get_write_buffer_size(self) -> int:
-        """How much is not flushed."""
+        """Return the unflushed bytes."""
         if isinstance(self.buffered, Exception):
             raise self.buffered
         return int(self.buffered)
 
 
 class Protocol:
-    """A server's protocol object, whose methods are the ASGI callables."""
+    """Protocol object of a server, with the ASGI callables as its methods."""
 
     def __init__(self, **attributes: Any) -> None:
         vars(self).update(attributes)
 
     async def receive(self) -> Any:
-        """ASGI."""
+        """Implement the ASGI `receive`."""
 
     async def send(self, message: Any) -> None:
-        """ASGI."""
+        """Implement the ASGI `send`."""
 
 
 def side(**attributes: Any) -> ServerTransport:
-    """The server's side, for a protocol object with these attributes."""
+    """Return the server transport for a protocol object with these attributes."""
     protocol = Protocol(**attributes)
     return ServerTransport(protocol.receive, protocol.send)
 
 
 def hidden() -> ServerTransport:
-    """The server's side behind a middleware."""
+    """Return the server transport behind a middleware."""
 
     async def receive() -> Any:
         return None
@@ -65,7 +65,7 @@ def hidden() -> ServerTransport:
 
 
 def test_visible_transport_is_aborted() -> None:
-    """Where the server shows its transport, the connection can be cut."""
+    """When the server's transport is accessible, the connection can be aborted."""
     transport = Transport()
     server = side(transport=transport)
     assert server.can_abort
@@ -75,7 +75,7 @@ def test_visible_transport_is_aborted() -> None:
 
 @pytest.mark.parametrize("server", [hidden(), side(), side(transport=None), side(transport=object())])
 def test_abort_of_hidden_transport_does_nothing(server: ServerTransport) -> None:
-    """Where the transport cannot be had, aborting says so and nothing fails."""
+    """When the transport is hidden, aborting returns `False` and raises nothing."""
     assert not server.can_abort
     assert not server.abort()
 
@@ -93,7 +93,7 @@ def test_abort_of_hidden_transport_does_nothing(server: ServerTransport) -> None
     ids=str,
 )
 def test_peer_address_comes_from_transport(named: Any, peer: str | None) -> None:
-    """An address, nothing for a Unix socket, and `None` where it is not known."""
+    """The address comes from the transport: empty for a Unix socket, and `None` where it is unknown."""
     transport = Transport()
     transport.get_extra_info = lambda name: {"peername": raised(named)}[name]  # type: ignore[attr-defined]
     assert side(transport=transport).peer == peer
@@ -101,19 +101,19 @@ def test_peer_address_comes_from_transport(named: Any, peer: str | None) -> None
 
 @pytest.mark.parametrize("server", [hidden(), side(), side(transport=Transport())])
 def test_peer_address_of_hidden_transport_is_unknown(server: ServerTransport) -> None:
-    """Where the transport cannot be had, or says nothing, nobody guesses."""
+    """When the transport is hidden, or has no address, the result is `None`."""
     assert server.peer is None
 
 
 def raised(value: Any) -> Any:
-    """Raise what is an error, and return what is none."""
+    """Raise an exception, or return any other value."""
     if isinstance(value, Exception):
         raise value
     return value
 
 
 def test_failing_transport_abort_raises_nothing() -> None:
-    """Whatever a foreign transport raises stays inside."""
+    """Exceptions of a foreign transport do not propagate."""
     assert not side(transport=Transport(error=RuntimeError("gone"))).abort()
 
 
@@ -121,7 +121,7 @@ def test_failing_transport_abort_raises_nothing() -> None:
 async def test_transport_without_flush_progress_is_aborted(
     monkeypatch: pytest.MonkeyPatch, buffered: Any, aborted: int
 ) -> None:
-    """What a client does not take in time is cut, and a connection that is flushed is left to itself."""
+    """A client that does not take its bytes in time is aborted, and a flushed connection is not."""
     monkeypatch.setattr(server_side_module, "FLUSH_GRACE", 0.0)
     transport = Transport(buffered)
     side(transport=transport).abort_unless_flushed()
@@ -131,18 +131,18 @@ async def test_transport_without_flush_progress_is_aborted(
 
 @pytest.mark.parametrize(("most", "looks"), [(0.0, 2), (0.045, 4)])
 async def test_slowly_flushing_transport_gets_bounded_grace(most: float, looks: int) -> None:
-    """A client that takes something between two looks is not cut, but for a limit in all."""
+    """A client that takes bytes between two checks is not aborted until a total limit."""
     held = iter(range(100, 0, -1))
     transport = Transport(100)
     asked: list[int] = []
     transport.get_write_buffer_size = lambda: asked.append(1) or next(held)  # type: ignore[method-assign]
     side(transport=transport).abort_unless_flushed(0.02, most)
     await eventually(lambda: transport.aborted == 1)
-    assert len(asked) == 2 * looks  # one look asks whether there is anything, and how much
+    assert len(asked) == 2 * looks  # one check reads whether there are bytes, and how many
 
 
 async def test_transport_flushing_within_grace_is_not_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second look decides, after the client had its moment."""
+    """The second check decides, so the client has a moment."""
     monkeypatch.setattr(server_side_module, "FLUSH_GRACE", 0.0)
     transport = Transport(100)
     asked: list[int] = []
@@ -153,7 +153,7 @@ async def test_transport_flushing_within_grace_is_not_aborted(monkeypatch: pytes
 
 
 async def test_hidden_transport_is_left_to_server() -> None:
-    """Without a transport there is nothing to look at."""
+    """Without an accessible transport there is no check."""
     server = hidden()
     server.abort_unless_flushed()
     assert not server.can_abort
@@ -165,14 +165,14 @@ async def test_hidden_transport_is_left_to_server() -> None:
         (False, 0, False, 1),
         (False, 100, False, 1),
         (False, 0, True, 0),
-        (True, 0, False, 0),  # there is no telling what its client has taken
+        (True, 0, False, 0),  # what its client has taken is unknown
         (True, 100, False, 0),
     ],
 )
 async def test_unanswered_close_frame_aborts_transport(
     monkeypatch: pytest.MonkeyPatch, taken: bool, buffered: int, closing: bool, aborted: int
 ) -> None:
-    """Unless the answer came meanwhile, or there is, or may be, something that the client is still to read."""
+    """The transport is aborted unless the answer came, or the client may still have bytes to read."""
     monkeypatch.setattr(server_side_module, "CLOSE_HANDSHAKE_TIMEOUT", 0.0)
     transport = Transport(buffered)
     side(transport=transport).abort_unless_answered(taken=taken)
@@ -182,7 +182,7 @@ async def test_unanswered_close_frame_aborts_transport(
 
 
 async def test_closing_transport_gets_no_timer() -> None:
-    """No timer is kept for a connection that is over."""
+    """A closed connection gets no timer."""
     transport = Transport()
     transport.is_closing = lambda: True  # type: ignore[attr-defined]
     server = side(transport=transport)
@@ -191,9 +191,9 @@ async def test_closing_transport_gets_no_timer() -> None:
     assert not asyncio.get_running_loop()._scheduled  # type: ignore[attr-defined]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked what a client has acknowledged")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports what a client has acknowledged")
 async def test_slow_client_is_not_aborted_before_kernel_buffer_drains(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the operating system still holds for it counts, and is read to the end."""
+    """Bytes in the buffer of the operating system count, and are read to the end."""
     monkeypatch.setattr(server_side_module, "CLOSE_HANDSHAKE_TIMEOUT", 0.0)
     loop = asyncio.get_running_loop()
     listener = socket.create_server(("127.0.0.1", 0))
@@ -235,13 +235,13 @@ async def test_slow_client_is_not_aborted_before_kernel_buffer_drains(monkeypatc
     ],
 )
 def test_event_distinguishes_close_frame_from_lost_connection(event: dict[str, Any], seen: bool) -> None:
-    """Where the server's protocol cannot be seen, code and reason of the event tell."""
+    """Without access to the server's protocol, code and reason of the event decide."""
     assert hidden().saw_close_frame(event) is seen
 
 
 @pytest.mark.parametrize(("received", "seen"), [(None, False), (object(), True)])
 def test_websockets_protocol_knows_received_close_frame(received: Any, seen: bool) -> None:
-    """uvicorn's protocol on `websockets` remembers the frame, whatever the event says."""
+    """uvicorn's protocol on `websockets` stores the received close frame, whatever the event says."""
     server = side(conn=SimpleNamespace(close_rcvd=received))
     assert server.saw_close_frame({"code": 1006}) is seen
     assert server.saw_close_frame({"code": 1000}) is seen
@@ -252,20 +252,20 @@ def test_websockets_protocol_knows_received_close_frame(received: Any, seen: boo
 )
 @pytest.mark.parametrize("where", ["conn", "connection"])
 def test_wsproto_protocol_knows_received_close_frame(where: str, state: str, seen: bool) -> None:
-    """uvicorn's and hypercorn's protocols on `wsproto` have a state that tells."""
+    """The protocols of uvicorn and hypercorn on `wsproto` have a state that decides."""
     server = side(**{where: SimpleNamespace(state=SimpleNamespace(name=state))})
     assert server.saw_close_frame({"code": 1005 if seen else 1000}) is seen
 
 
 def test_unknown_protocol_state_defers_to_event() -> None:
-    """A protocol state without a meaning decides nothing."""
+    """An unknown protocol state decides nothing."""
     server = side(conn=SimpleNamespace(state=SimpleNamespace(name="CONNECTING")))
     assert server.saw_close_frame({"code": 1000})
     assert not server.saw_close_frame({"code": 1006})
 
 
 def _wrapped(send: Any) -> Any:
-    """A `send` inside two closures, as Starlette's middleware makes them."""
+    """Return a `send` inside two closures, as Starlette's middleware creates them."""
 
     def once(send: Any) -> Any:
         async def sender(message: Any) -> None:
@@ -277,14 +277,14 @@ def _wrapped(send: Any) -> Any:
 
 
 def test_server_send_is_found_inside_middleware_closures() -> None:
-    """Hypercorn's protocol is behind `send`, which Starlette's exception middleware wraps."""
+    """Hypercorn's protocol is found behind the `send` that Starlette's exception middleware wraps."""
     protocol = Protocol(connection=SimpleNamespace(state=SimpleNamespace(name="CLOSED")))
     server = ServerTransport(lambda: None, _wrapped(protocol.send))
     assert server.saw_close_frame({"code": 1006})
 
 
 def test_endless_closure_chain_is_abandoned() -> None:
-    """A `send` that wraps itself is looked through a few times and no more."""
+    """A `send` that wraps itself is unwrapped a few times only."""
 
     async def send(message: Any) -> None:
         await send(message)
@@ -293,7 +293,7 @@ def test_endless_closure_chain_is_abandoned() -> None:
 
 
 def test_closure_with_deleted_variable_is_abandoned() -> None:
-    """A wrapper that has let go of the server's `send` hides it, and nothing fails."""
+    """A wrapper that has deleted the server's `send` hides it, and nothing fails."""
 
     server_send = None
 

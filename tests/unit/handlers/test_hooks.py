@@ -16,7 +16,7 @@ from fastapi_ws_stabilizer.errors import closed_error_for
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handlers.hooks import Hook, HookRegistry
 from fastapi_ws_stabilizer.handlers.signatures import Signature, is_async
-from tests.unit.conftest import Heard
+from tests.unit.conftest import EventRecorder
 
 SOCKET: Any = SimpleNamespace(client_id="ann", connection_id="5f3a")
 
@@ -159,7 +159,7 @@ async def test_hooks_run_in_registration_order_until_one_raises(event: str, args
 
 async def test_failing_disconnect_hook_does_not_stop_others() -> None:
     """A failing disconnect hook is reported and told to the error hooks; the others run."""
-    events, heard = EventBus(), Heard()
+    events, heard = EventBus(), EventRecorder()
     events.subscribe(heard)
     hooks = HookRegistry(events)
     calls: list[Any] = []
@@ -180,7 +180,7 @@ async def test_failing_disconnect_hook_does_not_stop_others() -> None:
 
 async def test_failing_error_hook_does_not_stop_others() -> None:
     """A failing error hook is reported, and does not call the error hooks again."""
-    events, heard = EventBus(), Heard()
+    events, heard = EventBus(), EventRecorder()
     events.subscribe(heard)
     hooks = HookRegistry(events)
     calls: list[Any] = []
@@ -222,7 +222,7 @@ async def test_hanging_disconnect_hook_is_cancelled_at_limit() -> None:
 @pytest.mark.parametrize("event", ["disconnect", "session_end", "slow", "error"])
 async def test_socket_closed_in_hook_is_logged_at_debug(event: str) -> None:
     """`SocketClosed` that a hook lets escape is a debug line, and the other hooks of the event are still called."""
-    events, heard, called = EventBus(), Heard(), []
+    events, heard, called = EventBus(), EventRecorder(), []
     events.subscribe(heard)
     hooks = HookRegistry(events)
 

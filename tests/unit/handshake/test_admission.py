@@ -29,7 +29,7 @@ from fastapi_ws_stabilizer.limits.connections import MIN_PENDING, ConnectionLimi
 from fastapi_ws_stabilizer.socket_context import handshake_scope
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.support.fake_websocket import FakeServer, eventually, settle, with_deadline
-from tests.unit.conftest import Heard
+from tests.unit.conftest import EventRecorder
 
 HELLO = json.dumps({"type": "hello", "v": 1, "n": 1})
 
@@ -88,7 +88,7 @@ class AdmissionApp:
         self.manager = manager = WebSocketConnectionManager(
             WebSocketConfig(**{"heartbeat_type": "off", "disconnect_grace": 0.1, **options})
         )
-        self.heard = Heard()
+        self.heard = EventRecorder()
         manager.events.subscribe(self.heard)
         self.app = app = FastAPI(lifespan=manager.lifespan)
         self.identify: Callable[[], Any] = lambda: "ann"

@@ -32,7 +32,7 @@ from fastapi_ws_stabilizer.handshake import rejection as module
 from fastapi_ws_stabilizer.handshake.rejection import Rejector, answered_subprotocol, mark_handled, to_http_exception
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.support.fake_websocket import FakeServer, with_deadline
-from tests.unit.conftest import Heard
+from tests.unit.conftest import EventRecorder
 
 BROWSER = {"headers": [(b"host", b"testserver"), (b"origin", b"http://testserver")]}
 PROGRAM: dict[str, Any] = {}
@@ -296,7 +296,7 @@ def test_unoffered_marker_is_not_selected() -> None:
     assert answered_subprotocol(FakeServer(subprotocols=["chat"], **{SUBPROTOCOL_KEY: "bearer"}).websocket) is None
 
 
-async def test_rejection_is_counted_and_emits_event(heard: tuple[EventBus, Heard]) -> None:
+async def test_rejection_is_counted_and_emits_event(heard: tuple[EventBus, EventRecorder]) -> None:
     """By the option that says so, else by the close code; with the address, and nothing of a credential."""
     events, ear = heard
     for error in (FULL, FULL, MANY, HTTPException(401, "no"), OriginNotAllowedError("foreign"), RoomLimitError("a", 3)):
@@ -317,14 +317,14 @@ class Clock:
         monkeypatch.setattr(reports_module, "monotonic", lambda: self.now)
 
 
-def levels(ear: Heard) -> list[tuple[str, int]]:
+def levels(ear: EventRecorder) -> list[tuple[str, int]]:
     """At which level refusals were told, and how many others each says were left out."""
     return [(logging.getLevelName(one.level), one.fields.get("more", 0)) for one in ear.all]
 
 
 @pytest.mark.parametrize(("error", "level"), [(MANY, "WARNING"), (HTTPException(401), "INFO")], ids=["option", "code"])
 def test_rejection_flood_logs_one_line_per_minute(
-    monkeypatch: pytest.MonkeyPatch, heard: tuple[EventBus, Heard], error: Exception, level: str
+    monkeypatch: pytest.MonkeyPatch, heard: tuple[EventBus, EventRecorder], error: Exception, level: str
 ) -> None:
     """One of a kind is told, the others at DEBUG; the next minute's says how many they were. By an option it warns."""
     clock, (events, ear) = Clock(monkeypatch), heard
@@ -349,7 +349,9 @@ def test_rejection_flood_logs_one_line_per_minute(
     assert events.counters.refusals.total() == 105
 
 
-def test_rejection_log_is_throttled_per_kind(monkeypatch: pytest.MonkeyPatch, heard: tuple[EventBus, Heard]) -> None:
+def test_rejection_log_is_throttled_per_kind(
+    monkeypatch: pytest.MonkeyPatch, heard: tuple[EventBus, EventRecorder]
+) -> None:
     """Each kind has its own minute; of the many that an application may make up, those too many share one."""
     Clock(monkeypatch)
     events, ear = heard

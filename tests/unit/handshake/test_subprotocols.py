@@ -18,7 +18,7 @@ from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.support.fake_websocket import FakeServer, eventually, with_deadline
-from tests.unit.conftest import Heard
+from tests.unit.conftest import EventRecorder
 
 OCPP = ("ocpp2.1", "ocpp1.6")
 
@@ -170,9 +170,9 @@ async def test_subprotocol_is_readable_in_hooks() -> None:
 # ── offered and not answered ──
 
 
-def heard_by(manager: WebSocketConnectionManager) -> Heard:
+def heard_by(manager: WebSocketConnectionManager) -> EventRecorder:
     """What a manager reports."""
-    heard = Heard()
+    heard = EventRecorder()
     manager.events.subscribe(heard)
     return heard
 

@@ -15,7 +15,7 @@ from starlette.staticfiles import StaticFiles
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handshake.routes import MAX_LOGGED, UnmatchedRouteLogger, websocket_paths
 from tests.support.fake_websocket import FakeServer
-from tests.unit.conftest import Heard
+from tests.unit.conftest import EventRecorder
 
 
 async def endpoint(websocket: WebSocket) -> None:
@@ -50,7 +50,7 @@ def test_all_websocket_paths_are_found() -> None:
 
 async def test_unmatched_path_is_reported_with_known_paths() -> None:
     """The bare 403 gets a warning that names the path and the known ones."""
-    app, events, heard = make_app(), EventBus(), Heard()
+    app, events, heard = make_app(), EventBus(), EventRecorder()
     events.subscribe(heard)
     UnmatchedRouteLogger.watch(app, events)
     server = await knock(app, "/wss/ann")
@@ -62,7 +62,7 @@ async def test_unmatched_path_is_reported_with_known_paths() -> None:
 
 async def test_unmatched_path_is_reported_once_up_to_limit() -> None:
     """A scanner does not fill the log."""
-    app, events, heard = FastAPI(), EventBus(), Heard()
+    app, events, heard = FastAPI(), EventBus(), EventRecorder()
     events.subscribe(heard)
     UnmatchedRouteLogger.watch(app, events)
     for number in range(3 * MAX_LOGGED):
@@ -74,7 +74,7 @@ async def test_unmatched_path_is_reported_once_up_to_limit() -> None:
 
 async def test_unmatched_http_request_is_not_reported() -> None:
     """A 404 of HTTP is no business of ours."""
-    app, events, heard = FastAPI(), EventBus(), Heard()
+    app, events, heard = FastAPI(), EventBus(), EventRecorder()
     events.subscribe(heard)
     UnmatchedRouteLogger.watch(app, events)
     sent: list[Any] = []
@@ -112,9 +112,9 @@ def test_app_without_router_default_is_unchanged(app: Any) -> None:
 # ── behind mounts ──
 
 
-def watched(app: FastAPI) -> Heard:
+def watched(app: FastAPI) -> EventRecorder:
     """Watch an app, and hear what is told."""
-    events, heard = EventBus(), Heard()
+    events, heard = EventBus(), EventRecorder()
     events.subscribe(heard)
     UnmatchedRouteLogger.watch(app, events)
     return heard

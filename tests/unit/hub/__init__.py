@@ -1,1 +1,1 @@
-"""Tests of who is connected, what reaches them, and whether they live."""
+"""Unit tests of `fastapi_ws_stabilizer.hub`."""

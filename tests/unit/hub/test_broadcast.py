@@ -1,4 +1,4 @@
-"""Tests of sending one message to many."""
+"""Tests of sending one message to many recipients."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from fastapi_ws_stabilizer.wire.encoded import EncodedMessage, encode
 from tests.support.fake_recipient import FakeRecipient
 
 
-async def fan_out(frame: EncodedMessage, members: list[FakeRecipient]) -> BroadcastResult:
-    """Send a frame to some members, in one go."""
+async def fan_out(frame: EncodedMessage, recipients: list[FakeRecipient]) -> BroadcastResult:
+    """Send a frame to recipients in one flush."""
     events = EventBus()
-    return await Broadcaster(FlushScheduler(1, events), events.counters).send(frame, lambda: ([members], ()))
+    return await Broadcaster(FlushScheduler(1, events), events.counters).send(frame, lambda: ([recipients], ()))
 
 
 async def test_broadcast_shares_one_encoded_message() -> None:
-    """The one encoded frame is queued for each, not a copy of it."""
-    members = [FakeRecipient() for _ in range(3)]
+    """All recipients get the same encoded frame, not a copy."""
+    recipients = [FakeRecipient() for _ in range(3)]
     frame = encode({"n": 1})
-    result = await fan_out(frame, members)
+    result = await fan_out(frame, recipients)
     assert result == BroadcastResult(total=3, succeeded=3, failed=0, errors=[])
-    assert all(len(member.frames) == 1 and member.frames[0] is frame for member in members)
+    assert all(len(recipient.frames) == 1 and recipient.frames[0] is frame for recipient in recipients)
 
 
 async def test_failed_recipient_is_listed_with_close_cause() -> None:
-    """The result names each connection that could not be queued for, with the reason of its end."""
+    """The result names each failed connection, with the cause of its close."""
     ann, bob = FakeRecipient("ann"), FakeRecipient("bob", takes=False)
     result = await fan_out(encode("hi"), [ann, bob])
     assert result == BroadcastResult(total=2, succeeded=1, failed=1, errors=[("bob", "slow_consumer")], slow=1)
@@ -40,14 +40,14 @@ async def test_failed_recipient_is_listed_with_close_cause() -> None:
 
 
 async def test_unopened_recipient_is_listed_as_not_open() -> None:
-    """A failure without an ending has a word as well."""
+    """A failure without close info has a reason as well."""
     ann, new = FakeRecipient("ann"), FakeRecipient("new")
     new.offer = lambda frame: EnqueueResult.CLOSED  # type: ignore[method-assign]
     assert (await fan_out(encode("hi"), [ann, new])).errors == [("new", "not open")]
 
 
 async def test_broadcast_to_slow_recipients_only_does_not_raise() -> None:
-    """A broadcast does not raise because clients are slow: a publisher outlives all of them."""
+    """A broadcast does not raise because clients are slow, so that it does not end its publisher."""
     result = await fan_out(encode("hi"), [FakeRecipient(takes=False), FakeRecipient(takes=False)])
     assert (result.total, result.succeeded, result.failed, result.slow) == (2, 0, 2, 2)
 
@@ -68,12 +68,12 @@ async def test_raise_for_failure_with_success_returns_result() -> None:
 
 
 async def test_broadcast_without_recipients_returns_empty_result() -> None:
-    """Without recipients there is nothing that could fail."""
+    """Without recipients nothing can fail."""
     assert await fan_out(encode("hi"), []) == BroadcastResult()
 
 
 async def test_broadcast_without_backpressure_does_not_yield() -> None:
-    """As long as outboxes are mostly empty, a broadcast takes no turn of the event loop."""
+    """As long as outboxes are mostly empty, a broadcast does not yield to the event loop."""
     scheduler: list[str] = []
     asyncio.get_running_loop().call_soon(scheduler.append, "turn")
     await fan_out(encode("hi"), [FakeRecipient()])
@@ -83,7 +83,7 @@ async def test_broadcast_without_backpressure_does_not_yield() -> None:
 
 
 async def test_broadcast_with_backpressure_yields_to_writers() -> None:
-    """When an outbox fills up, the event loop gets a turn before the broadcast returns."""
+    """When an outbox fills up, a broadcast yields to the event loop before it returns."""
     scheduler: list[str] = []
     asyncio.get_running_loop().call_soon(scheduler.append, "turn")
     await fan_out(encode("hi"), [FakeRecipient(pressed=True), FakeRecipient()])
@@ -91,18 +91,18 @@ async def test_broadcast_with_backpressure_yields_to_writers() -> None:
 
 
 async def test_cancelled_broadcast_with_backpressure_reaches_all() -> None:
-    """Cancelling at the one point where a broadcast waits loses nothing."""
-    members = [FakeRecipient(pressed=True) for _ in range(3)]
-    task = asyncio.ensure_future(fan_out(encode("hi"), members))
+    """Cancelling a broadcast at its only await loses no message."""
+    recipients = [FakeRecipient(pressed=True) for _ in range(3)]
+    task = asyncio.ensure_future(fan_out(encode("hi"), recipients))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert [len(member.frames) for member in members] == [1, 1, 1]
+    assert [len(recipient.frames) for recipient in recipients] == [1, 1, 1]
 
 
-class Held:
-    """A clock by which each recipient takes 2 ms."""
+class AdvancingClock:
+    """Clock that advances 2 ms for each recipient."""
 
     now = 50.0
 
@@ -113,47 +113,47 @@ class Held:
 
 @pytest.fixture
 def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every look at the time show that the loop was held for long."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.scheduling.monotonic", Held())
+    """Let every read of the clock report a long block."""
+    monkeypatch.setattr("fastapi_ws_stabilizer.scheduling.monotonic", AdvancingClock())
     monkeypatch.setattr("fastapi_ws_stabilizer.scheduling.MAX_BLOCK", 0.001)
 
 
-def parts(members: list[FakeRecipient]) -> list[list[FakeRecipient]]:
-    return [[member] for member in members]
+def parts(recipients: list[FakeRecipient]) -> list[list[FakeRecipient]]:
+    return [[recipient] for recipient in recipients]
 
 
 @pytest.mark.usefixtures("slow_clock")
 async def test_long_broadcast_yields_and_preserves_order() -> None:
-    """Others run between two shards; a broadcast that comes meanwhile comes after it, at every client."""
+    """Other tasks run between two shards, and a later broadcast arrives second at every client."""
     events = EventBus()
     fan = Broadcaster(FlushScheduler(4, events), events.counters)
-    members = [FakeRecipient(str(number)) for number in range(4)]
+    recipients = [FakeRecipient(str(number)) for number in range(4)]
     first, second = encode("first"), encode("second")
-    long = asyncio.ensure_future(fan.send(first, lambda: (parts(members), ())))
+    long = asyncio.ensure_future(fan.send(first, lambda: (parts(recipients), ())))
     await asyncio.sleep(0)
-    assert 0 < sum(len(member.frames) for member in members) < 4
-    await fan.send(second, lambda: ([members], ()))
+    assert 0 < sum(len(recipient.frames) for recipient in recipients) < 4
+    await fan.send(second, lambda: ([recipients], ()))
     await long
-    assert all(member.frames == [first, second] for member in members)
+    assert all(recipient.frames == [first, second] for recipient in recipients)
 
 
 @pytest.mark.usefixtures("slow_clock")
 async def test_cancelled_long_broadcast_still_reaches_all() -> None:
-    """Nobody is left out because the caller was cancelled between two shards."""
+    """A caller that is cancelled between two shards does not stop the broadcast."""
     events = EventBus()
     fan = Broadcaster(FlushScheduler(4, events), events.counters)
-    members = [FakeRecipient() for _ in range(4)]
-    long = asyncio.ensure_future(fan.send(encode("hi"), lambda: (parts(members), ())))
+    recipients = [FakeRecipient() for _ in range(4)]
+    long = asyncio.ensure_future(fan.send(encode("hi"), lambda: (parts(recipients), ())))
     await asyncio.sleep(0)
     long.cancel()
     with pytest.raises(asyncio.CancelledError):
         await long
-    assert [len(member.frames) for member in members] == [1, 1, 1, 1]
-    assert (await fan.send(encode("next"), lambda: ([members], ()))).succeeded == 4
+    assert [len(recipient.frames) for recipient in recipients] == [1, 1, 1, 1]
+    assert (await fan.send(encode("next"), lambda: ([recipients], ()))).succeeded == 4
 
 
 async def test_dropped_message_is_neither_success_nor_failure() -> None:
-    """A message that was left out is neither a success nor a failure, and a slow client is one that lags or loses."""
+    """A dropped message is neither a success nor a failure, and counts its client as slow."""
     slow, dropping, well = FakeRecipient(), FakeRecipient(), FakeRecipient()
     slow.verdict, dropping.verdict = EnqueueResult.SLOW, EnqueueResult.DROPPED
     result = await fan_out(encode("hi"), [slow, dropping, well])
@@ -161,17 +161,17 @@ async def test_dropped_message_is_neither_success_nor_failure() -> None:
 
 
 async def test_excluded_connection_is_not_in_total() -> None:
-    """Excluded connections are no part of the total."""
+    """Excluded connections are not part of the total."""
     events = EventBus()
-    members = [FakeRecipient() for _ in range(3)]
+    recipients = [FakeRecipient() for _ in range(3)]
     fan = Broadcaster(FlushScheduler(1, events), events.counters)
-    result = await fan.send(encode("hi"), lambda: ([members], {members[1].connection_id}))
+    result = await fan.send(encode("hi"), lambda: ([recipients], {recipients[1].connection_id}))
     assert (result.total, result.succeeded) == (2, 2)
-    assert [len(member.frames) for member in members] == [1, 0, 1]
+    assert [len(recipient.frames) for recipient in recipients] == [1, 0, 1]
 
 
 async def test_broadcasts_without_recipients_yield_to_event_loop() -> None:
-    """A loop of broadcasts to an empty audience ends when another task of the event loop says so."""
+    """A loop of broadcasts without recipients yields, so that another task can stop it."""
     events = EventBus()
     fan = Broadcaster(FlushScheduler(1, events), events.counters)
     stopped = False

@@ -1,4 +1,4 @@
-"""Tests of the one scheduler that beats for all connections, driven by numbers."""
+"""Tests of the only heartbeat scheduler of all connections, on a fake clock."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer import scheduling as turns_module
+from fastapi_ws_stabilizer import scheduling as scheduling_module
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection import stall_watch as send_watch_module
@@ -20,48 +20,48 @@ from fastapi_ws_stabilizer.hub.heartbeat import MAX_COALESCE_DELAY, MAX_TIMER_LA
 from fastapi_ws_stabilizer.wire.encoded import encode
 from tests.support.fake_recipient import FakeRecipient
 from tests.support.fake_websocket import eventually, settle
-from tests.unit.conftest import Heard
+from tests.unit.conftest import EventRecorder
 
 
-class Beating:
-    """A heartbeat whose clock is a number, with what it reports."""
+class HeartbeatHarness:
+    """A heartbeat on a fake clock, with a record of its events."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
         self.now = 1000.0
-        self.heard = Heard()
+        self.heard = EventRecorder()
         self.events = EventBus()
         self.events.subscribe(self.heard)
         monkeypatch.setattr(heartbeat_module, "monotonic", lambda: self.now)
-        monkeypatch.setattr(turns_module, "monotonic", lambda: self.now)
+        monkeypatch.setattr(scheduling_module, "monotonic", lambda: self.now)
         monkeypatch.setattr(heartbeat_module.random, "uniform", lambda low, high: self.first(low, high))
         self.first = lambda low, high: high
         self.heartbeat = HeartbeatScheduler(WebSocketConfig(**options), self.events)
 
     def add(self, client_id: str = "ann", **kwargs: Any) -> FakeRecipient:
-        """Begin to beat for a new connection, whose first ping is due after one interval."""
-        member = FakeRecipient(client_id, **kwargs)
-        member.liveness.on_frame(self.now)
-        self.heartbeat.add(member)
-        return member
+        """Add a new connection, with its first ping due after one interval."""
+        recipient = FakeRecipient(client_id, **kwargs)
+        recipient.liveness.on_frame(self.now)
+        self.heartbeat.add(recipient)
+        return recipient
 
     def at(self, seconds: float, late: float = 0.0) -> None:
-        """Do what is due that many seconds after the start."""
+        """Run what is due that many seconds after the start."""
         self.now = 1000.0 + seconds
         self.heartbeat.run_due(self.now, late)
 
-    def pong(self, member: FakeRecipient) -> None:
+    def pong(self, recipient: FakeRecipient) -> None:
         """Let the client answer."""
-        member.liveness.on_frame(self.now)
-        member.liveness.on_pong(self.now)
+        recipient.liveness.on_frame(self.now)
+        recipient.liveness.on_pong(self.now)
 
 
 @pytest.fixture
-def beating(monkeypatch: pytest.MonkeyPatch, event_loop_is_running: None) -> Any:
-    """Make heartbeats with a clock of their own."""
-    made: list[Beating] = []
+def harness(monkeypatch: pytest.MonkeyPatch, event_loop_is_running: None) -> Any:
+    """Return a factory of heartbeats with fake clocks."""
+    made: list[HeartbeatHarness] = []
 
-    def make(**options: Any) -> Beating:
-        made.append(Beating(monkeypatch, **options))
+    def make(**options: Any) -> HeartbeatHarness:
+        made.append(HeartbeatHarness(monkeypatch, **options))
         return made[-1]
 
     yield make
@@ -71,188 +71,188 @@ def beating(monkeypatch: pytest.MonkeyPatch, event_loop_is_running: None) -> Any
 
 @pytest.fixture
 async def event_loop_is_running() -> None:
-    """Make these tests run on an event loop, since adding a connection sets a timer."""
+    """Run these tests on an event loop, because adding a connection sets a timer."""
 
 
-async def test_connection_is_pinged_once_per_interval(beating: Any) -> None:
-    """Pings come one interval apart, and none between."""
-    clock = beating(heartbeat_interval=10)
-    member = clock.add()
+async def test_connection_is_pinged_once_per_interval(harness: Any) -> None:
+    """Pings are one interval apart."""
+    clock = harness(heartbeat_interval=10)
+    recipient = clock.add()
     for second in range(31):
         clock.at(second)
-    assert [frame.text for frame in member.frames] == ['{"type":"ping"}'] * 3
+    assert [frame.text for frame in recipient.frames] == ['{"type":"ping"}'] * 3
     assert clock.events.counters.pings_sent == 3
 
 
-async def test_first_ping_is_delayed_by_random_part_of_interval(beating: Any) -> None:
-    """Clients that connect together are not pinged together."""
-    clock = beating(heartbeat_interval=10)
+async def test_first_ping_is_delayed_by_random_part_of_interval(harness: Any) -> None:
+    """Clients that connect together get their first pings at different times."""
+    clock = harness(heartbeat_interval=10)
     asked = []
     clock.first = lambda low, high: asked.append((low, high)) or 3.0
-    member = clock.add()
+    recipient = clock.add()
     clock.at(2.9)
-    assert member.frames == []
+    assert recipient.frames == []
     clock.at(3.0)
-    assert len(member.frames) == 1
+    assert len(recipient.frames) == 1
     assert asked == [(0.0, 10.0)]
 
 
 async def test_first_pings_are_spread_over_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the real random numbers, a hundred connections of one moment are due all over the interval."""
+    """With real random numbers, a hundred simultaneous connections are due all over the interval."""
     heartbeat = HeartbeatScheduler(WebSocketConfig(heartbeat_interval=10), EventBus())
-    members = [FakeRecipient() for _ in range(100)]
-    for member in members:
-        heartbeat.add(member)
+    recipients = [FakeRecipient() for _ in range(100)]
+    for recipient in recipients:
+        heartbeat.add(recipient)
     heartbeat.stop()
-    due = sorted(member.liveness.next_ping for member in members)
+    due = sorted(recipient.liveness.next_ping for recipient in recipients)
     assert due[-1] - due[0] > 5.0
     assert len(set(due)) > 90
 
 
 @pytest.mark.parametrize(("interval", "timeout"), [(10, 25), (10, 60), (30, 5), (10, 10)])
-async def test_heartbeat_timeout_is_exact_for_any_interval(beating: Any, interval: float, timeout: float) -> None:
-    """A client that always answered and then falls silent is closed exactly `heartbeat_timeout` after the ping."""
-    clock = beating(heartbeat_interval=interval, heartbeat_timeout=timeout)
-    member = clock.add()
+async def test_heartbeat_timeout_is_exact_for_any_interval(harness: Any, interval: float, timeout: float) -> None:
+    """A client that stops answering is closed exactly `heartbeat_timeout` after the ping."""
+    clock = harness(heartbeat_interval=interval, heartbeat_timeout=timeout)
+    recipient = clock.add()
     clock.at(interval)
-    clock.pong(member)
+    clock.pong(recipient)
     clock.at(2 * interval)
     clock.at(2 * interval + timeout - 0.01)
-    assert member.close_info is None
+    assert recipient.close_info is None
     clock.at(2 * interval + timeout)
-    assert member.close_info is not None
-    assert member.close_info.cause is DisconnectReason.HEARTBEAT_TIMEOUT
+    assert recipient.close_info is not None
+    assert recipient.close_info.cause is DisconnectReason.HEARTBEAT_TIMEOUT
     assert len(clock.heartbeat) == 0
 
 
-async def test_pings_continue_while_pong_is_outstanding(beating: Any) -> None:
-    """With a timeout over several intervals, each interval has its ping, and the first open one counts."""
-    clock = beating(heartbeat_interval=10, heartbeat_timeout=35, require_pong=True)
-    member = clock.add()
+async def test_pings_continue_while_pong_is_outstanding(harness: Any) -> None:
+    """With a timeout of several intervals, each interval has its ping, and the first open one counts."""
+    clock = harness(heartbeat_interval=10, heartbeat_timeout=35, require_pong=True)
+    recipient = clock.add()
     for second in range(10, 45):
         clock.at(second)
-    assert len(member.frames) == 4
-    assert member.close_info is None
+    assert len(recipient.frames) == 4
+    assert recipient.close_info is None
     clock.at(45)
-    assert member.close_info is not None
+    assert recipient.close_info is not None
 
 
-async def test_heartbeat_timeout_event_has_silent_seconds(beating: Any) -> None:
-    """The report of a timeout names connection, client and how long it was silent."""
-    clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
-    member = clock.add("bob")
+async def test_heartbeat_timeout_event_has_silent_seconds(harness: Any) -> None:
+    """The event of a timeout has the connection, the client and the seconds of silence."""
+    clock = harness(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
+    recipient = clock.add("bob")
     clock.at(10)
     clock.at(15)
     (report,) = clock.heard.of("heartbeat_timeout")
     assert report.level == logging.INFO
-    assert report.fields == {"client_id": "bob", "connection_id": member.connection_id, "silent_seconds": 15.0}
+    assert report.fields == {"client_id": "bob", "connection_id": recipient.connection_id, "silent_seconds": 15.0}
 
 
-async def test_inbound_frames_without_pong_prevent_timeout(beating: Any) -> None:
-    """Any inbound frame proves life, even where pongs are required."""
-    clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
-    member = clock.add()
+async def test_inbound_frames_without_pong_prevent_timeout(harness: Any) -> None:
+    """Any inbound frame proves life, even if pongs are required."""
+    clock = harness(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
+    recipient = clock.add()
     for second in range(100):
         clock.at(second)
-        member.liveness.on_frame(clock.now)
-    assert member.close_info is None
-    assert len(member.frames) >= 9
+        recipient.liveness.on_frame(clock.now)
+    assert recipient.close_info is None
+    assert len(recipient.frames) >= 9
 
 
-async def test_require_pong_auto_starts_with_first_pong(beating: Any) -> None:
-    """With `require_pong="auto"` enforcement starts with the client's first pong."""
-    clock = beating(heartbeat_interval=10, heartbeat_timeout=5)
-    member = clock.add()
+async def test_require_pong_auto_starts_with_first_pong(harness: Any) -> None:
+    """With `require_pong="auto"` pongs are required after the client's first pong."""
+    clock = harness(heartbeat_interval=10, heartbeat_timeout=5)
+    recipient = clock.add()
     for second in range(0, 200, 5):
         clock.at(second)
-    assert member.close_info is None
-    clock.pong(member)
+    assert recipient.close_info is None
+    clock.pong(recipient)
     for second in range(200, 220):
         clock.at(second)
-    assert member.close_info is not None
+    assert recipient.close_info is not None
 
 
-async def test_require_pong_true_closes_client_without_pong(beating: Any) -> None:
+async def test_require_pong_true_closes_client_without_pong(harness: Any) -> None:
     """With `require_pong=True` a client that never answers is closed."""
-    clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
-    member = clock.add()
+    clock = harness(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
+    recipient = clock.add()
     clock.at(10)
     clock.at(15)
-    assert member.close_info is not None
+    assert recipient.close_info is not None
 
 
-async def test_require_pong_false_never_closes_silent_client(beating: Any) -> None:
-    """With `require_pong=False` silence closes nobody, not even who has answered before."""
-    clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=False)
-    member = clock.add()
+async def test_require_pong_false_never_closes_silent_client(harness: Any) -> None:
+    """With `require_pong=False` no silent client is closed, even if it has answered before."""
+    clock = harness(heartbeat_interval=10, heartbeat_timeout=5, require_pong=False)
+    recipient = clock.add()
     clock.at(10)
-    clock.pong(member)
+    clock.pong(recipient)
     for second in range(20, 200, 5):
         clock.at(second)
-    assert member.close_info is None
+    assert recipient.close_info is None
 
 
-async def test_pong_right_after_ping_is_counted(beating: Any) -> None:
-    """A pong that is handled right after the ping was queued is not lost."""
-    clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
-    member = clock.add()
+async def test_pong_right_after_ping_is_counted(harness: Any) -> None:
+    """A pong that arrives right after the ping was queued counts."""
+    clock = harness(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
+    recipient = clock.add()
 
-    send = member.ping
+    send = recipient.ping
 
     def answer_at_once(frame: Any, now: float) -> bool:
-        asyncio.get_running_loop().call_soon(clock.pong, member)
+        asyncio.get_running_loop().call_soon(clock.pong, recipient)
         return send(frame, now)
 
-    member.ping = answer_at_once  # type: ignore[method-assign]
+    recipient.ping = answer_at_once  # type: ignore[method-assign]
     clock.at(10)
-    await eventually(lambda: member.liveness.has_ponged)
+    await eventually(lambda: recipient.liveness.has_ponged)
     clock.at(15)
     clock.at(19.9)
-    assert member.close_info is None
-    assert member.liveness.rtt == 0.0
+    assert recipient.close_info is None
+    assert recipient.liveness.rtt == 0.0
 
 
-async def test_full_outbox_suspends_ping_and_timeout(beating: Any) -> None:
-    """A ping that finds no room proves nothing, so no answer to it is awaited."""
-    clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
-    member = clock.add(room=False)
+async def test_full_outbox_suspends_ping_and_timeout(harness: Any) -> None:
+    """A ping that finds no room expects no answer."""
+    clock = harness(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
+    recipient = clock.add(room=False)
     for second in range(10, 60):
         clock.at(second)
-    assert member.close_info is None
+    assert recipient.close_info is None
     assert clock.events.counters.pings_sent == 0
-    member.room = True
+    recipient.room = True
     clock.at(60)
-    assert len(member.frames) == 1
+    assert len(recipient.frames) == 1
 
 
-async def test_paused_reading_suspends_heartbeat_timeout(beating: Any) -> None:
-    """While we do not read, what the client owes is forgiven."""
-    clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
-    member = clock.add()
+async def test_paused_reading_suspends_heartbeat_timeout(harness: Any) -> None:
+    """While the server does not read, missing answers are ignored."""
+    clock = harness(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
+    recipient = clock.add()
     clock.at(10)
-    member.reading_paused = True
+    recipient.reading_paused = True
     for second in range(11, 100):
         clock.at(second)
-    assert member.close_info is None
+    assert recipient.close_info is None
 
 
-async def test_ping_behind_send_queue_suspends_timeout(beating: Any) -> None:
-    """While messages wait before it the client cannot have seen the ping; when they are gone the debt counts again."""
-    clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
-    member = clock.add()
-    member.backlog = True
+async def test_ping_behind_send_queue_suspends_timeout(harness: Any) -> None:
+    """A client cannot see a ping behind queued messages; when these are sent, the timeout applies again."""
+    clock = harness(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
+    recipient = clock.add()
+    recipient.backlog = True
     for second in range(10, 100):
         clock.at(second)
-    assert member.close_info is None
-    member.backlog = False
+    assert recipient.close_info is None
+    recipient.backlog = False
     for second in range(100, 130):
         clock.at(second)
-    assert member.close_info is not None
+    assert recipient.close_info is not None
 
 
-async def test_send_on_every_iteration_does_not_defer_timeout(beating: Any, bench: Any) -> None:
-    """A message that waits for no more than the end of the turn is no backlog, and forgives no missing answer."""
-    clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
+async def test_send_on_every_iteration_does_not_defer_timeout(harness: Any, bench: Any) -> None:
+    """A message that waits only for the end of the iteration is not a backlog, and excuses no missing answer."""
+    clock = harness(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     b = bench()
     connection, _ = await b.open()
     connection.liveness.on_frame(clock.now)
@@ -265,11 +265,11 @@ async def test_send_on_every_iteration_does_not_defer_timeout(beating: Any, benc
 
 
 async def test_stalled_send_does_not_cause_heartbeat_timeout(
-    beating: Any, bench: Any, monkeypatch: pytest.MonkeyPatch
+    harness: Any, bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A ping behind a send that is stuck cannot have been answered, and send_timeout watches that client."""
+    """A ping behind a stalled send cannot be answered, and send_timeout watches that client."""
     monkeypatch.setattr(send_watch_module, "STALL_THRESHOLD", -1.0)
-    clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
+    clock = harness(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     b = bench()
     connection, _ = await b.open()
     connection.liveness.on_frame(clock.now)
@@ -282,106 +282,106 @@ async def test_stalled_send_does_not_cause_heartbeat_timeout(
     assert connection.close_info is None
 
 
-async def test_late_timer_grants_grace_before_timeout(beating: Any) -> None:
-    """After a blocked event loop nobody is closed before there was a chance to read what waits in the sockets."""
-    clock = beating(heartbeat_interval=100, heartbeat_timeout=5, require_pong=True)
-    member = clock.add()
+async def test_late_timer_grants_grace_before_timeout(harness: Any) -> None:
+    """After a blocked event loop no client is closed before the server could read its socket."""
+    clock = harness(heartbeat_interval=100, heartbeat_timeout=5, require_pong=True)
+    recipient = clock.add()
     clock.at(100)
     clock.at(112, late=7.0)
-    assert member.close_info is None
+    assert recipient.close_info is None
     clock.at(112.9)
-    assert member.close_info is None
+    assert recipient.close_info is None
     clock.at(113)
-    assert member.close_info is not None
+    assert recipient.close_info is not None
 
 
-async def test_grace_after_lag_is_at_most_heartbeat_timeout(beating: Any) -> None:
-    """A short timeout has a short second look."""
-    clock = beating(heartbeat_interval=100, heartbeat_timeout=0.25, require_pong=True)
-    member = clock.add()
+async def test_grace_after_lag_is_at_most_heartbeat_timeout(harness: Any) -> None:
+    """With a short timeout, the grace after a lag is at most that timeout."""
+    clock = harness(heartbeat_interval=100, heartbeat_timeout=0.25, require_pong=True)
+    recipient = clock.add()
     clock.at(100)
     clock.at(101, late=MAX_TIMER_LAG)
-    assert member.close_info is None
+    assert recipient.close_info is None
     clock.at(101.25)
-    assert member.close_info is not None
+    assert recipient.close_info is not None
 
 
-async def test_timer_lag_below_maximum_grants_no_grace(beating: Any) -> None:
-    """A beat that is late by less than half a second is on time."""
-    clock = beating(heartbeat_interval=100, heartbeat_timeout=5, require_pong=True)
-    member = clock.add()
+async def test_timer_lag_below_maximum_grants_no_grace(harness: Any) -> None:
+    """A heartbeat that is less than 0.5 s late is on time."""
+    clock = harness(heartbeat_interval=100, heartbeat_timeout=5, require_pong=True)
+    recipient = clock.add()
     clock.at(100)
     clock.at(105.4, late=MAX_TIMER_LAG - 0.1)
-    assert member.close_info is not None
+    assert recipient.close_info is not None
 
 
-async def test_closed_connection_is_removed_from_heartbeat(beating: Any) -> None:
-    """A connection that ended otherwise is neither pinged nor kept."""
-    clock = beating(heartbeat_interval=10)
-    member = clock.add()
-    member.close(DisconnectReason.CLIENT_CLOSE)
+async def test_closed_connection_is_removed_from_heartbeat(harness: Any) -> None:
+    """A closed connection is neither pinged nor referenced."""
+    clock = harness(heartbeat_interval=10)
+    recipient = clock.add()
+    recipient.close(DisconnectReason.CLIENT_CLOSE)
     clock.at(10)
-    assert member.frames == []
+    assert recipient.frames == []
     assert len(clock.heartbeat) == 0
 
 
-async def test_removed_connection_is_not_pinged(beating: Any) -> None:
-    """After `remove` a connection gets nothing, and the others do."""
-    clock = beating(heartbeat_interval=10)
-    gone, here = clock.add("gone"), clock.add("here")
-    clock.heartbeat.remove(gone)
-    clock.heartbeat.remove(gone)
+async def test_removed_connection_is_not_pinged(harness: Any) -> None:
+    """After `remove` a connection gets no pings, and the others do."""
+    clock = harness(heartbeat_interval=10)
+    removed, other = clock.add("removed"), clock.add("other")
+    clock.heartbeat.remove(removed)
+    clock.heartbeat.remove(removed)
     assert len(clock.heartbeat) == 1
     clock.at(10)
-    assert (len(gone.frames), len(here.frames)) == (0, 1)
+    assert (len(removed.frames), len(other.frames)) == (0, 1)
 
 
-async def test_removed_connections_do_not_grow_heap(beating: Any) -> None:
-    """However many connections have been removed, the heap holds little more than those that are there."""
-    clock = beating(heartbeat_interval=10)
+async def test_removed_connections_do_not_grow_heap(harness: Any) -> None:
+    """After any number of removals, the heap is not much larger than the number of connections."""
+    clock = harness(heartbeat_interval=10)
     staying = [clock.add() for _ in range(3)]
     for _ in range(10):
-        for member in [clock.add() for _ in range(100)]:
-            clock.heartbeat.remove(member)
+        for recipient in [clock.add() for _ in range(100)]:
+            clock.heartbeat.remove(recipient)
     assert len(clock.heartbeat) == 3
     assert clock.heartbeat._deadlines.size <= 64 + 1
     clock.at(10)
-    assert [len(member.frames) for member in staying] == [1, 1, 1]
+    assert [len(recipient.frames) for recipient in staying] == [1, 1, 1]
 
 
-async def test_full_outbox_does_not_delay_pings_to_others(beating: Any) -> None:
-    """A client whose outbox is full costs the others nothing."""
-    clock = beating(heartbeat_interval=10)
+async def test_full_outbox_does_not_delay_pings_to_others(harness: Any) -> None:
+    """A client with a full outbox does not affect the others."""
+    clock = harness(heartbeat_interval=10)
     stuck = clock.add(room=False)
     others = [clock.add() for _ in range(3)]
     clock.at(10)
     assert stuck.frames == []
-    assert [len(member.frames) for member in others] == [1, 1, 1]
+    assert [len(recipient.frames) for recipient in others] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("payload", ["beat", {"kind": "beat"}, b"\x01"])
-async def test_custom_payload_is_sent_and_encoded_once(beating: Any, payload: Any) -> None:
+async def test_custom_payload_is_sent_and_encoded_once(harness: Any, payload: Any) -> None:
     """With `heartbeat_type="custom"` the heartbeat is the user's own message, encoded once."""
-    clock = beating(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=payload)
-    member = clock.add()
+    clock = harness(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=payload)
+    recipient = clock.add()
     clock.at(10)
     clock.at(20)
-    first, second = member.frames
+    first, second = recipient.frames
     assert first is second
     sent = first.data if first.text is None else first.text
     assert sent == payload or json.loads(sent) == payload
 
 
-async def test_payload_function_receives_socket(beating: Any) -> None:
-    """A callable payload is called for each beat with what user code knows the connection by."""
-    clock = beating(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=lambda socket: {"for": socket})
-    member = clock.add()
+async def test_payload_function_receives_socket(harness: Any) -> None:
+    """A callable payload is called for each heartbeat with the connection's socket."""
+    clock = harness(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=lambda socket: {"for": socket})
+    recipient = clock.add()
     clock.at(10)
-    assert json.loads(member.frames[0].text) == {"for": member.socket}
+    assert json.loads(recipient.frames[0].text) == {"for": recipient.socket}
 
 
-async def test_failing_payload_function_is_reported_and_retried(beating: Any) -> None:
-    """A bug in the payload function is reported, hurts no other connection, and the next beat tries again."""
+async def test_failing_payload_function_is_reported_and_retried(harness: Any) -> None:
+    """A bug in the payload function is reported, affects no other connection, and the next heartbeat retries."""
     answers: list[Any] = [ValueError("bug"), object(), "beat"]
 
     def payload(socket: Any) -> Any:
@@ -390,66 +390,66 @@ async def test_failing_payload_function_is_reported_and_retried(beating: Any) ->
             raise answer
         return answer
 
-    clock = beating(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=payload)
-    member = clock.add()
+    clock = harness(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=payload)
+    recipient = clock.add()
     clock.at(10)
     clock.at(20)
     clock.at(30)
     assert clock.heard.events == ["heartbeat_payload_failed", "heartbeat_payload_invalid"]
     assert isinstance(clock.heard.all[1].error, MessageEncodeError)
-    assert [frame.text for frame in member.frames] == ["beat"]
+    assert [frame.text for frame in recipient.frames] == ["beat"]
 
 
 async def test_unencodable_payload_raises_at_construction() -> None:
-    """A constant payload that JSON does not know fails early and not at each beat."""
+    """A constant payload that cannot be encoded fails at construction and not at each heartbeat."""
     config = WebSocketConfig(heartbeat_type="custom", heartbeat_payload={"x": object()})
     with pytest.raises(MessageEncodeError):
         HeartbeatScheduler(config, EventBus())
 
 
-async def test_payload_function_closing_connection_unschedules_it(beating: Any) -> None:
-    """A connection that its own payload function has ended is not scheduled again."""
-    clock = beating(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=lambda socket: end())
-    member = clock.add()
+async def test_payload_function_closing_connection_unschedules_it(harness: Any) -> None:
+    """A connection that its own payload function has closed is not scheduled again."""
+    clock = harness(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=lambda socket: end())
+    recipient = clock.add()
 
     def end() -> str:
-        member.close(DisconnectReason.APPLICATION)
-        member.room = False
-        clock.heartbeat.remove(member)
+        recipient.close(DisconnectReason.APPLICATION)
+        recipient.room = False
+        clock.heartbeat.remove(recipient)
         return "bye"
 
     clock.at(10)
     assert len(clock.heartbeat) == 0
 
 
-async def test_heartbeat_off_schedules_nothing(beating: Any) -> None:
-    """With `heartbeat_type="off"` nobody is scheduled and no timer is set."""
-    clock = beating(heartbeat_type="off")
-    member = clock.add()
+async def test_heartbeat_off_schedules_nothing(harness: Any) -> None:
+    """With `heartbeat_type="off"` no connection is scheduled and no timer is set."""
+    clock = harness(heartbeat_type="off")
+    recipient = clock.add()
     clock.at(1000)
     assert len(clock.heartbeat) == 0
     assert clock.heartbeat._deadlines.timer is None
-    clock.heartbeat.remove(member)
-    assert member.frames == []
+    clock.heartbeat.remove(recipient)
+    assert recipient.frames == []
 
 
-# ── the one timer ──
+# ── the timer ──
 
 
 async def test_heartbeat_timer_pings_on_real_clock() -> None:
-    """On the real clock, a connection is pinged without anybody calling."""
+    """On the real clock, the timer pings a connection."""
     heartbeat = HeartbeatScheduler(WebSocketConfig(heartbeat_interval=0.02), EventBus())
-    member = FakeRecipient()
-    heartbeat.add(member)
-    await eventually(lambda: len(member.frames) >= 2)
+    recipient = FakeRecipient()
+    heartbeat.add(recipient)
+    await eventually(lambda: len(recipient.frames) >= 2)
     heartbeat.stop()
     assert len(heartbeat) == 0
     assert heartbeat._deadlines.timer is None
 
 
-async def test_all_connections_share_one_heartbeat_timer(beating: Any) -> None:
-    """However many connections there are, the event loop holds one timer for them, a little after the first is due."""
-    clock = beating(heartbeat_interval=10)
+async def test_all_connections_share_one_heartbeat_timer(harness: Any) -> None:
+    """For any number of connections the event loop has one timer, shortly after the first is due."""
+    clock = harness(heartbeat_interval=10)
     firsts = iter([5.0, 7.0, 2.0, 9.0])
     clock.first = lambda low, high: next(firsts)
     timers = []
@@ -463,15 +463,15 @@ async def test_all_connections_share_one_heartbeat_timer(beating: Any) -> None:
     assert clock.heartbeat._deadlines.timer_due == 1002.0 + MAX_COALESCE_DELAY
 
 
-async def test_blocked_event_loop_is_reported_and_grants_grace(beating: Any) -> None:
-    """When the timer itself comes late by half a second or more, that is a warning, and gives a second look."""
-    clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
-    member = clock.add()
+async def test_blocked_event_loop_is_reported_and_grants_grace(harness: Any) -> None:
+    """A timer that fires 0.5 s late or more is logged as a warning, and grants a grace."""
+    clock = harness(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
+    recipient = clock.add()
     clock.at(10)
     clock.heartbeat._deadlines.timer_due = 1015.0
     clock.now = 1018.0
     clock.heartbeat._deadlines._on_timer()
-    assert member.close_info is None
+    assert recipient.close_info is None
     (report,) = clock.heard.of("event_loop_blocked")
     assert report.level == logging.WARNING
     assert report.fields == {"blocked_seconds": 3.0}
@@ -479,26 +479,25 @@ async def test_blocked_event_loop_is_reported_and_grants_grace(beating: Any) -> 
 
 
 async def test_heartbeat_of_many_connections_yields_to_event_loop(
-    beating: Any, monkeypatch: pytest.MonkeyPatch
+    harness: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is due when the loop was held for long comes in the next turn, and nobody is left out or pinged twice."""
+    """Pings due after a long block continue in the next iteration, and each client gets exactly one."""
     looks = iter(range(10**6))
-    clock = beating(heartbeat_interval=10)
-    monkeypatch.setattr(
-        turns_module, "monotonic", lambda: 1010.0 + MAX_COALESCE_DELAY + next(looks) * turns_module.MAX_BLOCK
-    )
-    members = [clock.add() for _ in range(9)]
-    clock.now = 1010.0 + MAX_COALESCE_DELAY
+    clock = harness(heartbeat_interval=10)
+    due = 1010.0 + MAX_COALESCE_DELAY
+    monkeypatch.setattr(scheduling_module, "monotonic", lambda: due + next(looks) * scheduling_module.MAX_BLOCK)
+    recipients = [clock.add() for _ in range(9)]
+    clock.now = due
     clock.heartbeat._deadlines.timer.cancel()
     clock.heartbeat._deadlines._on_timer()
-    assert 0 < sum(len(member.frames) for member in members) < 9
-    await eventually(lambda: all(member.frames for member in members))
-    assert [len(member.frames) for member in members] == [1] * 9
+    assert 0 < sum(len(recipient.frames) for recipient in recipients) < 9
+    await eventually(lambda: all(recipient.frames for recipient in recipients))
+    assert [len(recipient.frames) for recipient in recipients] == [1] * 9
 
 
-async def test_heartbeat_stop_is_idempotent(beating: Any) -> None:
-    """A stopped heartbeat has no connections, no timer, and can be stopped again."""
-    clock = beating()
+async def test_heartbeat_stop_is_idempotent(harness: Any) -> None:
+    """A stopped heartbeat has no connections and no timer, and can be stopped again."""
+    clock = harness()
     clock.add()
     clock.heartbeat.stop()
     clock.heartbeat.stop()
@@ -507,121 +506,121 @@ async def test_heartbeat_stop_is_idempotent(beating: Any) -> None:
     assert clock.heartbeat._deadlines.timer is None
 
 
-# ── bytes ──
+# ── bytes in transit ──
 
 
-async def test_partial_inbound_message_restarts_timeout(beating: Any) -> None:
-    """Bytes that have come since the ping begin the time anew, from the last of them."""
-    clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
-    member = clock.add()
+async def test_partial_inbound_message_restarts_timeout(harness: Any) -> None:
+    """Bytes received since the ping restart the timeout at the last of them."""
+    clock = harness(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
+    recipient = clock.add()
     clock.at(10)
-    member.silent = 2.0
+    recipient.silent = 2.0
     clock.at(25)
-    assert member.close_info is None
-    assert clock.now - member.liveness.last_seen == 2.0
-    member.silent = 16.9
+    assert recipient.close_info is None
+    assert clock.now - recipient.liveness.last_seen == 2.0
+    recipient.silent = 16.9
     clock.at(37.9)
-    assert member.close_info is None
-    member.silent = 17.0
+    assert recipient.close_info is None
+    recipient.silent = 17.0
     clock.at(38)
-    assert member.close_info is not None
-    assert member.close_info.cause is DisconnectReason.HEARTBEAT_TIMEOUT
+    assert recipient.close_info is not None
+    assert recipient.close_info.cause is DisconnectReason.HEARTBEAT_TIMEOUT
 
 
-async def test_never_completed_inbound_message_is_closed(beating: Any) -> None:
-    """A byte now and then holds a connection no longer than the largest message takes at the slowest rate."""
-    clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True, max_message_size=40 * 4096)
-    member = clock.add()
-    member.silent = 1.0
+async def test_never_completed_inbound_message_is_closed(harness: Any) -> None:
+    """A trickle of bytes holds a connection no longer than the largest message takes at the slowest rate."""
+    clock = harness(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True, max_message_size=40 * 4096)
+    recipient = clock.add()
+    recipient.silent = 1.0
     for second in range(10, 65):
         clock.at(second)
-        assert member.close_info is None, second
+        assert recipient.close_info is None, second
     clock.at(65)  # the ping, 40 s, and the timeout
-    assert member.close_info is not None
+    assert recipient.close_info is not None
 
 
-async def test_message_time_limit_restarts_with_each_message(beating: Any) -> None:
-    """The bound is one of each message, and not of a connection."""
-    clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True, max_message_size=40 * 4096)
-    member = clock.add()
-    member.silent = 1.0
+async def test_message_time_limit_restarts_with_each_message(harness: Any) -> None:
+    """The limit applies to each message, and not to the connection."""
+    clock = harness(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True, max_message_size=40 * 4096)
+    recipient = clock.add()
+    recipient.silent = 1.0
     for second in range(10, 300):
         if second % 50 == 0:
-            member.liveness.on_frame(1000.0 + second)
+            recipient.liveness.on_frame(1000.0 + second)
         clock.at(second)
-        assert member.close_info is None, second
+        assert recipient.close_info is None, second
 
 
-async def test_outbound_progress_before_ping_defers_timeout(beating: Any) -> None:
-    """A ping behind a large message is owed from the last look at which its client had taken more of that."""
-    clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
-    member = clock.add()
-    member.unsent, member.taken = 100_000, 5_000
+async def test_outbound_progress_before_ping_defers_timeout(harness: Any) -> None:
+    """The timeout of a ping behind a large message runs from the last check at which its client had taken more."""
+    clock = harness(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
+    recipient = clock.add()
+    recipient.unsent, recipient.taken = 100_000, 5_000
     clock.at(10)
     for second in range(11, 60):
-        member.taken += 2_000
+        recipient.taken += 2_000
         clock.at(second)
-        assert member.close_info is None, second
+        assert recipient.close_info is None, second
     clock.at(60)
     clock.at(74.9)
-    assert member.close_info is None
+    assert recipient.close_info is None
     clock.at(75)
-    assert member.close_info is not None
+    assert recipient.close_info is not None
 
 
 @pytest.mark.parametrize(("unsent", "taken"), [(16 * 1024 - 1, 100_000), (20_000, 0), (None, None)])
 async def test_outbound_bytes_without_progress_do_not_defer_timeout(
-    beating: Any, unsent: int | None, taken: int | None
+    harness: Any, unsent: int | None, taken: int | None
 ) -> None:
-    """Little before a ping delays no pong, and bytes that nobody takes are no sign of life."""
-    clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
-    member = clock.add()
-    member.unsent, member.taken = unsent, 0 if taken is not None else None
+    """Few bytes before a ping do not delay a pong, and bytes without progress do not prove life."""
+    clock = harness(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
+    recipient = clock.add()
+    recipient.unsent, recipient.taken = unsent, 0 if taken is not None else None
     clock.at(10)
-    member.taken = taken
+    recipient.taken = taken
     clock.at(25)
-    assert member.close_info is not None
+    assert recipient.close_info is not None
 
 
-async def test_outbound_progress_after_ping_does_not_defer_timeout(beating: Any) -> None:
-    """A client whose machine takes more and more, and that answers nothing, is closed one timeout later at most."""
-    clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
-    member = clock.add()
-    member.unsent, member.taken = 20_000, 0
+async def test_outbound_progress_after_ping_does_not_defer_timeout(harness: Any) -> None:
+    """A client that acknowledges bytes but never answers is closed at most one timeout later."""
+    clock = harness(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
+    recipient = clock.add()
+    recipient.unsent, recipient.taken = 20_000, 0
     for second in range(10, 41):
         clock.at(second)
-        member.taken += 10_000
-    assert member.close_info is not None
+        recipient.taken += 10_000
+    assert recipient.close_info is not None
 
 
-async def test_removed_or_answering_client_leaves_no_ping_state(beating: Any) -> None:
-    """What is remembered of a client goes with it, and what it has paid at its next ping."""
-    clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
-    members = [clock.add(str(number)) for number in range(3)]
-    for member in members:
-        member.unsent, member.taken = 20_000, 0
+async def test_removed_or_answering_client_leaves_no_ping_state(harness: Any) -> None:
+    """The ping state is removed with its client, and reset at the next ping after an answer."""
+    clock = harness(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
+    recipients = [clock.add(str(number)) for number in range(3)]
+    for recipient in recipients:
+        recipient.unsent, recipient.taken = 20_000, 0
     clock.at(10)
     assert len(clock.heartbeat._unanswered) == 3
-    clock.heartbeat.remove(members[0])
-    clock.pong(members[1])
-    members[1].unsent = 0
+    clock.heartbeat.remove(recipients[0])
+    clock.pong(recipients[1])
+    recipients[1].unsent = 0
     clock.at(20)
-    assert list(clock.heartbeat._unanswered) == [members[2].liveness]
+    assert list(clock.heartbeat._unanswered) == [recipients[2].liveness]
     clock.heartbeat.stop()
     assert not clock.heartbeat._unanswered
 
 
-async def test_payload_function_closing_connection_leaves_no_state(beating: Any) -> None:
-    """Much on its way to a client that has just ended is not remembered."""
-    members: list[FakeRecipient] = []
+async def test_payload_function_closing_connection_leaves_no_state(harness: Any) -> None:
+    """Bytes in transit to a client that has just closed leave no state."""
+    recipients: list[FakeRecipient] = []
 
     def payload(_: object) -> str:
-        clock.heartbeat.remove(members[0])
-        members[0].close(DisconnectReason.APPLICATION)
+        clock.heartbeat.remove(recipients[0])
+        recipients[0].close(DisconnectReason.APPLICATION)
         return "ping"
 
-    clock = beating(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=payload)
-    members.append(clock.add())
-    members[0].unsent, members[0].taken = 20_000, 0
+    clock = harness(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=payload)
+    recipients.append(clock.add())
+    recipients[0].unsent, recipients[0].taken = 20_000, 0
     clock.at(10)
     assert not clock.heartbeat._unanswered

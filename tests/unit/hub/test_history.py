@@ -1,4 +1,4 @@
-"""Tests of what rooms remember for newcomers."""
+"""Tests of the message history of rooms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastapi_ws_stabilizer.wire.encoded import encode
 
 
 class Clock:
-    """Time that passes when a test says so."""
+    """Clock that a test moves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
@@ -21,23 +21,23 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """A clock that is a number."""
+    """Return a fake clock."""
     return Clock(monkeypatch)
 
 
 def say(history: RoomHistory, room: str, *texts: str) -> None:
-    """Say something in a room."""
+    """Send a message to a room."""
     for text in texts:
         history.add(room, encode(text))
 
 
 def last(history: RoomHistory, room: str, count: int = 100) -> list[str | None]:
-    """The last texts of a room."""
+    """Return the last texts of a room."""
     return [frame.text for frame in history.last(room, count)]
 
 
 def test_history_returns_newest_messages_oldest_first() -> None:
-    """The last messages come oldest first, at most as many as are asked for, and those of no other room."""
+    """The last messages come oldest first, at most the requested number, and only those of the room."""
     history = RoomHistory(10, 60)
     say(history, "lobby", "a", "b", "c")
     say(history, "attic", "d")
@@ -49,21 +49,21 @@ def test_history_returns_newest_messages_oldest_first() -> None:
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_history_with_non_positive_count_returns_nothing(count: int) -> None:
-    """A count that is not positive is nothing, and not everything."""
+    """A count that is not positive returns nothing, and not everything."""
     history = RoomHistory(10, 60)
     say(history, "lobby", "a")
     assert last(history, "lobby", count) == []
 
 
 def test_history_beyond_max_messages_drops_oldest() -> None:
-    """Of too many messages the oldest are forgotten."""
+    """Above the limit of messages the oldest are dropped."""
     history = RoomHistory(3, 60)
     say(history, "lobby", *"abcde")
     assert last(history, "lobby") == ["c", "d", "e"]
 
 
 def test_history_limit_zero_stores_nothing() -> None:
-    """A limit of 0 costs nothing."""
+    """A limit of 0 stores nothing."""
     history = RoomHistory(0, 60)
     say(history, "lobby", "a")
     assert len(history) == 0
@@ -71,14 +71,14 @@ def test_history_limit_zero_stores_nothing() -> None:
 
 
 def test_volatile_message_is_not_in_history() -> None:
-    """What is worth nothing later is not kept for newcomers."""
+    """A volatile message is not stored for new members."""
     history = RoomHistory(10, 60)
     history.add("lobby", encode("a", volatile=True))
     assert len(history) == 0
 
 
 def test_history_beyond_max_bytes_drops_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of too many bytes the oldest are forgotten, and one message of any size is kept."""
+    """Above the limit of bytes the oldest are dropped, and one message of any size is stored."""
     monkeypatch.setattr(history_module, "MAX_BYTES", 10)
     history = RoomHistory(100, 60)
     say(history, "lobby", "aaaa", "bbbb", "cccc")
@@ -90,7 +90,7 @@ def test_history_beyond_max_bytes_drops_oldest(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_messages_beyond_max_age_expire(clock: Clock) -> None:
-    """A message is remembered for its time, whoever asks."""
+    """A message is stored for its maximum age, for all readers."""
     history = RoomHistory(10, 60)
     say(history, "lobby", "a")
     clock.now += 40
@@ -104,7 +104,7 @@ def test_messages_beyond_max_age_expire(clock: Clock) -> None:
 
 
 def test_history_of_idle_room_expires_on_any_message(clock: Clock) -> None:
-    """Rooms that are silent for too long go when anything is said anywhere."""
+    """Expired messages of idle rooms are removed when a message is sent to any room."""
     history = RoomHistory(10, 60)
     say(history, "lobby", "a")
     say(history, "attic", "b")
@@ -118,7 +118,7 @@ def test_history_of_idle_room_expires_on_any_message(clock: Clock) -> None:
 
 
 def test_room_with_only_expired_messages_is_removed(clock: Clock) -> None:
-    """A room that was emptied by a question is forgotten with the next message."""
+    """A room that a read has emptied is removed with the next message."""
     history = RoomHistory(10, 60)
     say(history, "lobby", "a")
     clock.now += 61
@@ -128,7 +128,7 @@ def test_room_with_only_expired_messages_is_removed(clock: Clock) -> None:
 
 
 def test_rooms_beyond_max_rooms_drop_least_recent(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No more rooms are remembered than may be: the one in which nothing was said for longest goes first."""
+    """Above the limit of rooms, the room with the oldest last message is removed first."""
     monkeypatch.setattr(history_module, "MAX_ROOMS", 2)
     history = RoomHistory(10, 60)
     for room in ("lobby", "attic", "lobby", "cellar"):
@@ -140,7 +140,7 @@ def test_rooms_beyond_max_rooms_drop_least_recent(clock: Clock, monkeypatch: pyt
 
 
 def test_history_shares_message_without_copy() -> None:
-    """What a room remembers is the very message that was broadcast."""
+    """The history holds the same message object that was broadcast."""
     history, frame = RoomHistory(10, 60), encode("a")
     history.add("lobby", frame)
     history.add("attic", frame)
@@ -151,7 +151,7 @@ def test_history_shares_message_without_copy() -> None:
     st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 40)), max_size=40), st.integers(1, 5), st.integers(1, 7)
 )
 def test_history_is_always_tail_of_room_messages(said: list[tuple[str, int]], max_messages: int, count: int) -> None:
-    """What a room remembers is the end of what was said in it, and its bytes are counted right."""
+    """The history is always the end of the room's messages, and its bytes are counted correctly."""
     history, rooms = RoomHistory(max_messages, 60), {room: [] for room in "abc"}
     for number, (room, size) in enumerate(said):
         text = f"{number}{'.' * size}"
@@ -164,7 +164,7 @@ def test_history_is_always_tail_of_room_messages(said: list[tuple[str, int]], ma
 
 
 def test_ended_room_records_nothing_until_begin(clock: Clock) -> None:
-    """The end of a room drops its messages and those that are sent to it since, until a member has come."""
+    """The end of a room drops its messages and those sent since, until a member joins."""
     history = RoomHistory(10, 60)
     say(history, "lobby", "private")
     history.end("lobby")
@@ -177,7 +177,7 @@ def test_ended_room_records_nothing_until_begin(clock: Clock) -> None:
 
 
 def test_room_end_is_remembered_for_max_age(clock: Clock) -> None:
-    """After `max_age` a room that has ended is one that nobody has joined yet; other rooms drop it by then."""
+    """After `max_age` an ended room counts as new; other rooms remove its record by then."""
     history = RoomHistory(10, 60)
     history.end("lobby")
     clock.now += 59
@@ -194,7 +194,7 @@ def test_room_end_is_remembered_for_max_age(clock: Clock) -> None:
 
 
 def test_ended_rooms_do_not_evict_live_history(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many rooms end, what was said in others stays, and of the ends only the last are remembered."""
+    """Ended rooms do not displace the history of others, and only the last ones are remembered."""
     monkeypatch.setattr(history_module, "MAX_ROOMS", 3)
     monkeypatch.setattr(history_module, "MAX_ENDED", 3)
     history = RoomHistory(10, 60)
@@ -207,7 +207,7 @@ def test_ended_rooms_do_not_evict_live_history(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_disabled_history_does_not_record_room_end() -> None:
-    """A limit of 0 costs nothing when a room ends either."""
+    """A limit of 0 stores nothing when a room ends either."""
     history = RoomHistory(0, 60)
     history.end("lobby")
     assert (len(history), len(history._ended), history.enabled) == (0, 0, False)
@@ -227,7 +227,7 @@ def test_history_omits_message_for_excluded_name(monkeypatch: pytest.MonkeyPatch
 
 
 def test_history_since_time_omits_earlier_messages(clock: Clock) -> None:
-    """What was sent before a moment is left out."""
+    """Messages before a given time are left out."""
     history = RoomHistory(10, 60)
     say(history, "lobby", "before")
     clock.now += 1

@@ -1,4 +1,4 @@
-"""Tests of who gets what, on connections without sockets."""
+"""Tests of the recipients of messages, on connections without sockets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer import scheduling as turns_module
+from fastapi_ws_stabilizer import scheduling as scheduling_module
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.hub.hub import SMALL_ROOM, Hub
@@ -18,9 +18,9 @@ from tests.support.fake_recipient import FakeRecipient
 
 
 class HubHarness:
-    """A delivery with its turns, and connections in the room `lobby`."""
+    """A hub with its scheduler, and connections in the room `lobby`."""
 
-    def __init__(self, members: int, **options: Any) -> None:
+    def __init__(self, recipients: int, **options: Any) -> None:
         self.config = WebSocketConfig(**options)
         events = EventBus()
         self.scheduler = FlushScheduler(self.config.num_shards, events)
@@ -33,25 +33,25 @@ class HubHarness:
             left=self._hear,
             wanted=lambda: False,
         )
-        self.members = [self.add(f"client-{number}") for number in range(members)]
+        self.recipients = [self.add(f"client-{number}") for number in range(recipients)]
 
     async def _hear(self, _: Any) -> None:
-        """Nobody wants to be told."""
+        """Ignore the presence event."""
 
     def add(self, client_id: str) -> FakeRecipient:
-        """Connect a client, and let it into the lobby."""
-        member = FakeRecipient(client_id, shard=self.hub.registry.next_shard())
-        self.hub.registry.add(member)
-        self.hub.join(member, "lobby", None)
-        return member
+        """Connect a client, and let it join the room."""
+        recipient = FakeRecipient(client_id, shard=self.hub.registry.next_shard())
+        self.hub.registry.add(recipient)
+        self.hub.join(recipient, "lobby", None)
+        return recipient
 
-    async def reached_by_turn(self, **whom: Any) -> list[int]:
-        """Broadcast, and return how many have been reached at the end of each turn that has reached somebody."""
-        task = asyncio.ensure_future(self.hub.broadcast(encode("hi"), **whom))
+    async def reached_by_iteration(self, **audience: Any) -> list[int]:
+        """Broadcast; return the numbers of reached recipients after each iteration that has reached some."""
+        task = asyncio.ensure_future(self.hub.broadcast(encode("hi"), **audience))
         reached: list[int] = []
         while not task.done():
             await asyncio.sleep(0)
-            count = sum(len(member.frames) for member in self.members)
+            count = sum(len(recipient.frames) for recipient in self.recipients)
             if count not in reached:
                 reached.append(count)
         await task
@@ -59,14 +59,14 @@ class HubHarness:
 
 
 @pytest.fixture
-def no_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the event loop have been held for long wherever that is asked."""
-    monkeypatch.setattr(turns_module, "MAX_BLOCK", -1.0)
+def blocked_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every check report a long block of the event loop."""
+    monkeypatch.setattr(scheduling_module, "MAX_BLOCK", -1.0)
 
 
-@pytest.mark.usefixtures("no_hold")
+@pytest.mark.usefixtures("blocked_loop")
 @pytest.mark.parametrize(
-    ("members", "num_shards", "reached"),
+    ("recipients", "num_shards", "reached"),
     [
         (SMALL_ROOM, 16, [SMALL_ROOM]),
         (SMALL_ROOM + 1, 16, [SMALL_ROOM, SMALL_ROOM + 1]),
@@ -75,24 +75,26 @@ def no_hold(monkeypatch: pytest.MonkeyPatch) -> None:
         (400, 1, [400]),
     ],
 )
-async def test_room_broadcast_is_sharded_only_for_large_room(members: int, num_shards: int, reached: list[int]) -> None:
-    """A small room is reached at one go, and a large one in num_shards parts."""
-    hub = HubHarness(members, num_shards=num_shards)
-    assert await hub.reached_by_turn(rooms="lobby") == reached
+async def test_room_broadcast_is_sharded_only_for_large_room(
+    recipients: int, num_shards: int, reached: list[int]
+) -> None:
+    """A message to a small room is sent in one iteration, and to a large one in num_shards iterations."""
+    hub = HubHarness(recipients, num_shards=num_shards)
+    assert await hub.reached_by_iteration(rooms="lobby") == reached
 
 
-@pytest.mark.usefixtures("no_hold")
+@pytest.mark.usefixtures("blocked_loop")
 @pytest.mark.parametrize(("num_shards", "reached"), [(1, [8]), (4, [2, 4, 6, 8]), (8, [1, 2, 3, 4, 5, 6, 7, 8])])
 async def test_broadcast_to_all_is_always_sharded(num_shards: int, reached: list[int]) -> None:
-    """A broadcast to everybody goes shard by shard, however few they are."""
-    assert await HubHarness(8, num_shards=num_shards).reached_by_turn() == reached
+    """A broadcast to all clients goes shard by shard, however few they are."""
+    assert await HubHarness(8, num_shards=num_shards).reached_by_iteration() == reached
 
 
 @pytest.mark.parametrize("how", ["to one", "to all"])
 async def test_send_after_max_block_yields_to_writers(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """A send gives the loop a turn when writers have waited for longer than MAX_BLOCK, and else it does not."""
+    """A send yields to the loop when writers have waited for longer than MAX_BLOCK, and otherwise does not."""
     now = [100.0]
-    monkeypatch.setattr(turns_module, "monotonic", lambda: now[0])
+    monkeypatch.setattr(scheduling_module, "monotonic", lambda: now[0])
     hub = HubHarness(1, num_shards=1)
     log: list[str] = []
 

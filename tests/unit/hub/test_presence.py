@@ -1,4 +1,4 @@
-"""Tests of who is in a room by client, on a clock that is a number."""
+"""Tests of the presence of clients in rooms, on a fake clock."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from tests.support.own_loop import run
 VARIABLE: contextvars.ContextVar[str] = contextvars.ContextVar("VARIABLE", default="unset")
 
 
-class Watched:
-    """A board whose clock is a number, and what it has said.
+class PresenceHarness:
+    """A presence tracker on a fake clock, and its announcements.
 
     Attributes:
-        calls: What was said and of whom, in order, each from the moment at which its call began.
-        running: How many calls have begun in each room and not ended.
-        listening: Whether anybody wants to hear it.
+        calls: Announcements in the order in which their calls began.
+        running: Number of running calls in each room.
+        listening: Whether there are hooks.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, grace: float = 10.0) -> None:
@@ -45,20 +45,20 @@ class Watched:
         self._may_end = asyncio.Event()
         self._may_end.set()
         monkeypatch.setattr(presence_module, "monotonic", lambda: self.now)
-        self.board = PresenceTracker(
+        self.tracker = PresenceTracker(
             grace=grace,
-            joined=lambda who: self._hear("joined", who),
-            left=lambda who: self._hear("left", who),
+            joined=lambda presence: self._hear("joined", presence),
+            left=lambda presence: self._hear("left", presence),
             wanted=lambda: self.listening,
             tasks=self.tasks,
         )
 
-    async def _hear(self, what: str, who: Presence) -> None:
-        self.running[who.room] = self.running.get(who.room, 0) + 1
-        assert self.running[who.room] == 1, "two calls at a time in one room"
-        self.calls.append((what, who))
+    async def _hear(self, what: str, presence: Presence) -> None:
+        self.running[presence.room] = self.running.get(presence.room, 0) + 1
+        assert self.running[presence.room] == 1, "two calls at a time in one room"
+        self.calls.append((what, presence))
         await self._may_end.wait()
-        self.running[who.room] -= 1
+        self.running[presence.room] -= 1
 
     def block(self) -> None:
         """Let no call end from now on."""
@@ -69,88 +69,88 @@ class Watched:
         self._may_end.set()
 
     @property
-    def said(self) -> list[str]:
-        """What was said, in words."""
-        return [f"{who.client_id} {what}" for what, who in self.calls]
+    def announced(self) -> list[str]:
+        """The announcements as texts."""
+        return [f"{presence.client_id} {what}" for what, presence in self.calls]
 
-    def enter(self, member: FakeRecipient, room: str = "lobby", metadata: Any = None) -> None:
-        """Let a connection in."""
-        self.board.join(room, member.client_id, member.connection_id, metadata)
+    def enter(self, recipient: FakeRecipient, room: str = "lobby", metadata: Any = None) -> None:
+        """Let a connection join."""
+        self.tracker.join(room, recipient.client_id, recipient.connection_id, metadata)
 
-    def leave(self, member: FakeRecipient, room: str = "lobby", *, at_once: bool = False) -> None:
-        """Take a connection out."""
-        self.board.leave(room, member.client_id, member.connection_id, at_once=at_once)
+    def leave(self, recipient: FakeRecipient, room: str = "lobby", *, at_once: bool = False) -> None:
+        """Let a connection leave."""
+        self.tracker.leave(room, recipient.client_id, recipient.connection_id, at_once=at_once)
 
     def present(self, room: str = "lobby") -> list[str]:
-        """The clients in a room."""
-        return [who.client_id for who in self.board.present(room)]
+        """Return the clients in a room."""
+        return [presence.client_id for presence in self.tracker.present(room)]
 
     def at(self, seconds: float) -> None:
-        """Let it be that many seconds after the start, and let graces that have run out then end."""
+        """Set the clock to that many seconds after the start, and end the graces that have expired."""
         self.now = 1000.0 + seconds
-        while self.board._graces and next(iter(self.board._graces.values())) <= self.now:
+        while self.tracker._graces and next(iter(self.tracker._graces.values())) <= self.now:
             self.timer_fires()
 
     def timer_fires(self) -> None:
-        """Let the timer fire instead of the event loop."""
-        assert self.board._timer is not None
-        self.board._timer.cancel()
-        self.board._on_timer()
+        """Run the timer's callback."""
+        assert self.tracker._timer is not None
+        self.tracker._timer.cancel()
+        self.tracker._on_timer()
 
 
 @pytest.fixture
-async def watched(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Make boards with a clock of their own; they are closed at the end, and nothing of them has failed."""
-    made: list[Watched] = []
+async def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a factory of trackers; they are closed at the end, and nothing in them may have failed."""
+    made: list[PresenceHarness] = []
 
-    def make(grace: float = 10.0) -> Watched:
-        made.append(Watched(monkeypatch, grace))
+    def make(grace: float = 10.0) -> PresenceHarness:
+        made.append(PresenceHarness(monkeypatch, grace))
         return made[-1]
 
     yield make
     for one in made:
         one.release()
-        one.board.close()
+        one.tracker.close()
         await eventually(lambda one=one: len(one.tasks) == 0)
         assert one.failures == []
 
 
-# ── who is present ──
+# ── presence ──
 
 
-async def test_client_with_two_connections_is_present_once(watched: Any) -> None:
-    """A client is present once, with all its connections, and only its first and last one are announced."""
-    w = watched()
+async def test_client_with_two_connections_is_present_once(harness: Any) -> None:
+    """A client is present once, with all its connections, and only the first and the last one are announced."""
+    w = harness()
     one, two = FakeRecipient("ann"), FakeRecipient("ann")
     w.enter(one)
     w.enter(two)
-    (ann,) = w.board.present("lobby")
+    (ann,) = w.tracker.present("lobby")
     assert (ann.client_id, ann.room, ann.connections) == ("ann", "lobby", 2)
     await settle()
     w.leave(one, at_once=True)
     await settle()
-    assert [who.connections for who in w.board.present("lobby")] == [1]
-    assert w.said == ["ann joined"]
+    assert [presence.connections for presence in w.tracker.present("lobby")] == [1]
+    assert w.announced == ["ann joined"]
     w.leave(two, at_once=True)
     await settle()
     assert w.present() == []
-    assert w.said == ["ann joined", "ann left"]
+    assert w.announced == ["ann joined", "ann left"]
 
 
-async def test_repeated_join_needs_one_leave(watched: Any) -> None:
-    """Connections are known by their ids, so to enter again is nothing, and one leaving is enough."""
-    w = watched()
+async def test_repeated_join_needs_one_leave(harness: Any) -> None:
+    """Connections are known by their ids, so a repeated join has no effect, and one leave is enough."""
+    w = harness()
     ann = FakeRecipient("ann")
     w.enter(ann)
     w.enter(ann)
-    assert [who.connections for who in w.board.present("lobby")] == [1]
+    assert [presence.connections for presence in w.tracker.present("lobby")] == [1]
     w.leave(ann, at_once=True)
     assert w.present() == []
 
 
-async def test_leave_without_join_changes_nothing(watched: Any) -> None:
-    """Neither a foreign room nor a foreign client nor an old connection of the same client takes anybody out."""
-    w = watched(grace=0)
+async def test_leave_without_join_changes_nothing(harness: Any) -> None:
+    """A leave with another room, another client or an old connection removes no presence."""
+    w = harness(grace=0)
     ann, old, bob = FakeRecipient("ann"), FakeRecipient("ann"), FakeRecipient("bob")
     w.enter(ann)
     w.leave(old)
@@ -161,15 +161,15 @@ async def test_leave_without_join_changes_nothing(watched: Any) -> None:
     w.leave(old)
     w.leave(old)
     assert w.present() == ["ann"]
-    assert len(w.board) == 1
+    assert len(w.tracker) == 1
 
 
-async def test_presence_order_is_order_of_first_join(watched: Any) -> None:
-    """Further tabs and reloads keep a client's place; who has left and comes again is last."""
-    w = watched()
+async def test_presence_order_is_order_of_first_join(harness: Any) -> None:
+    """Further tabs and reloads do not change a client's position; a client that left and joins again is last."""
+    w = harness()
     ann, bob, eve = FakeRecipient("ann"), FakeRecipient("bob"), FakeRecipient("eve")
-    for member in (ann, bob, eve):
-        w.enter(member)
+    for recipient in (ann, bob, eve):
+        w.enter(recipient)
     w.enter(FakeRecipient("ann"))
     w.leave(bob)
     w.enter(bob)
@@ -179,82 +179,82 @@ async def test_presence_order_is_order_of_first_join(watched: Any) -> None:
     assert w.present() == ["ann", "eve", "bob"]
 
 
-async def test_presence_of_each_room_is_independent(watched: Any) -> None:
-    """A client that is in two rooms comes and goes in each by itself."""
-    w = watched()
+async def test_presence_of_each_room_is_independent(harness: Any) -> None:
+    """A client in two rooms joins and leaves each of them independently."""
+    w = harness()
     ann = FakeRecipient("ann")
     w.enter(ann, "a")
     w.enter(ann, "b")
     w.leave(ann, "a", at_once=True)
     await settle()
     assert (w.present("a"), w.present("b")) == ([], ["ann"])
-    assert {(what, who.room) for what, who in w.calls} == {("joined", "b")}
+    assert {(what, presence.room) for what, presence in w.calls} == {("joined", "b")}
 
 
-async def test_presence_of_unknown_room_is_empty(watched: Any) -> None:
-    """Asking for people where there are none is no error and makes no room."""
-    w = watched()
-    assert w.board.present("nowhere") == []
-    assert len(w.board) == 0
+async def test_presence_of_unknown_room_is_empty(harness: Any) -> None:
+    """Asking for the presence of an unknown room is not an error and creates no room."""
+    w = harness()
+    assert w.tracker.present("nowhere") == []
+    assert len(w.tracker) == 0
 
 
-# ── what is known of them ──
+# ── metadata ──
 
 
-async def test_later_join_replaces_presence_metadata(watched: Any) -> None:
-    """The client is described by the last that was given; a join that gives none changes nothing."""
-    w = watched()
+async def test_later_join_replaces_presence_metadata(harness: Any) -> None:
+    """The last metadata applies; a join without metadata changes nothing."""
+    w = harness()
     seen = []
     for metadata in (None, {"name": "Ann"}, None, {"away": True}):
         w.enter(FakeRecipient("ann"), metadata=metadata)
-        seen += [who.metadata for who in w.board.present("lobby")]
+        seen += [presence.metadata for presence in w.tracker.present("lobby")]
     assert seen == [{}, {"name": "Ann"}, {"name": "Ann"}, {"away": True}]
 
 
-async def test_presence_update_replaces_metadata_unannounced(watched: Any) -> None:
-    """An update replaces the metadata of who is present, is not announced, and says if there was nobody."""
-    w = watched()
+async def test_presence_update_replaces_metadata_unannounced(harness: Any) -> None:
+    """An update replaces the metadata of a present client unannounced, and returns whether there was one."""
+    w = harness()
     ann = FakeRecipient("ann")
     w.enter(ann, metadata={"name": "Ann"})
     await settle()
-    assert w.board.update("lobby", "ann", {"name": "Anne"})
-    assert not w.board.update("lobby", "bob", {})
-    assert not w.board.update("attic", "ann", {})
-    assert [who.metadata for who in w.board.present("lobby")] == [{"name": "Anne"}]
+    assert w.tracker.update("lobby", "ann", {"name": "Anne"})
+    assert not w.tracker.update("lobby", "bob", {})
+    assert not w.tracker.update("attic", "ann", {})
+    assert [presence.metadata for presence in w.tracker.present("lobby")] == [{"name": "Anne"}]
     await settle()
-    assert w.said == ["ann joined"]
+    assert w.announced == ["ann joined"]
     w.leave(ann)
-    assert w.board.update("lobby", "ann", {"away": True})
+    assert w.tracker.update("lobby", "ann", {"away": True})
 
 
-async def test_presence_metadata_is_copied(watched: Any) -> None:
-    """What was given is copied, on entering and on updating."""
-    w = watched()
+async def test_presence_metadata_is_copied(harness: Any) -> None:
+    """Metadata is copied on join and on update."""
+    w = harness()
     mine = {"n": 1}
     w.enter(FakeRecipient("ann"), metadata=mine)
     mine["n"] = 2
-    assert w.board.present("lobby")[0].metadata == {"n": 1}
-    w.board.update("lobby", "ann", mine)
+    assert w.tracker.present("lobby")[0].metadata == {"n": 1}
+    w.tracker.update("lobby", "ann", mine)
     mine["n"] = 3
-    assert w.board.present("lobby")[0].metadata == {"n": 2}
+    assert w.tracker.present("lobby")[0].metadata == {"n": 2}
 
 
-async def test_rejoin_after_leave_starts_without_metadata(watched: Any) -> None:
-    """Who has left is forgotten, even if that was not said yet: its next stay is a new one."""
-    w = watched()
+async def test_rejoin_after_leave_starts_without_metadata(harness: Any) -> None:
+    """After a leave the metadata is removed, even if the leave was not announced yet."""
+    w = harness()
     ann = FakeRecipient("ann")
     w.enter(ann, metadata={"name": "Ann"})
     await settle()
     w.leave(ann, at_once=True)
     w.now += 5
     w.enter(ann)
-    (presence,) = w.board.present("lobby")
+    (presence,) = w.tracker.present("lobby")
     assert (presence.metadata, presence.present_seconds) == ({}, 0.0)
 
 
-async def test_present_seconds_span_reconnects_and_grace(watched: Any) -> None:
-    """Seconds run from the arrival, over reloads, and stop at the end of the grace or at a deliberate leaving."""
-    w = watched(grace=10)
+async def test_present_seconds_span_reconnects_and_grace(harness: Any) -> None:
+    """The seconds include reconnects, and stop at the end of the grace or at an explicit leave."""
+    w = harness(grace=10)
     ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     w.enter(ann)
     w.enter(bob)
@@ -262,19 +262,23 @@ async def test_present_seconds_span_reconnects_and_grace(watched: Any) -> None:
     w.leave(ann)
     w.enter(ann)
     w.at(20)
-    assert [who.present_seconds for who in w.board.present("lobby")] == [20.0, 20.0]
+    assert [presence.present_seconds for presence in w.tracker.present("lobby")] == [20.0, 20.0]
     await settle()
     w.leave(ann)
     w.leave(bob, at_once=True)
     w.at(33)
-    w.now += 100  # however late it is said
+    w.now += 100  # regardless of when it is announced
     await settle()
-    gone = [(who.client_id, who.connections, who.present_seconds) for what, who in w.calls if what == "left"]
-    assert gone == [("bob", 0, 20.0), ("ann", 0, 30.0)]
+    departures = [
+        (presence.client_id, presence.connections, presence.present_seconds)
+        for what, presence in w.calls
+        if what == "left"
+    ]
+    assert departures == [("bob", 0, 20.0), ("ann", 0, 30.0)]
 
 
 def test_presence_is_serializable_and_hashable() -> None:
-    """It is JSON with durations only, can be in a set, and two looks at the same state are equal."""
+    """A presence is JSON with durations only, is hashable, and equals another one of the same state."""
     first, second = Presence("ann", "lobby", {"n": 1}, 2, 3.0), Presence("ann", "lobby", {"n": 1}, 2, 4.0)
     assert from_json(to_json(first)) == {
         "client_id": "ann",
@@ -286,19 +290,19 @@ def test_presence_is_serializable_and_hashable() -> None:
     assert len({first, second}) == 1
 
 
-async def test_many_stored_presence_lists_share_entries(watched: Any) -> None:
-    """Each roster shows its own moment, and 2,000 that are looked at and kept make a few objects for each person."""
-    w = watched()
+async def test_many_stored_presence_lists_share_entries(harness: Any) -> None:
+    """Each list shows its own time, and 2,000 stored lists share a few objects for each member."""
+    w = harness()
     members = [FakeRecipient(f"c{number}") for number in range(2_000)]
     gc.collect()
     before = len(gc.get_objects())
     tracemalloc.start()
     try:
         rosters = []
-        for member in members:
-            w.enter(member, metadata={"name": member.client_id})
-            rosters.append(w.board.roster("lobby"))
-            if len(rosters) % 2:  # others are looked at when the next one comes
+        for recipient in members:
+            w.enter(recipient, metadata={"name": recipient.client_id})
+            rosters.append(w.tracker.roster("lobby"))
+            if len(rosters) % 2:  # others are read when the next one is created
                 assert len(rosters[-1]) == len(rosters)
         gc.collect()
         objects, (size, _) = len(gc.get_objects()) - before, tracemalloc.get_traced_memory()
@@ -306,64 +310,64 @@ async def test_many_stored_presence_lists_share_entries(watched: Any) -> None:
         tracemalloc.stop()
     assert objects < 20 * len(members)
     assert size < 4_000 * len(members)
-    for place, roster in enumerate(rosters[::97]):
-        assert [who.client_id for who in roster] == [f"c{number}" for number in range(97 * place + 1)]
+    for position, roster in enumerate(rosters[::97]):
+        assert [presence.client_id for presence in roster] == [f"c{number}" for number in range(97 * position + 1)]
 
 
 @settings(max_examples=100)
 @given(st.lists(st.tuples(st.sampled_from(["enter", "leave", "describe", "wait"]), st.integers(0, 150)), max_size=300))
 def test_presence_list_is_unaffected_by_later_changes(steps: list[tuple[str, int]]) -> None:
-    """A roster is what `present` said in its moment, whether it was looked at then or only kept."""
+    """A list shows the state at the call of `present`, even if it is read later."""
 
     async def play() -> None:
         with pytest.MonkeyPatch.context() as monkeypatch:
-            w = Watched(monkeypatch, 0.0)
+            w = PresenceHarness(monkeypatch, 0.0)
             members = [FakeRecipient(f"c{number}") for number in range(151)]
-            kept: list[tuple[Any, list[Presence], list[float]]] = []
+            stored: list[tuple[Any, list[Presence], list[float]]] = []
             for act, number in steps:
-                member = members[number]
+                recipient = members[number]
                 if act == "wait":
                     w.now += 1.0
                 elif act == "describe":
-                    w.board.update("lobby", member.client_id, {"n": w.now})
+                    w.tracker.update("lobby", recipient.client_id, {"n": w.now})
                 elif act == "enter":
-                    w.enter(member)
+                    w.enter(recipient)
                 else:
-                    w.leave(member, at_once=True)
-                there = w.board.present("lobby")
-                kept.append((w.board.roster("lobby"), there, [who.present_seconds for who in there]))
-            for roster, there, seconds in kept:
+                    w.leave(recipient, at_once=True)
+                there = w.tracker.present("lobby")
+                stored.append((w.tracker.roster("lobby"), there, [presence.present_seconds for presence in there]))
+            for roster, there, seconds in stored:
                 assert list(roster) == there
-                assert [who.present_seconds for who in roster] == seconds
+                assert [presence.present_seconds for presence in roster] == seconds
                 assert (len(roster), roster[-1:], roster[2:5]) == (len(there), there[-1:], there[2:5])
-            w.board.close()
+            w.tracker.close()
             await settle()
 
     run(play())
 
 
-# ── graces ──
+# ── grace ──
 
 
-async def test_reconnect_within_grace_is_not_announced(watched: Any) -> None:
-    """A client whose last connection goes and that is back within the grace is present all the time, unannounced."""
-    w = watched(grace=10)
+async def test_reconnect_within_grace_is_not_announced(harness: Any) -> None:
+    """A client that reconnects within the grace is present all the time, without an announcement."""
+    w = harness(grace=10)
     old, new = FakeRecipient("ann"), FakeRecipient("ann")
     w.enter(old)
     await settle()
     w.leave(old)
     w.at(9.9)
-    assert [(who.client_id, who.connections) for who in w.board.present("lobby")] == [("ann", 0)]
+    assert [(presence.client_id, presence.connections) for presence in w.tracker.present("lobby")] == [("ann", 0)]
     w.enter(new)
     w.at(1000)
     await settle()
     assert w.present() == ["ann"]
-    assert w.said == ["ann joined"]
+    assert w.announced == ["ann joined"]
 
 
-async def test_client_leaves_presence_when_grace_ends(watched: Any) -> None:
-    """It is present until `grace` seconds after its last connection has left, and not longer."""
-    w = watched(grace=10)
+async def test_client_leaves_presence_when_grace_ends(harness: Any) -> None:
+    """A client is present until `grace` seconds after its last connection has left."""
+    w = harness(grace=10)
     ann = FakeRecipient("ann")
     w.enter(ann)
     await settle()
@@ -372,16 +376,16 @@ async def test_client_leaves_presence_when_grace_ends(watched: Any) -> None:
     w.at(14.9)
     await settle()
     assert w.present() == ["ann"]
-    assert w.said == ["ann joined"]
+    assert w.announced == ["ann joined"]
     w.at(15)
     assert w.present() == []
     await settle()
-    assert w.said == ["ann joined", "ann left"]
+    assert w.announced == ["ann joined", "ann left"]
 
 
-async def test_interrupted_grace_does_not_shorten_next_grace(watched: Any) -> None:
-    """A grace that was interrupted by a return does not count for the next one."""
-    w = watched(grace=10)
+async def test_interrupted_grace_does_not_shorten_next_grace(harness: Any) -> None:
+    """An earlier interrupted grace does not shorten the next one."""
+    w = harness(grace=10)
     ann = FakeRecipient("ann")
     w.enter(ann)
     w.leave(ann)
@@ -394,9 +398,9 @@ async def test_interrupted_grace_does_not_shorten_next_grace(watched: Any) -> No
     assert w.present() == []
 
 
-async def test_repeated_leave_does_not_change_running_grace(watched: Any) -> None:
-    """Who is expected back is neither expected for longer nor gone at once because a connection leaves twice."""
-    w = watched(grace=10)
+async def test_repeated_leave_does_not_change_running_grace(harness: Any) -> None:
+    """A second leave of a connection neither extends nor ends the grace."""
+    w = harness(grace=10)
     ann = FakeRecipient("ann")
     w.enter(ann)
     w.leave(ann)
@@ -409,9 +413,9 @@ async def test_repeated_leave_does_not_change_running_grace(watched: Any) -> Non
     assert w.present() == []
 
 
-async def test_explicit_leave_skips_grace(watched: Any) -> None:
-    """With `at_once` the last connection takes its client with it, and one of several does not."""
-    w = watched(grace=10)
+async def test_explicit_leave_skips_grace(harness: Any) -> None:
+    """With `at_once` the leave of the last connection removes its client; with another connection the client stays."""
+    w = harness(grace=10)
     one, two = FakeRecipient("ann"), FakeRecipient("ann")
     w.enter(one)
     w.enter(two)
@@ -419,13 +423,13 @@ async def test_explicit_leave_skips_grace(watched: Any) -> None:
     assert w.present() == ["ann"]
     w.leave(two, at_once=True)
     assert w.present() == []
-    assert w.board._timer is None
+    assert w.tracker._timer is None
 
 
 @pytest.mark.parametrize("broken_first", [True, False])
-async def test_lost_connection_gets_grace_when_other_one_leaves(watched: Any, broken_first: bool) -> None:
-    """Of two tabs one breaks and one says goodbye, in either order: the broken one is expected back."""
-    w = watched(grace=10)
+async def test_lost_connection_gets_grace_when_other_one_leaves(harness: Any, broken_first: bool) -> None:
+    """Of two connections one is lost and one leaves explicitly, in either order: the lost one gets its grace."""
+    w = harness(grace=10)
     broken, closed = FakeRecipient("ann"), FakeRecipient("ann")
     w.enter(broken)
     w.enter(closed)
@@ -435,67 +439,67 @@ async def test_lost_connection_gets_grace_when_other_one_leaves(watched: Any, br
     await settle()
     w.enter(FakeRecipient("ann"))
     await settle()
-    assert w.said == ["ann joined"]
+    assert w.announced == ["ann joined"]
 
 
-async def test_zero_grace_announces_leave_immediately(watched: Any) -> None:
+async def test_zero_grace_announces_leave_immediately(harness: Any) -> None:
     """A grace of zero seconds needs no timer."""
-    w = watched(grace=0)
+    w = harness(grace=0)
     ann = FakeRecipient("ann")
     w.enter(ann)
     await settle()
     w.leave(ann)
     assert w.present() == []
-    assert w.board._timer is None
+    assert w.tracker._timer is None
     await settle()
-    assert w.said == ["ann joined", "ann left"]
+    assert w.announced == ["ann joined", "ann left"]
 
 
 async def test_grace_ends_on_real_clock() -> None:
-    """On the real clock, a client is gone without anybody calling, and no timer stays."""
+    """On the real clock, a grace ends by its timer, and no timer is left."""
     left = asyncio.Event()
 
-    async def joined(who: Presence) -> None: ...
+    async def joined(presence: Presence) -> None: ...
 
-    async def gone(who: Presence) -> None:
+    async def on_left(presence: Presence) -> None:
         left.set()
 
     tasks = TaskSet(lambda _, __: None)
-    board = PresenceTracker(grace=0.02, joined=joined, left=gone, wanted=lambda: True, tasks=tasks)
-    board.join("lobby", "ann", "1", None)
+    tracker = PresenceTracker(grace=0.02, joined=joined, left=on_left, wanted=lambda: True, tasks=tasks)
+    tracker.join("lobby", "ann", "1", None)
     await settle()
-    board.leave("lobby", "ann", "1", at_once=False)
+    tracker.leave("lobby", "ann", "1", at_once=False)
     await asyncio.wait_for(left.wait(), 5.0)
-    assert board.present("lobby") == []
-    assert board._timer is None
+    assert tracker.present("lobby") == []
+    assert tracker._timer is None
 
 
-async def test_all_graces_share_one_timer(watched: Any) -> None:
-    """However many are expected back, the event loop holds one timer, for the first; who is back costs nothing."""
-    w = watched(grace=10)
+async def test_all_graces_share_one_timer(harness: Any) -> None:
+    """For any number of graces the event loop has one timer, for the first; a reconnect has no cost."""
+    w = harness(grace=10)
     members = [FakeRecipient(f"client-{number}") for number in range(5)]
     timers = set()
-    for second, member in enumerate(members):
+    for second, recipient in enumerate(members):
         w.at(second)
-        w.enter(member)
-        assert w.board._timer in timers or not timers
-        w.leave(member)
-        timers.add(w.board._timer)
+        w.enter(recipient)
+        assert w.tracker._timer in timers or not timers
+        w.leave(recipient)
+        timers.add(w.tracker._timer)
     assert len(timers) == 1
     w.enter(members[0])
     w.enter(members[1])
-    assert len(w.board._graces) == 3
+    assert len(w.tracker._graces) == 3
     w.at(12)
     assert w.present() == ["client-0", "client-1", "client-3", "client-4"]
-    assert w.board._timer not in timers
+    assert w.tracker._timer not in timers
     w.at(20)
     assert w.present() == ["client-0", "client-1"]
-    assert w.board._timer is None
+    assert w.tracker._timer is None
 
 
-async def test_timer_of_returned_client_ends_no_other_grace(watched: Any) -> None:
-    """When the first of those who were expected is back, its timer ends nobody else's grace early."""
-    w = watched(grace=10)
+async def test_timer_of_returned_client_ends_no_other_grace(harness: Any) -> None:
+    """When the first client has reconnected, its timer ends no other grace early."""
+    w = harness(grace=10)
     ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     w.enter(ann)
     w.enter(bob)
@@ -506,29 +510,29 @@ async def test_timer_of_returned_client_ends_no_other_grace(watched: Any) -> Non
     w.now = 1010.0
     w.timer_fires()
     assert w.present() == ["ann", "bob"]
-    assert w.board._timer is not None
+    assert w.tracker._timer is not None
     w.at(15)
     assert w.present() == ["ann"]
 
 
-async def test_repeated_reconnects_hold_one_grace_entry(watched: Any) -> None:
-    """A client is expected back once, however often it has left."""
-    w = watched(grace=10)
+async def test_repeated_reconnects_hold_one_grace_entry(harness: Any) -> None:
+    """A client has one grace entry, however often it has left."""
+    w = harness(grace=10)
     ann = FakeRecipient("ann")
     for _ in range(1000):
         w.enter(ann)
         w.leave(ann)
-    assert len(w.board._graces) == 1
+    assert len(w.tracker._graces) == 1
 
 
-async def test_simultaneous_grace_ends_are_processed_in_batches(watched: Any) -> None:
-    """One turn of the event loop ends no more than `AT_ONCE` of them; the rest follows by itself."""
-    w = watched(grace=10)
+async def test_simultaneous_grace_ends_are_processed_in_batches(harness: Any) -> None:
+    """One iteration of the event loop ends at most `AT_ONCE` graces; the rest follows automatically."""
+    w = harness(grace=10)
     w.listening = False
     members = [FakeRecipient(f"client-{number}") for number in range(1000)]
-    for member in members:
-        w.enter(member)
-        w.leave(member)
+    for recipient in members:
+        w.enter(recipient)
+        w.leave(recipient)
     w.now += 10
     left = [1000]
     w.timer_fires()
@@ -542,9 +546,9 @@ async def test_simultaneous_grace_ends_are_processed_in_batches(watched: Any) ->
 # ── announcements ──
 
 
-async def test_joins_and_leaves_are_announced_in_order(watched: Any) -> None:
-    """Within a room, what happened first is said first."""
-    w = watched(grace=10)
+async def test_joins_and_leaves_are_announced_in_order(harness: Any) -> None:
+    """Announcements of a room have the order of the changes."""
+    w = harness(grace=10)
     ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     w.enter(ann, metadata={"name": "Ann"})
     w.enter(bob)
@@ -553,29 +557,29 @@ async def test_joins_and_leaves_are_announced_in_order(watched: Any) -> None:
     w.leave(ann)
     w.at(10)
     await settle()
-    assert w.said == ["ann joined", "bob joined", "bob left", "ann left"]
+    assert w.announced == ["ann joined", "bob joined", "bob left", "ann left"]
     assert w.calls[0][1] == Presence("ann", "lobby", {"name": "Ann"}, 1, 0.0)
     assert w.calls[3][1] == Presence("ann", "lobby", {"name": "Ann"}, 0, 10.0)
 
 
-async def test_announcements_of_room_run_one_at_a_time(watched: Any) -> None:
-    """The next call of a room waits for the end of the one before; other rooms do not."""
-    w = watched()
+async def test_announcements_of_room_run_one_at_a_time(harness: Any) -> None:
+    """The next call of a room waits for the end of the previous one; other rooms do not wait."""
+    w = harness()
     w.block()
     for name in ("ann", "bob"):
         w.enter(FakeRecipient(name), "a")
         w.enter(FakeRecipient(name), "b")
     await settle()
-    assert [(who.room, who.client_id) for _, who in w.calls] == [("a", "ann"), ("b", "ann")]
+    assert [(presence.room, presence.client_id) for _, presence in w.calls] == [("a", "ann"), ("b", "ann")]
     assert len(w.tasks) == 2
     w.release()
     await settle()
-    assert w.said == ["ann joined", "ann joined", "bob joined", "bob joined"]
+    assert w.announced == ["ann joined", "ann joined", "bob joined", "bob joined"]
 
 
-async def test_join_undone_before_announcement_is_not_announced(watched: Any) -> None:
-    """An arrival that has undone itself while another call was running is never said."""
-    w = watched()
+async def test_join_undone_before_announcement_is_not_announced(harness: Any) -> None:
+    """A join that was undone while another call was running is not announced."""
+    w = harness()
     bob = FakeRecipient("bob")
     w.block()
     w.enter(FakeRecipient("ann"))
@@ -585,12 +589,12 @@ async def test_join_undone_before_announcement_is_not_announced(watched: Any) ->
         w.leave(bob, at_once=True)
     w.release()
     await settle()
-    assert w.said == ["ann joined"]
+    assert w.announced == ["ann joined"]
 
 
-async def test_leave_undone_before_announcement_is_not_announced(watched: Any) -> None:
-    """A departure that has undone itself while another call was running is never said; the next one is."""
-    w = watched()
+async def test_leave_undone_before_announcement_is_not_announced(harness: Any) -> None:
+    """A leave that was undone while another call was running is not announced; the next one is."""
+    w = harness()
     ann = FakeRecipient("ann")
     w.enter(ann)
     await settle()
@@ -602,15 +606,15 @@ async def test_leave_undone_before_announcement_is_not_announced(watched: Any) -
         w.enter(ann)
     w.release()
     await settle()
-    assert w.said == ["ann joined", "bob joined"]
+    assert w.announced == ["ann joined", "bob joined"]
     w.leave(ann, at_once=True)
     await settle()
-    assert w.said == ["ann joined", "bob joined", "ann left"]
+    assert w.announced == ["ann joined", "bob joined", "ann left"]
 
 
-async def test_leave_during_join_announcement_is_announced(watched: Any) -> None:
-    """A call that has begun counts as said, so its opposite follows."""
-    w = watched()
+async def test_leave_during_join_announcement_is_announced(harness: Any) -> None:
+    """A call that has begun counts as announced, so the opposite change is announced too."""
+    w = harness()
     ann = FakeRecipient("ann")
     w.block()
     w.enter(ann)
@@ -618,12 +622,12 @@ async def test_leave_during_join_announcement_is_announced(watched: Any) -> None
     w.leave(ann, at_once=True)
     w.release()
     await settle()
-    assert w.said == ["ann joined", "ann left"]
+    assert w.announced == ["ann joined", "ann left"]
 
 
-async def test_join_during_leave_announcement_is_announced(watched: Any) -> None:
-    """After a departure whose call has begun, a return is an arrival."""
-    w = watched()
+async def test_join_during_leave_announcement_is_announced(harness: Any) -> None:
+    """After the call for a leave has begun, a rejoin is announced as a join."""
+    w = harness()
     ann = FakeRecipient("ann")
     w.enter(ann)
     await settle()
@@ -633,12 +637,12 @@ async def test_join_during_leave_announcement_is_announced(watched: Any) -> None
     w.enter(ann)
     w.release()
     await settle()
-    assert w.said == ["ann joined", "ann left", "ann joined"]
+    assert w.announced == ["ann joined", "ann left", "ann joined"]
 
 
-async def test_empty_room_with_running_hook_starts_no_second_task(watched: Any) -> None:
-    """While a departure is being said, who comes and goes unsaid does not let another call begin beside it."""
-    w = watched()
+async def test_empty_room_with_running_hook_starts_no_second_task(harness: Any) -> None:
+    """While a leave is announced, an unannounced join and leave start no second call."""
+    w = harness()
     ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     w.enter(ann)
     await settle()
@@ -649,35 +653,35 @@ async def test_empty_room_with_running_hook_starts_no_second_task(watched: Any) 
     w.leave(bob, at_once=True)
     w.enter(FakeRecipient("eve"))
     await settle()
-    assert w.said == ["ann joined", "ann left"]
+    assert w.announced == ["ann joined", "ann left"]
     assert len(w.tasks) == 1
     w.release()
     await settle()
-    assert w.said == ["ann joined", "ann left", "eve joined"]
+    assert w.announced == ["ann joined", "ann left", "eve joined"]
 
 
-async def test_pending_announcements_are_one_per_client(watched: Any) -> None:
-    """What waits is one entry per client, and one task, however much happens."""
-    w = watched()
+async def test_pending_announcements_are_one_per_client(harness: Any) -> None:
+    """Any number of changes leaves one waiting entry for each client, and one task."""
+    w = harness()
     members = [FakeRecipient(f"client-{number}") for number in range(10)]
     w.block()
     w.enter(FakeRecipient("ann"))
     await settle()
     for _ in range(50):
-        for member in members:
-            w.enter(member)
-        for member in members[::2]:
-            w.leave(member, at_once=True)
-    assert len(w.board._rooms["lobby"].pending) == 5
+        for recipient in members:
+            w.enter(recipient)
+        for recipient in members[::2]:
+            w.leave(recipient, at_once=True)
+    assert len(w.tracker._rooms["lobby"].pending) == 5
     assert len(w.tasks) == 1
     w.release()
     await settle()
-    assert w.said == ["ann joined", *(f"{member.client_id} joined" for member in members[1::2])]
+    assert w.announced == ["ann joined", *(f"{recipient.client_id} joined" for recipient in members[1::2])]
 
 
-async def test_announcement_carries_state_at_call_time(watched: Any) -> None:
-    """An arrival that had to wait tells the metadata and connections of the moment of its call."""
-    w = watched()
+async def test_announcement_carries_state_at_call_time(harness: Any) -> None:
+    """A delayed announcement has the metadata and connections at the time of its call."""
+    w = harness()
     w.block()
     w.enter(FakeRecipient("ann"))
     await settle()
@@ -690,9 +694,9 @@ async def test_announcement_carries_state_at_call_time(watched: Any) -> None:
     assert (what, bob, bob.present_seconds) == ("joined", Presence("bob", "lobby", {"n": 2}, 2, 0.0), 3.0)
 
 
-async def test_announcer_task_exists_only_while_needed(watched: Any) -> None:
-    """One task per room speaks and ends; a second tab, a reload and people who just are there have none."""
-    w = watched()
+async def test_announcer_task_exists_only_while_needed(harness: Any) -> None:
+    """One task for each room announces and ends; a second tab, a reload and a present client have none."""
+    w = harness()
     ann = FakeRecipient("ann")
     w.enter(ann)
     w.enter(FakeRecipient("bob"))
@@ -705,25 +709,25 @@ async def test_announcer_task_exists_only_while_needed(watched: Any) -> None:
     assert len(w.tasks) == 0
 
 
-async def test_presence_without_hooks_creates_no_task(watched: Any) -> None:
-    """Without hooks, people come and go and no task is made; no entry waits for being said."""
-    w = watched(grace=10)
+async def test_presence_without_hooks_creates_no_task(harness: Any) -> None:
+    """Without hooks no task is created and no announcement waits."""
+    w = harness(grace=10)
     w.listening = False
     ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     w.enter(ann)
     w.enter(bob)
-    assert w.board._rooms["lobby"].pending == {}
+    assert w.tracker._rooms["lobby"].pending == {}
     w.leave(ann)
     w.at(10)
     w.leave(bob, at_once=True)
     assert len(w.tasks) == 0
-    assert len(w.board) == 0
+    assert len(w.tracker) == 0
     assert w.calls == []
 
 
-async def test_late_presence_hook_gets_no_leave_without_join(watched: Any) -> None:
-    """A hook that is registered late hears of no departure without its arrival, and of everything from then on."""
-    w = watched()
+async def test_late_presence_hook_gets_no_leave_without_join(harness: Any) -> None:
+    """A late hook gets no leave without its join, and every later change."""
+    w = harness()
     w.listening = False
     ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     w.enter(ann)
@@ -732,106 +736,106 @@ async def test_late_presence_hook_gets_no_leave_without_join(watched: Any) -> No
     w.leave(ann, at_once=True)
     w.enter(ann)
     await settle()
-    assert w.said == ["bob joined", "ann joined"]
+    assert w.announced == ["bob joined", "ann joined"]
 
 
 async def test_many_announcements_yield_to_event_loop() -> None:
-    """Of a room's announcements no more than `AT_ONCE` are made in one turn of the event loop."""
-    said = 0
+    """One iteration of the event loop makes at most `AT_ONCE` announcements of a room."""
+    count = 0
 
-    async def hear(who: Presence) -> None:
-        nonlocal said
-        said += 1
+    async def hear(presence: Presence) -> None:
+        nonlocal count
+        count += 1
 
     tasks = TaskSet(lambda _, __: None)
-    board = PresenceTracker(grace=0, joined=hear, left=hear, wanted=lambda: True, tasks=tasks)
+    tracker = PresenceTracker(grace=0, joined=hear, left=hear, wanted=lambda: True, tasks=tasks)
     for number in range(1000):
-        board.join("lobby", f"client-{number}", str(number), None)
-    at_turns = [0]
-    while at_turns[-1] < 1000:
+        tracker.join("lobby", f"client-{number}", str(number), None)
+    counts = [0]
+    while counts[-1] < 1000:
         await asyncio.sleep(0)
-        at_turns.append(said)
-    assert max(after - before for before, after in pairwise(at_turns)) == AT_ONCE
-    board.close()
+        counts.append(count)
+    assert max(after - before for before, after in pairwise(counts)) == AT_ONCE
+    tracker.close()
     await eventually(lambda: len(tasks) == 0)
 
 
 async def test_announcement_runs_in_context_of_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Context variables are those of the board's maker, not those of one connection among many."""
+    """The context is that of the tracker's creator, and not that of a connection."""
     seen: list[str] = []
 
-    async def hear(who: Presence) -> None:
+    async def hear(presence: Presence) -> None:
         seen.append(VARIABLE.get())
 
     tasks = TaskSet(lambda _, __: None)
     makers = contextvars.copy_context()
     makers.run(VARIABLE.set, "maker's")
-    board = makers.run(lambda: PresenceTracker(grace=0, joined=hear, left=hear, wanted=lambda: True, tasks=tasks))
-    contextvars.copy_context().run(lambda: (VARIABLE.set("ann's"), board.join("lobby", "ann", "1", None)))
+    tracker = makers.run(lambda: PresenceTracker(grace=0, joined=hear, left=hear, wanted=lambda: True, tasks=tasks))
+    contextvars.copy_context().run(lambda: (VARIABLE.set("ann's"), tracker.join("lobby", "ann", "1", None)))
     await settle()
     assert seen == ["maker's"]
 
 
-async def test_presence_change_by_hook_is_announced_afterwards(watched: Any) -> None:
-    """What a call of a room does to the same room is said after it, by the same task."""
-    w = watched()
+async def test_presence_change_by_hook_is_announced_afterwards(harness: Any) -> None:
+    """A change that a call makes in its own room is announced after it, by the same task."""
+    w = harness()
     ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
-    hear = w.board._joined
+    hear = w.tracker._joined
 
-    async def joined(who: Presence) -> None:
-        if who.client_id == "ann":
+    async def joined(presence: Presence) -> None:
+        if presence.client_id == "ann":
             w.enter(bob)
             w.leave(ann, at_once=True)
             assert len(w.tasks) == 1
-        await hear(who)
+        await hear(presence)
 
-    w.board._joined = joined
+    w.tracker._joined = joined
     w.enter(ann)
     await settle()
-    assert w.said == ["ann joined", "bob joined", "ann left"]
+    assert w.announced == ["ann joined", "bob joined", "ann left"]
 
 
-async def test_raising_presence_hook_does_not_stop_announcements(watched: Any) -> None:
-    """Its error is reported by the task, it counts as said, and what else is unsaid is said."""
-    w = watched()
-    ann, hear = FakeRecipient("ann"), w.board._joined
+async def test_raising_presence_hook_does_not_stop_announcements(harness: Any) -> None:
+    """The task reports the error, the change counts as announced, and the remaining ones are announced."""
+    w = harness()
+    ann, hear = FakeRecipient("ann"), w.tracker._joined
 
-    async def joined(who: Presence) -> None:
-        await hear(who)
-        if who.client_id == "ann":
+    async def joined(presence: Presence) -> None:
+        await hear(presence)
+        if presence.client_id == "ann":
             raise ValueError("no")
 
-    w.board._joined = joined
+    w.tracker._joined = joined
     w.enter(ann)
     w.enter(FakeRecipient("bob"))
     await settle()
-    assert w.said == ["ann joined", "bob joined"]
+    assert w.announced == ["ann joined", "bob joined"]
     w.leave(ann, at_once=True)
     await settle()
-    assert w.said == ["ann joined", "bob joined", "ann left"]
+    assert w.announced == ["ann joined", "bob joined", "ann left"]
     assert [str(error) for error in w.failures] == ["no"]
     w.failures.clear()
 
 
-async def test_join_while_announcer_ends_is_announced(watched: Any) -> None:
-    """Between the task's last look and its end nothing is lost."""
-    w = watched()
+async def test_join_while_announcer_ends_is_announced(harness: Any) -> None:
+    """A change between the task's last check and its end is announced."""
+    w = harness()
 
-    async def joined(who: Presence) -> None:
-        w.calls.append(("joined", who))
-        if who.client_id == "ann":  # runs after this task's last step and before it is known to be done
+    async def joined(presence: Presence) -> None:
+        w.calls.append(("joined", presence))
+        if presence.client_id == "ann":  # runs after this task's last step and before it counts as done
             asyncio.get_running_loop().call_soon(w.enter, FakeRecipient("bob"))
 
-    w.board._joined = joined
+    w.tracker._joined = joined
     w.enter(FakeRecipient("ann"))
     await settle()
-    assert w.said == ["ann joined", "bob joined"]
+    assert w.announced == ["ann joined", "bob joined"]
 
 
 @pytest.mark.parametrize("begun", [True, False])
-async def test_cancelled_announcement_is_made_at_next_change(watched: Any, begun: bool) -> None:
-    """A task that is cancelled, even before its first step, starts no other; the next change in its room does."""
-    w = watched()
+async def test_cancelled_announcement_is_made_at_next_change(harness: Any, begun: bool) -> None:
+    """A task that is cancelled, even before its first step, starts no other; the room's next change does."""
+    w = harness()
     w.block()
     w.enter(FakeRecipient("ann"))
     w.enter(FakeRecipient("bob"))
@@ -843,41 +847,41 @@ async def test_cancelled_announcement_is_made_at_next_change(watched: Any, begun
     w.release()
     w.enter(FakeRecipient("eve"))
     await settle()
-    assert w.said == ["ann joined", "bob joined", "eve joined"]
+    assert w.announced == ["ann joined", "bob joined", "eve joined"]
 
 
-async def test_pending_leave_survives_cancelled_announcer(watched: Any) -> None:
-    """An empty room is kept for it, so that a return undoes it and is no second arrival."""
-    w = watched()
+async def test_pending_leave_survives_cancelled_announcer(harness: Any) -> None:
+    """The empty room stays until the leave is announced, so that a rejoin cancels it and is no second join."""
+    w = harness()
     ann = FakeRecipient("ann")
     w.enter(ann)
     await settle()
     w.leave(ann, at_once=True)
     w.tasks.cancel()
     await settle()
-    assert len(w.board) == 1
+    assert len(w.tracker) == 1
     w.enter(ann)
     w.leave(ann, at_once=True)
     await settle()
-    assert w.said == ["ann joined", "ann left"]
-    assert len(w.board) == 0
+    assert w.announced == ["ann joined", "ann left"]
+    assert len(w.tracker) == 0
 
 
-async def test_eager_task_factory_does_not_change_announcements(watched: Any) -> None:
-    """Calls that run inside `enter` and `leave` see the new state, and still come one at a time per room."""
-    w = watched(grace=0)
+async def test_eager_task_factory_does_not_change_announcements(harness: Any) -> None:
+    """Calls that run inside `enter` and `leave` see the new state, and still run one at a time in each room."""
+    w = harness(grace=0)
     ann, bob, eve = FakeRecipient("ann"), FakeRecipient("bob"), FakeRecipient("eve")
-    hear = w.board._joined
+    hear = w.tracker._joined
 
-    async def joined(who: Presence) -> None:
-        if who.client_id == "ann":
+    async def joined(presence: Presence) -> None:
+        if presence.client_id == "ann":
             w.enter(bob)
             w.enter(eve, "attic")
-        await hear(who)
+        await hear(presence)
 
-    w.board._joined = joined
+    w.tracker._joined = joined
     loop = asyncio.get_running_loop()
-    loop.set_task_factory(getattr(asyncio, "eager_task_factory", None))  # came with Python 3.12
+    loop.set_task_factory(getattr(asyncio, "eager_task_factory", None))  # since Python 3.12
     try:
         w.enter(ann)
         await settle()
@@ -886,7 +890,7 @@ async def test_eager_task_factory_does_not_change_announcements(watched: Any) ->
     finally:
         loop.set_task_factory(None)
     calls = {
-        room: [(what, who.client_id, who.connections) for what, who in w.calls if who.room == room]
+        room: [(what, presence.client_id, presence.connections) for what, presence in w.calls if presence.room == room]
         for room in ("lobby", "attic")
     }
     assert calls == {
@@ -898,76 +902,76 @@ async def test_eager_task_factory_does_not_change_announcements(watched: Any) ->
 # ── nothing is left ──
 
 
-async def test_empty_room_is_removed_after_last_announcement(watched: Any) -> None:
-    """A room stays until its last departure is said, and not longer."""
-    w = watched(grace=10)
+async def test_empty_room_is_removed_after_last_announcement(harness: Any) -> None:
+    """A room exists until its last leave is announced, and no longer."""
+    w = harness(grace=10)
     ann = FakeRecipient("ann")
     w.enter(ann)
     await settle()
     w.leave(ann)
-    assert len(w.board) == 1
+    assert len(w.tracker) == 1
     w.block()
     w.at(10)
     await settle()
     assert w.present() == []
-    assert len(w.board) == 1
+    assert len(w.tracker) == 1
     w.release()
     await settle()
-    assert len(w.board) == 0
+    assert len(w.tracker) == 0
 
 
-async def test_room_with_undone_join_is_removed(watched: Any) -> None:
-    """A room that never had anything to say leaves no entry and no task."""
-    w = watched()
+async def test_room_with_undone_join_is_removed(harness: Any) -> None:
+    """A room without any announcement leaves no entry and no task."""
+    w = harness()
     ann = FakeRecipient("ann")
     w.enter(ann)
     w.leave(ann, at_once=True)
     await settle()
-    assert (len(w.board), len(w.tasks), w.calls) == (0, 0, [])
+    assert (len(w.tracker), len(w.tasks), w.calls) == (0, 0, [])
 
 
-async def test_closed_tracker_announces_nothing(watched: Any) -> None:
-    """Closing forgets everybody, stops the timer, and lets the call that has begun end by itself, once or twice."""
-    w = watched(grace=10)
+async def test_closed_tracker_announces_nothing(harness: Any) -> None:
+    """Closing removes all clients, stops the timer, and lets a running call finish; it may be repeated."""
+    w = harness(grace=10)
     ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     w.block()
     w.enter(ann)
     await settle()
     w.enter(bob)
     w.leave(ann)
-    timer = w.board._timer
-    w.board.close()
-    w.board.close()
+    timer = w.tracker._timer
+    w.tracker.close()
+    w.tracker.close()
     assert timer.cancelled()
-    assert w.board._timer is None
+    assert w.tracker._timer is None
     assert len(w.tasks) == 1
     w.leave(bob, at_once=True)
     w.release()
     await settle()
-    assert w.said == ["ann joined"]
-    assert (len(w.board), len(w.tasks), len(w.board._graces)) == (0, 0, 0)
+    assert w.announced == ["ann joined"]
+    assert (len(w.tracker), len(w.tasks), len(w.tracker._graces)) == (0, 0, 0)
 
 
-async def test_closed_tracker_can_be_reused(watched: Any) -> None:
-    """What begins after closing is new, and the end of a call from before does not touch it."""
-    w = watched()
+async def test_closed_tracker_can_be_reused(harness: Any) -> None:
+    """State after a close is new, and the end of an earlier call does not affect it."""
+    w = harness()
     ann = FakeRecipient("ann")
     w.enter(ann)
     await settle()
     w.block()
     w.leave(ann, at_once=True)
     await settle()
-    w.board.close()
+    w.tracker.close()
     w.listening = False
     w.enter(FakeRecipient("bob"))
     w.release()
     await settle()
     assert w.present() == ["bob"]
-    assert len(w.board) == 1
-    assert w.said == ["ann joined", "ann left"]
+    assert len(w.tracker) == 1
+    assert w.announced == ["ann joined", "ann left"]
 
 
-# ── whatever happens ──
+# ── random operations ──
 
 GRACE = 10.0
 ROOMS = "ab"
@@ -979,14 +983,14 @@ STEPS = st.lists(
         st.tuples(st.just("leave"), st.sampled_from(ROOMS), st.integers(0, 3), st.booleans()),
         st.tuples(st.just("wait"), st.sampled_from([1.0, 4.0, 10.0])),
     ),
-    min_size=30,  # left to itself, hypothesis makes lists of five or so
+    min_size=30,  # by default, hypothesis creates lists of about five
     max_size=80,
 )
 
 
 @dataclass
-class Stay:
-    """What a naive model knows of one client in one room."""
+class ModelPresence:
+    """State of one client in one room, in a simple model."""
 
     since: float
     metadata: Any
@@ -996,76 +1000,81 @@ class Stay:
 
 
 class Model:
-    """The truth, kept without any cleverness."""
+    """Simple model of presence, without cleanup."""
 
     def __init__(self) -> None:
-        self.stays: dict[tuple[str, str], Stay] = {}
+        self.present_clients: dict[tuple[str, str], ModelPresence] = {}
 
-    def enter(self, room: str, member: FakeRecipient, metadata: Any, now: float) -> None:
-        """Let a connection in."""
-        stay = self.stays.setdefault((room, member.client_id), Stay(now, {}))
-        stay.connections.add(member.connection_id)
-        stay.due = None
-        stay.expected = 0.0
-        stay.metadata = stay.metadata if metadata is None else metadata
+    def enter(self, room: str, recipient: FakeRecipient, metadata: Any, now: float) -> None:
+        """Let a connection join."""
+        state = self.present_clients.setdefault((room, recipient.client_id), ModelPresence(now, {}))
+        state.connections.add(recipient.connection_id)
+        state.due = None
+        state.expected = 0.0
+        state.metadata = state.metadata if metadata is None else metadata
 
-    def leave(self, room: str, member: FakeRecipient, at_once: bool, now: float) -> None:
-        """Take a connection out."""
-        stay = self.stays.get((room, member.client_id))
-        if stay is not None and member.connection_id in stay.connections:
-            stay.connections.remove(member.connection_id)
+    def leave(self, room: str, recipient: FakeRecipient, at_once: bool, now: float) -> None:
+        """Let a connection leave."""
+        state = self.present_clients.get((room, recipient.client_id))
+        if state is not None and recipient.connection_id in state.connections:
+            state.connections.remove(recipient.connection_id)
             if not at_once:
-                stay.expected = now + GRACE
-            if not stay.connections:
-                stay.due = now if stay.expected <= now else now + GRACE
+                state.expected = now + GRACE
+            if not state.connections:
+                state.due = now if state.expected <= now else now + GRACE
                 self.wait(now)
 
     def wait(self, now: float) -> None:
         """Let time pass."""
-        self.stays = {key: stay for key, stay in self.stays.items() if stay.due is None or stay.due > now}
+        self.present_clients = {
+            key: state for key, state in self.present_clients.items() if state.due is None or state.due > now
+        }
 
     def present(self, room: str, now: float) -> list[tuple[str, Any, int, float]]:
-        """Who is in a room."""
+        """Return the clients in a room."""
         return [
-            (client_id, stay.metadata, len(stay.connections), now - stay.since)
-            for (where, client_id), stay in self.stays.items()
+            (client_id, state.metadata, len(state.connections), now - state.since)
+            for (where, client_id), state in self.present_clients.items()
             if where == room
         ]
 
 
 def said_of(calls: list[tuple[str, Presence]]) -> Iterator[tuple[tuple[str, str], list[str]]]:
-    """What was said of each client of each room, in order."""
+    """Return the announcements for each client of each room, in order."""
     for room in ROOMS:
         for client_id in CLIENTS:
-            yield (room, client_id), [what for what, who in calls if (who.room, who.client_id) == (room, client_id)]
+            yield (
+                (room, client_id),
+                [what for what, presence in calls if (presence.room, presence.client_id) == (room, client_id)],
+            )
 
 
 @settings(max_examples=300)
 @given(STEPS)
 def test_presence_and_announcements_agree_with_model(steps: list[tuple[Any, ...]]) -> None:
-    """Whatever comes, goes, waits or blocks: presence is that of a naive model, calls alternate, and at last agree."""
+    """Presence equals that of a simple model, and calls alternate between join and leave."""
     run(_play(steps))
 
 
 async def _play(steps: list[tuple[Any, ...]]) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        w, model = Watched(monkeypatch, GRACE), Model()
+        w, model = PresenceHarness(monkeypatch, GRACE), Model()
         members = [FakeRecipient(CLIENTS[number % 2]) for number in range(4)]
-        heard_all = True
+        always_listening = True
         for act, *details in steps:
             if act == "enter":
                 room, number, value = details
                 metadata = None if value is None else {"n": value}
                 w.enter(members[number], room, metadata)
                 model.enter(room, members[number], metadata, w.now)
-                heard_all = heard_all and w.listening
+                always_listening = always_listening and w.listening
             elif act == "leave":
                 room, number, at_once = details
                 w.leave(members[number], room, at_once=at_once)
                 model.leave(room, members[number], at_once, w.now)
             elif act == "wait":
                 w.at(w.now - 1000.0 + details[0])
-                if w.board._timer is not None:  # it may have been set for somebody who is back
+                if w.tracker._timer is not None:  # it may have been set for a client that has reconnected
                     w.timer_fires()
                 model.wait(w.now)
             elif act == "turn":
@@ -1075,45 +1084,48 @@ async def _play(steps: list[tuple[Any, ...]]) -> None:
             else:
                 w.listening = act == "listen"
             for room in ROOMS:
-                there = w.board.present(room)
-                seen = [(who.client_id, dict(who.metadata), who.connections, who.present_seconds) for who in there]
+                there = w.tracker.present(room)
+                seen = [
+                    (presence.client_id, dict(presence.metadata), presence.connections, presence.present_seconds)
+                    for presence in there
+                ]
                 assert seen == model.present(room, w.now)
-                assert len(w.board._rooms[room].pending if room in w.board._rooms else ()) <= len(CLIENTS)
-            assert len(w.board._graces) == sum(stay.due is not None for stay in model.stays.values())
-            assert (w.board._timer is not None) >= bool(w.board._graces)
+                assert len(w.tracker._rooms[room].pending if room in w.tracker._rooms else ()) <= len(CLIENTS)
+            assert len(w.tracker._graces) == sum(state.due is not None for state in model.present_clients.values())
+            assert (w.tracker._timer is not None) >= bool(w.tracker._graces)
         w.release()
         await settle(60)
         assert w.failures == []
         assert len(w.tasks) == 0
-        assert set(w.board._rooms) == {room for room, _ in model.stays}
+        assert set(w.tracker._rooms) == {room for room, _ in model.present_clients}
         for key, words in said_of(w.calls):
             assert words == ["joined", "left"] * (len(words) // 2) + ["joined"] * (len(words) % 2)
-            if heard_all:
-                assert (words[-1:] == ["joined"]) == (key in model.stays)
-        w.board.close()
+            if always_listening:
+                assert (words[-1:] == ["joined"]) == (key in model.present_clients)
+        w.tracker.close()
         await settle()
 
 
 def test_room_list_is_stable_while_rooms_change() -> None:
-    """The list of rooms is one of a moment: another thread may ask for it while rooms come and go."""
+    """Another thread may list the rooms while they change."""
 
     async def nothing(_: Presence) -> None:
-        """Nothing is said."""
+        """Do nothing."""
 
     async def check() -> None:
         tasks = TaskSet(lambda *_: None)
-        board = PresenceTracker(grace=0, joined=nothing, left=nothing, wanted=lambda: False, tasks=tasks)
+        tracker = PresenceTracker(grace=0, joined=nothing, left=nothing, wanted=lambda: False, tasks=tasks)
 
         class Changing:
-            """Another room comes while this one is looked at."""
+            """Dict that gets another room while it is iterated."""
 
             @property
             def entries(self) -> dict[str, Any]:
-                board.join("another", "ann", "connection", None)
+                tracker.join("another", "ann", "connection", None)
                 return {"bob": None}
 
-        board._rooms["lobby"] = Changing()  # type: ignore[assignment]
-        assert board.rooms() == ["lobby"]
-        assert "another" in board.rooms()
+        tracker._rooms["lobby"] = Changing()  # type: ignore[assignment]
+        assert tracker.rooms() == ["lobby"]
+        assert "another" in tracker.rooms()
 
     run(check())

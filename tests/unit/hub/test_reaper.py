@@ -1,4 +1,4 @@
-"""Tests of connections that have lasted long enough, and of those that nobody uses. In virtual time."""
+"""Tests of maximum lifetimes and idle timeouts, in virtual time."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tests.unit.node.test_python_client import World
 
 
 async def seconds_until_closed(line: Line, most: float) -> float:
-    """How long a connection lasts, to a twentieth of a second."""
+    """Return the seconds until a connection closes, to a twentieth of a second."""
     started = asyncio.get_running_loop().time()
     while line.close_code is None and asyncio.get_running_loop().time() - started < most:
         await asyncio.sleep(0.05)
     return asyncio.get_running_loop().time() - started
 
 
-# ── lifetimes ──
+# ── maximum lifetime ──
 
 
 @virtually
 async def test_max_lifetime_closes_with_1001_in_time() -> None:
-    """With 1001, however busy it is, at most a tenth early and never later than a moment."""
+    """A busy connection closes too, at most a tenth early and a moment late."""
     async with Stage(max_lifetime=100) as stage:
         lines = [stage.plain(f"client {number}") for number in range(40)]
         await soon()
@@ -39,7 +39,7 @@ async def test_max_lifetime_closes_with_1001_in_time() -> None:
 
 @virtually
 async def test_max_lifetime_closes_are_spread_over_time() -> None:
-    """A hundred that began in one moment are closed at moments of their own, over a tenth of their lifetime."""
+    """A hundred connections of one moment close at different times within a tenth of their lifetime."""
     async with Stage(max_lifetime=100) as stage:
         lines = [stage.plain(f"client {number}") for number in range(100)]
         await soon()
@@ -54,7 +54,7 @@ async def test_max_lifetime_closes_are_spread_over_time() -> None:
 
 @virtually
 async def test_max_lifetime_sends_drain_to_v1_client_before_close() -> None:
-    """It hears `drain`, and is closed only if it has not left by itself; its session goes on."""
+    """The client gets `drain`, and is closed only if it does not reconnect; its session continues."""
     async with Stage(max_lifetime=100) as stage:
         peer = Peer(stage)
         line = await peer.dial()
@@ -68,7 +68,7 @@ async def test_max_lifetime_sends_drain_to_v1_client_before_close() -> None:
 
 @virtually
 async def test_reconnects_after_max_lifetime_lose_no_message() -> None:
-    """Nothing is lost over ten lifetimes, and it is away for no noticeable time."""
+    """Over ten lifetimes no message is lost, and the client is disconnected for no noticeable time."""
     async with World(max_lifetime=20) as world, world.client() as client:
         for number in range(200):
             await client.send(number, event="note")
@@ -81,7 +81,7 @@ async def test_reconnects_after_max_lifetime_lose_no_message() -> None:
 
 @virtually
 async def test_client_closing_after_drain_has_cause_lifetime() -> None:
-    """A client that leaves because `max_lifetime` is over has the reason `lifetime` in hooks and counters."""
+    """A client that closes because of `max_lifetime` has the cause `lifetime` in hooks and counters."""
     async with World(max_lifetime=20) as world, world.client() as client:
         while client.dials < 3:
             await asyncio.sleep(1)
@@ -89,12 +89,12 @@ async def test_client_closing_after_drain_has_cause_lifetime() -> None:
         assert gone[:2] == ["disconnect ann lifetime"] * 2
 
 
-# ── idleness ──
+# ── idle timeout ──
 
 
 @virtually
 async def test_idle_timeout_closes_with_1001() -> None:
-    """With 1001, after idle_timeout and at most a quarter more; heartbeats are no messages."""
+    """The close comes after idle_timeout and at most a quarter later; heartbeats are not messages."""
     async with Stage(idle_timeout=40, heartbeat_type="ping", heartbeat_interval=1, require_pong=False) as stage:
         line = stage.plain()
         await soon()
@@ -107,7 +107,7 @@ async def test_idle_timeout_closes_with_1001() -> None:
 @pytest.mark.parametrize("direction", ["in", "out", "broadcast", "volatile"])
 @virtually
 async def test_message_in_either_direction_resets_idle_timeout(direction: str, session: bool) -> None:
-    """A message in either direction begins the time anew, whether it has a number or not."""
+    """A message in either direction restarts the timeout, with or without a number."""
     async with Stage(idle_timeout=40) as stage:
         line = await Peer(stage).dial() if session else stage.plain()
         await soon()
@@ -127,7 +127,7 @@ async def test_message_in_either_direction_resets_idle_timeout(direction: str, s
 
 @virtually
 async def test_protocol_pings_do_not_reset_idle_timeout() -> None:
-    """The heartbeat of the protocol goes the way of messages, and does not count as one."""
+    """Protocol pings are sent like messages, but do not count as one."""
     async with Stage(idle_timeout=40, heartbeat_type="ping", heartbeat_interval=1) as stage:
         line = await Peer(stage).dial()
         for _ in range(60):
@@ -138,12 +138,12 @@ async def test_protocol_pings_do_not_reset_idle_timeout() -> None:
         assert line.close_code == 1001
 
 
-# ── what it costs ──
+# ── cost ──
 
 
 @virtually
 async def test_reaper_without_options_holds_no_entry() -> None:
-    """Without the options there is no entry and no timer for a connection."""
+    """Without the options a connection has no entry and no timer."""
     async with Stage() as stage:
         stage.plain()
         await soon()
@@ -153,7 +153,7 @@ async def test_reaper_without_options_holds_no_entry() -> None:
 
 @virtually
 async def test_closed_connections_leave_reaper_immediately() -> None:
-    """A thousand short connections leave no thousand entries until their hour is over."""
+    """A thousand short connections leave no entries until their timeout."""
     async with Stage(max_lifetime=3600) as stage:
         for number in range(300):
             line = stage.plain(f"client {number}")

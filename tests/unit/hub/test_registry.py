@@ -1,4 +1,4 @@
-"""Tests of who is connected."""
+"""Tests of the registry of connections."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_connection_is_found_by_connection_and_client_id() -> None:
 
 
 def test_lookup_of_unknown_id_returns_nothing() -> None:
-    """Looking for somebody who is not connected is no error."""
+    """Looking up an unknown id is not an error."""
     registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
     assert registry.get("nobody") is None
     assert registry.of_client("nobody") == []
@@ -43,60 +43,60 @@ def test_removing_old_connection_leaves_newer_one() -> None:
 
 
 def test_removing_unknown_connection_changes_nothing() -> None:
-    """A connection that was refused can be removed like any other."""
+    """Removing an unknown connection is not an error."""
     registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
-    registry.add(kept := FakeRecipient("ann"))
+    registry.add(ann := FakeRecipient("ann"))
     registry.remove(FakeRecipient("ann"))
-    assert list(registry) == [kept]
+    assert list(registry) == [ann]
 
 
 def test_registry_iteration_allows_removal() -> None:
-    """Reading all connections sees those of the moment at which it began."""
+    """An iteration yields the connections at its start."""
     registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
     members = [FakeRecipient() for _ in range(3)]
-    for member in members:
-        registry.add(member)
+    for recipient in members:
+        registry.add(recipient)
     seen = []
-    for member in registry:
-        seen.append(member)
-        registry.remove(member)
+    for recipient in registry:
+        seen.append(recipient)
+        registry.remove(recipient)
     assert seen == members
     assert len(registry) == 0
 
 
 def test_client_connections_are_listed_oldest_first() -> None:
-    """The order of a client's connections is that of their coming."""
+    """The connections of a client are in the order in which they were added."""
     registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
     members = [FakeRecipient("ann") for _ in range(4)]
-    for member in members:
-        registry.add(member)
+    for recipient in members:
+        registry.add(recipient)
     registry.remove(members[1])
     assert registry.of_client("ann") == [members[0], members[2], members[3]]
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 9))))
 def test_registry_indexes_always_agree(steps: list[tuple[bool, int]]) -> None:
-    """Whatever comes and goes, both indexes hold the same connections and no empty entry stays."""
+    """Both indexes hold the same connections after any operations, and no empty entry stays."""
     registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
     members = [FakeRecipient(f"client-{number % 3}") for number in range(10)]
     there: list[FakeRecipient] = []
     for comes, number in steps:
-        member = members[number]
-        if comes and member not in there:
-            registry.add(member)
-            there.append(member)
+        recipient = members[number]
+        if comes and recipient not in there:
+            registry.add(recipient)
+            there.append(recipient)
         elif not comes:
-            registry.remove(member)
-            there = [other for other in there if other is not member]
+            registry.remove(recipient)
+            there = [other for other in there if other is not recipient]
     assert list(registry) == there
-    assert set(registry.client_ids()) == {member.client_id for member in there}
+    assert set(registry.client_ids()) == {recipient.client_id for recipient in there}
     for client_id in registry.client_ids():
-        assert registry.of_client(client_id) == [member for member in there if member.client_id == client_id]
+        assert registry.of_client(client_id) == [recipient for recipient in there if recipient.client_id == client_id]
 
 
 @pytest.mark.parametrize("num_shards", [1, 4, 32])
 def test_connections_are_distributed_evenly_over_shards(num_shards: int) -> None:
-    """There are num_shards parts, and new connections go to them in turn."""
+    """New connections are assigned to the num_shards shards in turn."""
     registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry(num_shards)
     for _ in range(2 * num_shards):
         registry.add(FakeRecipient(shard=registry.next_shard()))

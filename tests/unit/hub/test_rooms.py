@@ -1,4 +1,4 @@
-"""Tests of who is in which room."""
+"""Tests of the membership of rooms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.fake_recipient import FakeRecipient
 
 @pytest.fixture
 def rooms() -> RoomMembership[FakeRecipient]:
-    """Rooms that a connection may be in any number of."""
+    """Return rooms without a limit for a connection."""
     return RoomMembership(None)
 
 
@@ -34,7 +34,7 @@ def test_join_adds_member_and_room(rooms: RoomMembership[FakeRecipient]) -> None
 
 
 def test_repeated_join_is_idempotent(rooms: RoomMembership[FakeRecipient]) -> None:
-    """The second time says that it was in already, keeps its place, and one leaving is enough."""
+    """A second join returns that it was a member, does not change its position, and needs no second leave."""
     ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     rooms.join(ann, "lobby")
     rooms.join(bob, "lobby")
@@ -45,7 +45,7 @@ def test_repeated_join_is_idempotent(rooms: RoomMembership[FakeRecipient]) -> No
 
 
 def test_leave_without_membership_changes_nothing(rooms: RoomMembership[FakeRecipient]) -> None:
-    """It says so, whether the room exists, the connection is elsewhere, or neither."""
+    """A leave without membership returns `False`, whether the room exists or not."""
     ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     assert not rooms.leave(ann, "lobby")
     rooms.join(ann, "lobby")
@@ -57,7 +57,7 @@ def test_leave_without_membership_changes_nothing(rooms: RoomMembership[FakeReci
 
 
 def test_leave_all_removes_member_and_returns_rooms(rooms: RoomMembership[FakeRecipient]) -> None:
-    """It is in none afterwards; which they were is told in the order of joining; others stay."""
+    """The connection is in no room afterwards; its rooms are returned in the order of joining; others stay."""
     ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     for name in ("c", "a", "b"):
         rooms.join(ann, name)
@@ -69,7 +69,7 @@ def test_leave_all_removes_member_and_returns_rooms(rooms: RoomMembership[FakeRe
 
 
 def test_leave_all_without_rooms_returns_nothing(rooms: RoomMembership[FakeRecipient]) -> None:
-    """There is nothing to leave, and no error."""
+    """Without rooms nothing is returned, and nothing raises."""
     ann = FakeRecipient("ann")
     assert rooms.leave_all(ann) == ()
     rooms.join(ann, "lobby")
@@ -78,7 +78,7 @@ def test_leave_all_without_rooms_returns_nothing(rooms: RoomMembership[FakeRecip
 
 
 def test_connections_of_one_client_are_separate_members(rooms: RoomMembership[FakeRecipient]) -> None:
-    """The end of an old connection takes no newer one of the same client out."""
+    """The end of an old connection does not remove a newer one of the same client."""
     old, new = FakeRecipient("ann"), FakeRecipient("ann")
     rooms.join(old, "lobby")
     rooms.join(new, "lobby")
@@ -91,7 +91,7 @@ def test_connections_of_one_client_are_separate_members(rooms: RoomMembership[Fa
 
 
 def test_rejoin_moves_member_to_end(rooms: RoomMembership[FakeRecipient]) -> None:
-    """Members and rooms stand in the order of the latest joining."""
+    """Members and rooms are in the order of the latest join."""
     ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     for name in ("a", "b"):
         rooms.join(ann, name)
@@ -107,7 +107,7 @@ def test_rejoin_moves_member_to_end(rooms: RoomMembership[FakeRecipient]) -> Non
 
 @pytest.mark.parametrize("name", ["", None, 7, b"lobby", ["lobby"]])
 def test_empty_or_non_string_room_name_raises_value_error(rooms: RoomMembership[FakeRecipient], name: Any) -> None:
-    """A room's name is a string that is not empty; the error says so, and nobody is in anything."""
+    """A room's name is a non-empty string; another value raises and nothing is joined."""
     ann = FakeRecipient("ann")
     with pytest.raises(ValueError, match="a string of at least one character"):
         rooms.join(ann, name)
@@ -119,19 +119,19 @@ def test_empty_or_non_string_room_name_raises_value_error(rooms: RoomMembership[
     "name", ["x" * 257, "x" * 1_000_000, "\r\n[ERROR] fake", "\x1b[2J", "a\x00"], ids=lambda n: ascii(n[:9])
 )
 def test_long_or_unprintable_room_name_raises_short_error(rooms: RoomMembership[FakeRecipient], name: str) -> None:
-    """Clients choose names of rooms: the error is one short line, and no bug where an endpoint lets it escape."""
+    """Clients choose room names, so the error is one short line, and not a bug of the endpoint."""
     ann = FakeRecipient("ann")
-    with pytest.raises(RoomNameError, match="at most 256 characters") as refused:
+    with pytest.raises(RoomNameError, match="at most 256 characters") as caught:
         rooms.join(ann, name)
-    assert len(str(refused.value)) < 250
-    assert str(refused.value).isprintable()
-    assert refused.value.close_code == 1008
+    assert len(str(caught.value)) < 250
+    assert str(caught.value).isprintable()
+    assert caught.value.close_code == 1008
     assert len(rooms) == 0
     assert rooms.join(ann, "x" * 256)
 
 
 def test_join_beyond_room_limit_raises() -> None:
-    """The error tells room and limit; no room comes into being; the rooms that it is in are still its own."""
+    """The error has room and limit; no room is created, and the connection stays in its rooms."""
     rooms: RoomMembership[FakeRecipient] = RoomMembership(2)
     ann = FakeRecipient("ann")
     rooms.join(ann, "a")
@@ -146,14 +146,14 @@ def test_join_beyond_room_limit_raises() -> None:
 
 
 def test_room_limit_applies_per_connection() -> None:
-    """A second connection of the same client has a limit of its own, whatever the first has joined."""
+    """A second connection of the same client has its own limit."""
     rooms: RoomMembership[FakeRecipient] = RoomMembership(1)
     rooms.join(FakeRecipient("ann"), "a")
     assert rooms.join(FakeRecipient("ann"), "b")
 
 
 def test_room_limit_zero_rejects_every_join() -> None:
-    """With a limit of zero there are no rooms, and a refused connection costs no entry."""
+    """With a limit of zero there are no rooms, and a rejected connection has no entry."""
     rooms: RoomMembership[FakeRecipient] = RoomMembership(0)
     with pytest.raises(RoomLimitError):
         rooms.join(FakeRecipient("ann"), "a")
@@ -164,7 +164,7 @@ def test_room_limit_zero_rejects_every_join() -> None:
 
 
 def test_empty_room_is_removed(rooms: RoomMembership[FakeRecipient]) -> None:
-    """With its last member a room is gone, by one way as by the other."""
+    """A room is removed with its last member, by `leave` and by `leave_all`."""
     ann = FakeRecipient("ann")
     rooms.join(ann, "lobby")
     rooms.leave(ann, "lobby")
@@ -176,7 +176,7 @@ def test_empty_room_is_removed(rooms: RoomMembership[FakeRecipient]) -> None:
 
 
 def test_connection_without_rooms_holds_no_entry(rooms: RoomMembership[FakeRecipient]) -> None:
-    """Neither who was never in a room nor who has left the last is kept."""
+    """A connection that never joined or has left its last room has no entry."""
     ann = FakeRecipient("ann")
     rooms.rooms_of(ann)
     rooms.leave(ann, "lobby")
@@ -187,11 +187,11 @@ def test_connection_without_rooms_holds_no_entry(rooms: RoomMembership[FakeRecip
     assert rooms._names == {}
 
 
-# ── who is spoken to ──
+# ── recipients ──
 
 
 def test_recipients_of_room_are_its_members_in_order(rooms: RoomMembership[FakeRecipient]) -> None:
-    """One room's audience are its members in order, whether the room is named by itself or in a list."""
+    """The recipients of a room are its members in order, whether it is given alone or in a list."""
     ann, bob, eve = FakeRecipient("ann"), FakeRecipient("bob"), FakeRecipient("eve")
     rooms.join(ann, "lobby")
     rooms.join(bob, "lobby")
@@ -200,7 +200,7 @@ def test_recipients_of_room_are_its_members_in_order(rooms: RoomMembership[FakeR
 
 
 def test_member_of_several_rooms_is_recipient_once(rooms: RoomMembership[FakeRecipient]) -> None:
-    """Several rooms, or one that is named twice, have no member twice; two connections of a client are two."""
+    """A member of several rooms gets one copy, also if a room is named twice; two connections are two members."""
     ann, again, bob = FakeRecipient("ann"), FakeRecipient("ann"), FakeRecipient("bob")
     for name in ("a", "b"):
         rooms.join(ann, name)
@@ -211,7 +211,7 @@ def test_member_of_several_rooms_is_recipient_once(rooms: RoomMembership[FakeRec
 
 
 def test_unknown_rooms_have_no_recipients(rooms: RoomMembership[FakeRecipient]) -> None:
-    """Speaking into an empty room, or none, reaches nobody and makes no room."""
+    """A message to an empty or unknown room reaches no member and creates no room."""
     assert (
         list(rooms.recipients(["nowhere", "neither"]))
         == list(rooms.recipients([]))
@@ -223,7 +223,7 @@ def test_unknown_rooms_have_no_recipients(rooms: RoomMembership[FakeRecipient]) 
 
 @pytest.mark.parametrize("names", ["a", ["a"], ["a", "b"]])
 def test_recipients_are_unaffected_by_later_changes(rooms: RoomMembership[FakeRecipient], names: Any) -> None:
-    """An audience is that of the moment: who leaves or joins afterwards does not change it."""
+    """The recipients are those of the call: later changes have no effect."""
     members = [FakeRecipient() for _ in range(3)]
     for member in members:
         rooms.join(member, "a")
@@ -240,7 +240,7 @@ def test_recipients_are_unaffected_by_later_changes(rooms: RoomMembership[FakeRe
 
 
 def test_changing_returned_list_does_not_change_room(rooms: RoomMembership[FakeRecipient]) -> None:
-    """What is done to the returned list is not done to the room."""
+    """Changing the returned list does not change the room."""
     ann = FakeRecipient("ann")
     rooms.join(ann, "lobby")
     rooms.members("lobby").clear()
@@ -249,24 +249,24 @@ def test_changing_returned_list_does_not_change_room(rooms: RoomMembership[FakeR
     assert rooms.names() == ["lobby"]
 
 
-# ── whatever happens ──
+# ── random operations ──
 
 STEPS = st.lists(
     st.tuples(st.sampled_from(["join", "join", "leave", "end"]), st.integers(0, 5), st.sampled_from("abcd")),
-    min_size=20,  # left to itself, hypothesis makes lists of five or so
+    min_size=20,  # by default, hypothesis creates lists of about five
     max_size=60,
 )
 
 
 @given(STEPS, st.none() | st.integers(0, 4))
 def test_membership_agrees_with_model(steps: list[tuple[str, int, str]], limit: int | None) -> None:
-    """Whatever is joined and left, everything that can be asked agrees with a plain list of who is where."""
+    """After any joins and leaves, all results agree with a plain list of memberships."""
     rooms: RoomMembership[FakeRecipient] = RoomMembership(limit)
     members = [FakeRecipient(f"client-{number % 3}") for number in range(6)]
     pairs: list[tuple[FakeRecipient, str]] = []
     for act, number, name in steps:
         member = members[number]
-        mine = [room for who, room in pairs if who is member]
+        mine = [room for one, room in pairs if one is member]
         if act == "join" and name not in mine and limit is not None and len(mine) >= limit:
             with pytest.raises(RoomLimitError):
                 rooms.join(member, name)
@@ -281,21 +281,23 @@ def test_membership_agrees_with_model(steps: list[tuple[str, int, str]], limit: 
             pairs = [pair for pair in pairs if pair[0] is not member]
 
         for one in members:
-            assert list(rooms.rooms_of(one)) == [room for who, room in pairs if who is one]
+            assert list(rooms.rooms_of(one)) == [room for member, room in pairs if member is one]
         for room in "abcd":
-            there = [who for who, where in pairs if where == room]
+            there = [member for member, room_name in pairs if room_name == room]
             assert rooms.members(room) == list(rooms.recipients([room])) == there
             assert (room in rooms) == bool(there)
         both = rooms.recipients(["a", "b"])
-        assert len(both) == len({who.connection_id for who, where in pairs if where in "ab"})
-        assert {who.connection_id for who in both} == {who.connection_id for who, where in pairs if where in "ab"}
-        assert set(rooms.names()) == {where for _, where in pairs}
+        assert len(both) == len({member.connection_id for member, room_name in pairs if room_name in "ab"})
+        assert {member.connection_id for member in both} == {
+            member.connection_id for member, room_name in pairs if room_name in "ab"
+        }
+        assert set(rooms.names()) == {room_name for _, room_name in pairs}
         assert len(rooms) == len(rooms.names())
-        assert set(rooms._names) == {who.connection_id for who, _ in pairs}
+        assert set(rooms._names) == {member.connection_id for member, _ in pairs}
 
 
 def test_leave_all_of_old_member_after_handover_does_nothing() -> None:
-    """A member with the same id takes the place of another in all its rooms, and that one's end changes nothing."""
+    """A recipient with the same id replaces another in all its rooms, and the end of the old one changes nothing."""
     rooms: RoomMembership[Any] = RoomMembership(None)
     old, new = FakeRecipient(), FakeRecipient()
     new.connection_id = old.connection_id

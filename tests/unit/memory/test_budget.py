@@ -11,7 +11,7 @@ import pytest
 from fastapi_ws_stabilizer.errors import MemoryLimitExceededError
 from fastapi_ws_stabilizer.memory import budget as ledger_module
 from fastapi_ws_stabilizer.memory.budget import FRAME_OVERHEAD_BYTES, SLICE, Evictable, MemoryBudget, Policy
-from tests.support.fake_evictable import FakeClient, Note
+from tests.support.fake_evictable import FakeEvictable, Note
 from tests.support.fake_link import virtually
 from tests.support.fake_websocket import settle
 
@@ -26,7 +26,7 @@ async def budget() -> MemoryBudget:
     return made
 
 
-def gone(*clients: FakeClient) -> str:
+def gone(*clients: FakeEvictable) -> str:
     """Who had to go."""
     return "".join(client.connection_id for client in clients if client.evicted)
 
@@ -49,7 +49,7 @@ def test_shared_message_counts_once() -> None:
 async def test_total_is_read_without_visiting_clients(budget: MemoryBudget) -> None:
     """It is a number that is there, and no count of what clients hold."""
     for number in range(3):
-        FakeClient(budget, str(number), 10).memory_usage = 999
+        FakeEvictable(budget, str(number), 10).memory_usage = 999
     assert budget.total == 30
 
 
@@ -61,12 +61,12 @@ async def test_eviction_policy_selects_client(policy: Policy, victim: str) -> No
     """Of the same three clients, each policy picks another one: they are three orders and no names for one."""
     budget = MemoryBudget(100, policy=policy)
     budget.begin()
-    a, b, c = clients = [FakeClient(budget, name, 20) for name in "abc"]
+    a, b, c = clients = [FakeEvictable(budget, name, 20) for name in "abc"]
     for delivered in (c, a, b):
         budget.on_delivered(delivered) if budget.output_counts else None
     for heard in (b, c, a):
         budget.on_inbound(heard)
-    writer = FakeClient(budget, "w")
+    writer = FakeEvictable(budget, "w")
     budget.reserve(writer, 50)
     assert gone(*clients, writer) == victim
 
@@ -76,7 +76,7 @@ async def test_reattached_client_is_last_in_eviction_order(policy: Policy) -> No
     """A client that has come back is the last in every order, whenever it had come first."""
     budget = MemoryBudget(100, policy=policy)
     budget.begin()
-    a, b = FakeClient(budget, "a", 40), FakeClient(budget, "b", 40)
+    a, b = FakeEvictable(budget, "a", 40), FakeEvictable(budget, "b", 40)
     budget.detach(a)
     budget.attach(a)
     budget.reserve(None, 30)
@@ -88,7 +88,7 @@ async def test_detached_clients_are_evicted_first_oldest_first(policy: Policy) -
     """Nobody who is here goes while something is kept for somebody who is not."""
     budget = MemoryBudget(100, policy=policy)
     budget.begin()
-    a, b, c = (FakeClient(budget, name, 30) for name in "abc")
+    a, b, c = (FakeEvictable(budget, name, 30) for name in "abc")
     budget.detach(c)
     budget.detach(b)
     order = []
@@ -103,7 +103,7 @@ async def test_writing_client_is_not_evicted(policy: Policy) -> None:
     """Room for what a client writes is made by others, even if it would be the first to go."""
     budget = MemoryBudget(100, policy=policy)
     budget.begin()
-    a, b = FakeClient(budget, "a", 40), FakeClient(budget, "b", 40)
+    a, b = FakeEvictable(budget, "a", 40), FakeEvictable(budget, "b", 40)
     budget.detach(a)
     budget.reserve(a, 30)
     assert gone(a, b) == "b"
@@ -111,14 +111,14 @@ async def test_writing_client_is_not_evicted(policy: Policy) -> None:
 
 async def test_eviction_stops_when_memory_suffices(budget: MemoryBudget) -> None:
     """Eviction stops as soon as there is room."""
-    clients = [FakeClient(budget, name, 20) for name in "abcde"]
+    clients = [FakeEvictable(budget, name, 20) for name in "abcde"]
     budget.reserve(None, 21)
     assert gone(*clients) == "ab"
 
 
 async def test_request_over_total_limit_raises_without_eviction(budget: MemoryBudget) -> None:
     """A client that wants more than there is for all is refused before anybody goes for it."""
-    a, b = FakeClient(budget, "a", 40), FakeClient(budget, "b", 40)
+    a, b = FakeEvictable(budget, "a", 40), FakeEvictable(budget, "b", 40)
     with pytest.raises(MemoryLimitExceededError) as refused:
         budget.reserve(b, 61)
     assert (refused.value.limit, refused.value.most, gone(a, b)) == ("max_total_memory", 100, "")
@@ -127,7 +127,7 @@ async def test_request_over_total_limit_raises_without_eviction(budget: MemoryBu
 async def test_shared_message_is_freed_with_last_holder(budget: MemoryBudget) -> None:
     """Clients go, the first before all others, until what they have shared is free."""
     shared = Note(60)
-    clients = [FakeClient(budget, name) for name in "abc"]
+    clients = [FakeEvictable(budget, name) for name in "abc"]
     for client in clients:
         client.holds(shared)
     budget.reserve(None, 50)
@@ -136,7 +136,7 @@ async def test_shared_message_is_freed_with_last_holder(budget: MemoryBudget) ->
 
 async def test_unreserved_growth_evicts_on_next_iteration(budget: MemoryBudget) -> None:
     """Messages are queued first and counted; nobody goes in the middle of that, and the limit holds a turn later."""
-    clients = [FakeClient(budget, name, 40) for name in "abc"]
+    clients = [FakeEvictable(budget, name, 40) for name in "abc"]
     assert (budget.total, gone(*clients)) == (120, "")
     await settle(1)
     assert (budget.total, gone(*clients)) == (80, "a")
@@ -144,7 +144,7 @@ async def test_unreserved_growth_evicts_on_next_iteration(budget: MemoryBudget) 
 
 async def test_unreserved_message_over_total_limit_evicts_holder(budget: MemoryBudget) -> None:
     """The limit holds for what nobody has asked for, even if its holder is the only client."""
-    client = FakeClient(budget, "a")
+    client = FakeEvictable(budget, "a")
     client.holds(Note(101))
     await settle(1)
     assert (gone(client), budget.total) == ("a", 0)
@@ -152,7 +152,7 @@ async def test_unreserved_message_over_total_limit_evicts_holder(budget: MemoryB
 
 async def test_removed_client_is_not_evicted(budget: MemoryBudget) -> None:
     """A client that is over is no candidate; leaving twice changes nothing."""
-    a, b = FakeClient(budget, "a", 40), FakeClient(budget, "b", 40)
+    a, b = FakeEvictable(budget, "a", 40), FakeEvictable(budget, "b", 40)
     budget.detach(a)
     budget.remove(a)
     budget.remove(a)
@@ -162,8 +162,8 @@ async def test_removed_client_is_not_evicted(budget: MemoryBudget) -> None:
 
 async def test_activity_of_detached_or_removed_client_is_ignored(budget: MemoryBudget) -> None:
     """A message of a client that has left, or is away, does not bring it back."""
-    a = FakeClient(budget, "a", 40)
-    b = FakeClient(budget, "b", 40)
+    a = FakeEvictable(budget, "a", 40)
+    b = FakeEvictable(budget, "b", 40)
     budget.detach(a)
     budget.on_inbound(a)
     budget.on_delivered(a)
@@ -176,7 +176,7 @@ async def test_activity_of_detached_or_removed_client_is_ignored(budget: MemoryB
 def test_budget_without_limit_maintains_no_order() -> None:
     """Who needs no order pays for none."""
     budget = MemoryBudget()
-    client = FakeClient(budget, "a", 10**12)
+    client = FakeEvictable(budget, "a", 10**12)
     budget.on_inbound(client)
     budget.detach(client)
     budget.reserve(client, 10**12)
@@ -189,7 +189,7 @@ def test_budget_without_limit_maintains_no_order() -> None:
 def test_write_over_connection_limit_raises() -> None:
     """What a client holds already counts; nothing is written, and the error names the option and its value."""
     budget = MemoryBudget(max_each=100)
-    client = FakeClient(budget, "a", 60)
+    client = FakeEvictable(budget, "a", 60)
     budget.reserve(client, 40)
     with pytest.raises(MemoryLimitExceededError) as refused:
         budget.reserve(client, 41)
@@ -201,7 +201,7 @@ def test_write_over_connection_limit_raises() -> None:
 def test_shrinking_write_is_never_rejected() -> None:
     """A client that is over the limit can always shrink."""
     budget = MemoryBudget(max_each=10)
-    client = FakeClient(budget, "a", 60)
+    client = FakeEvictable(budget, "a", 60)
     budget.reserve(client, -20)
     budget.reserve(client, 0)
 
@@ -209,7 +209,7 @@ def test_shrinking_write_is_never_rejected() -> None:
 def test_client_over_limit_is_ended_at_next_message() -> None:
     """Queues and logs do not ask, so their sum is looked at when its client says something."""
     budget = MemoryBudget(max_each=100)
-    client = FakeClient(budget, "a", 100)
+    client = FakeEvictable(budget, "a", 100)
     budget.on_inbound(client)
     assert client.ended_at is None
     client.takes(1)
@@ -221,8 +221,8 @@ async def test_flood_of_one_client_evicts_no_other() -> None:
     """`max_memory_per_connection` refuses it before room is made."""
     budget = MemoryBudget(1000, max_each=100)
     budget.begin()
-    others = [FakeClient(budget, name, 90) for name in "abcdefghij"]
-    flood = FakeClient(budget, "x", 50)
+    others = [FakeEvictable(budget, name, 90) for name in "abcdefghij"]
+    flood = FakeEvictable(budget, "x", 50)
     with pytest.raises(MemoryLimitExceededError):
         budget.reserve(flood, 60)
     assert gone(*others) == ""
@@ -239,8 +239,8 @@ async def test_eviction_cost_is_independent_of_client_count(
     """A handful of looks at the line to come, to speak, to be sent something and to go, among ten or ten thousand."""
     budget = MemoryBudget(number, policy=policy)
     budget.begin()
-    clients = [FakeClient(budget, str(place), 1) for place in range(number)]
-    silent = [FakeClient(budget, f"silent {place}") for place in range(number)]
+    clients = [FakeEvictable(budget, str(place), 1) for place in range(number)]
+    silent = [FakeEvictable(budget, f"silent {place}") for place in range(number)]
     looks = 0
 
     def looking(real: Any) -> Any:
@@ -259,7 +259,7 @@ async def test_eviction_cost_is_independent_of_client_count(
         budget.on_inbound(clients[7])
         budget.on_delivered(clients[8])
         budget.reserve(clients[9], 1)
-        FakeClient(budget, f"new {one}", 1)
+        FakeEvictable(budget, f"new {one}", 1)
         most = max(most, looks)
     assert sum(client.evicted for client in clients) == 5
     assert most <= 10
@@ -271,10 +271,10 @@ async def test_client_without_memory_is_not_evicted(policy: Policy) -> None:
     """However long it was silent, its end would free nothing. When it holds something, it stands where it stood."""
     budget = MemoryBudget(100, policy=policy)
     budget.begin()
-    a, b, c = FakeClient(budget, "a"), FakeClient(budget, "b", 50), FakeClient(budget, "c", 50)
+    a, b, c = FakeEvictable(budget, "a"), FakeEvictable(budget, "b", 50), FakeEvictable(budget, "c", 50)
     budget.reserve(None, 10)
     assert gone(a, b, c) == "b"
-    b = FakeClient(budget, "b", 10)
+    b = FakeEvictable(budget, "b", 10)
     a.takes(10)
     budget.reserve(None, 35)
     assert gone(a, b, c) == "a"
@@ -285,7 +285,7 @@ async def test_refilled_client_returns_to_its_eviction_position(policy: Policy) 
     """It comes back to where it would have stood, and not to the end."""
     budget = MemoryBudget(100, policy=policy)
     budget.begin()
-    a, b, c = (FakeClient(budget, name, 30) for name in "abc")
+    a, b, c = (FakeEvictable(budget, name, 30) for name in "abc")
     a.takes(-30)
     budget.reserve(None, 50)
     assert gone(a, b, c) == "b"
@@ -296,7 +296,7 @@ async def test_refilled_client_returns_to_its_eviction_position(policy: Policy) 
 
 async def test_closed_client_is_evicted_before_detached_ones(budget: MemoryBudget) -> None:
     """Nobody goes who could come back, or is here, while something is held for what is over."""
-    a, b, c = (FakeClient(budget, name, 30) for name in "abc")
+    a, b, c = (FakeEvictable(budget, name, 30) for name in "abc")
     budget.detach(a)
     budget.mark_closed(c)
     budget.reserve(None, 20)
@@ -305,7 +305,7 @@ async def test_closed_client_is_evicted_before_detached_ones(budget: MemoryBudge
 
 async def test_many_evictions_are_spread_over_iterations(budget: MemoryBudget, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the end of a turn as many go as a slice of time is enough for, and others in the turns after it."""
-    clients = [FakeClient(budget, str(number), 10) for number in range(10)]
+    clients = [FakeEvictable(budget, str(number), 10) for number in range(10)]
     now = 0.0
 
     def clock() -> float:
@@ -314,7 +314,7 @@ async def test_many_evictions_are_spread_over_iterations(budget: MemoryBudget, m
         return now
 
     monkeypatch.setattr(ledger_module, "monotonic", clock)
-    FakeClient(budget, "hog", 90)
+    FakeEvictable(budget, "hog", 90)
     counts = []
     for _ in range(4):
         await asyncio.sleep(0)
@@ -324,7 +324,7 @@ async def test_many_evictions_are_spread_over_iterations(budget: MemoryBudget, m
 
 async def test_eviction_queue_does_not_grow_with_reattachments(budget: MemoryBudget) -> None:
     """What means nothing any more is thrown out of it."""
-    client = FakeClient(budget, "a", 10)
+    client = FakeEvictable(budget, "a", 10)
     for _ in range(1_000):
         budget.detach(client)
         budget.attach(client)
@@ -333,7 +333,7 @@ async def test_eviction_queue_does_not_grow_with_reattachments(budget: MemoryBud
 
 async def test_pinned_client_is_not_evicted(budget: MemoryBudget) -> None:
     """For as long as it lasts; and what those hold that stay is not counted on."""
-    a, b = FakeClient(budget, "a", 60), FakeClient(budget, "b", 30)
+    a, b = FakeEvictable(budget, "a", 60), FakeEvictable(budget, "b", 30)
     with budget.pinned(a), budget.pinned(None):
         with pytest.raises(MemoryLimitExceededError):
             budget.reserve(None, 50)
@@ -467,7 +467,7 @@ async def test_dict_detached_during_check_is_skipped() -> None:
 async def test_stopped_budget_holds_nothing(budget: MemoryBudget) -> None:
     """No timer, no order, no dict."""
     FakeDict(budget, 10)
-    clients = [FakeClient(budget, name, 60) for name in "ab"]
+    clients = [FakeEvictable(budget, name, 60) for name in "ab"]
     budget.stop()
     await settle(2)
     assert (gone(*clients), budget._timer, budget._eviction) == ("", None, None)

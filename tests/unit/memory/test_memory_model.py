@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from tests.support.fake_link import soon
-from tests.support.memory_world import ModelClient, World, noting_servers
+from tests.support.memory_world import ModelClient, World, recording_servers
 from tests.support.virtual_time import VirtualLoop, run_virtually
 
 POLICIES = ("lru", "fifo", "oldest")
 LIMIT = 20_000
 """Small, so that much of what happens leads to an eviction."""
 
-guests = st.integers(0, 11)
+numbers = st.integers(0, 11)
 sizes = st.sampled_from([0, 10, 500, 2_000, 5_000])
 rooms = st.sampled_from([None, "lobby", "kitchen"])
 
@@ -42,7 +42,7 @@ class MemoryMachine(RuleBasedStateMachine):
     @initialize(full=st.booleans())
     def begin(self, full: bool) -> None:
         """A manager on a loop whose clock jumps; its clients hold nothing yet, or nearly all that they may."""
-        self._stack.enter_context(noting_servers())
+        self._stack.enter_context(recording_servers())
         self._loop = self._stack.enter_context(VirtualRunner())
 
         async def make() -> World:
@@ -52,11 +52,11 @@ class MemoryMachine(RuleBasedStateMachine):
 
         self.world: World = self._loop.run(make())
         for number in range(12):
-            self.do(self.world.comes(self.guest(number)))
+            self.do(self.world.connects(self.client(number)))
             if full:
-                self.do(self.world.keeps(self.guest(number), "a", LIMIT // 16))
+                self.do(self.world.stores(self.client(number), "a", LIMIT // 16))
 
-    def guest(self, number: int) -> ModelClient:
+    def client(self, number: int) -> ModelClient:
         return self.world.add(f"c{number}", numbered=number % 2 == 1, deaf=number % 3 == 0)
 
     def do(self, step: Any) -> None:
@@ -67,60 +67,60 @@ class MemoryMachine(RuleBasedStateMachine):
 
         self._loop.run(run())
 
-    @rule(number=guests)
+    @rule(number=numbers)
     def comes(self, number: int) -> None:
-        self.do(self.world.comes(self.guest(number)))
+        self.do(self.world.connects(self.client(number)))
 
-    @rule(number=guests)
+    @rule(number=numbers)
     def leaves(self, number: int) -> None:
-        self.do(self.world.leaves(self.guest(number)))
+        self.do(self.world.leaves(self.client(number)))
 
-    @rule(number=guests)
+    @rule(number=numbers)
     def close_normally(self, number: int) -> None:
-        self.do(self.world.close_normally(self.guest(number)))
+        self.do(self.world.close_normally(self.client(number)))
 
-    @rule(number=guests, key=st.sampled_from("ab"), size=sizes)
+    @rule(number=numbers, key=st.sampled_from("ab"), size=sizes)
     def keeps(self, number: int, key: str, size: int) -> None:
-        self.do(self.world.keeps(self.guest(number), key, size))
+        self.do(self.world.stores(self.client(number), key, size))
 
-    @rule(number=guests, size=sizes)
+    @rule(number=numbers, size=sizes)
     def grows(self, number: int, size: int) -> None:
-        self.do(self.world.grows(self.guest(number), size))
+        self.do(self.world.grows(self.client(number), size))
 
-    @rule(number=guests, size=sizes)
+    @rule(number=numbers, size=sizes)
     def says(self, number: int, size: int) -> None:
-        self.do(self.world.says(self.guest(number), size))
+        self.do(self.world.says(self.client(number), size))
 
-    @rule(number=guests)
+    @rule(number=numbers)
     def acknowledges(self, number: int) -> None:
-        self.do(self.world.acknowledges(self.guest(number)))
+        self.do(self.world.acknowledges(self.client(number)))
 
-    @rule(number=guests)
+    @rule(number=numbers)
     def blocks(self, number: int) -> None:
-        self.world.blocks(self.guest(number))
+        self.world.blocks(self.client(number))
 
-    @rule(number=guests)
+    @rule(number=numbers)
     def reads(self, number: int) -> None:
-        self.world.reads(self.guest(number))
+        self.world.reads(self.client(number))
         self.do(None)
 
-    @rule(number=guests, room=rooms.filter(bool))
+    @rule(number=numbers, room=rooms.filter(bool))
     def joins(self, number: int, room: str) -> None:
-        self.do(self.world.joins(self.guest(number), room))
+        self.do(self.world.joins(self.client(number), room))
 
     @rule(size=sizes, room=rooms, key=st.sampled_from([None, "price"]))
     def broadcast(self, size: int, room: str | None, key: str | None) -> None:
         self.do(self.world.broadcast(size, room, key))
 
-    @rule(number=guests, size=sizes)
+    @rule(number=numbers, size=sizes)
     def tell(self, number: int, size: int) -> None:
-        self.do(self.world.tell(self.guest(number), size))
+        self.do(self.world.sends_to(self.client(number), size))
 
     @rule(seconds=st.sampled_from([1.0, 130.0]))
     def time_passes(self, seconds: float) -> None:
-        for guest in self.world.guests.values():
-            if guest.left is not None and seconds > 120:  # nobody is waited for any longer
-                guest.member, guest.token = None, None
+        for client in self.world.clients.values():
+            if client.detached is not None and seconds > 120:  # nobody is waited for any longer
+                client.recipient, client.token = None, None
         self.do(asyncio.sleep(seconds))
 
     @invariant()
@@ -169,20 +169,20 @@ def test_memory_limit_and_eviction_match_model_of_12_clients(policy: str) -> Non
     assert machine.evictions  # begun full, as every other one is, hardly any gets by without one
 
 
-def one_step(world: World, guest: ModelClient, dice: random.Random) -> Any:
+def one_step(world: World, client: ModelClient, dice: random.Random) -> Any:
     """What one client does, or what is done to it."""
     size, key = dice.choice((10, 300, 3_000, 60_000)), dice.choice("abc")
     steps: tuple[Callable[[], Any], ...] = (
-        lambda: world.comes(guest),
-        lambda: world.leaves(guest),
-        lambda: world.keeps(guest, key, size),
-        lambda: world.keeps(guest, key, size),
-        lambda: world.grows(guest, size),
-        lambda: world.says(guest, size),
-        lambda: world.acknowledges(guest),
-        lambda: world.blocks(guest),
-        lambda: world.reads(guest),
-        lambda: world.tell(guest, size),
+        lambda: world.connects(client),
+        lambda: world.leaves(client),
+        lambda: world.stores(client, key, size),
+        lambda: world.stores(client, key, size),
+        lambda: world.grows(client, size),
+        lambda: world.says(client, size),
+        lambda: world.acknowledges(client),
+        lambda: world.blocks(client),
+        lambda: world.reads(client),
+        lambda: world.sends_to(client, size),
         lambda: world.broadcast(size // 10, dice.choice((None, "lobby")), None),
     )
     return dice.choice(steps)()
@@ -193,16 +193,16 @@ async def a_thousand(policy: str, seed: int, steps: int) -> int:
     dice = random.Random(seed)
     world = World(policy, 100_000)
     await world.stage.__aenter__()
-    everybody = [world.add(f"c{n}", numbered=n % 4 == 1, deaf=n % 7 == 0) for n in range(1000)]
-    busy = dice.sample(everybody, 60)
+    clients = [world.add(f"c{n}", numbered=n % 4 == 1, deaf=n % 7 == 0) for n in range(1000)]
+    busy = dice.sample(clients, 60)
     try:
-        for guest in everybody:
-            await world.comes(guest)
-            if guest.client_id.endswith("0"):
-                await world.joins(guest, "lobby")
+        for client in clients:
+            await world.connects(client)
+            if client.client_id.endswith("0"):
+                await world.joins(client, "lobby")
         world.check()
         for _ in range(steps):
-            step = one_step(world, dice.choice(dice.choice((busy, everybody))), dice)
+            step = one_step(world, dice.choice(dice.choice((busy, clients))), dice)
             if step is not None:
                 await step
             await soon()
@@ -217,5 +217,5 @@ async def a_thousand(policy: str, seed: int, steps: int) -> int:
 @given(seed=st.integers(0, 2**32))
 def test_memory_limit_and_eviction_hold_for_1000_clients(policy: str, seed: int) -> None:
     """The same with a thousand connections: user data, messages, broadcasts, departures and returns at random."""
-    with noting_servers():
+    with recording_servers():
         assert run_virtually(a_thousand(policy, seed, 300)) > 3

@@ -19,11 +19,11 @@ from fastapi_ws_stabilizer.errors import MemoryLimitExceededError
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.memory.metered_dict import MeteredDict
 from fastapi_ws_stabilizer.memory.sizing import MAX_OBJECTS, STEP, deep_size
-from tests.support.fake_evictable import FakeClient
+from tests.support.fake_evictable import FakeEvictable
 from tests.support.fake_link import virtually
 
 
-class Owner(FakeClient):
+class Owner(FakeEvictable):
     """A client that holds a dict."""
 
     def __init__(self, budget: MemoryBudget, name: str = "a") -> None:
@@ -203,7 +203,7 @@ async def test_detached_dict_is_uncounted_and_writable(owner: Owner) -> None:
 
 def test_dict_without_budget_has_no_owner() -> None:
     """A dict that is made when its client is over knows nobody."""
-    assert MeteredDict(None, FakeClient(MemoryBudget(), "a")).owner is None
+    assert MeteredDict(None, FakeEvictable(MemoryBudget(), "a")).owner is None
 
 
 async def test_copies_of_metered_dict_are_plain_dicts(owner: Owner) -> None:

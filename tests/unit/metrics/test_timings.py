@@ -1,4 +1,4 @@
-"""Tests of how durations are counted."""
+"""Tests of the histograms of durations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BOUNDS = (0.1, 0.5, 2.0)
 
 @given(st.lists(st.one_of(st.sampled_from(BOUNDS), st.floats(0, 10))))
 def test_bucket_counts_durations_up_to_its_bound(durations: list[float]) -> None:
-    """Each bucket holds those below it too, a duration on a bound is within it, and the last one holds all."""
+    """Buckets are cumulative, a duration on a bound is inside, and the last bucket has all."""
     one = Histogram(BOUNDS)
     for seconds in durations:
         one.observe(seconds)
@@ -29,13 +29,13 @@ def test_bucket_counts_durations_up_to_its_bound(durations: list[float]) -> None
 
 @pytest.mark.parametrize("bounds", [HANDLER_SECONDS, ROUND_TRIP_SECONDS])
 def test_bucket_bounds_increase(bounds: tuple[float, ...]) -> None:
-    """A bound that is not above the one before would have a bucket that nothing falls into."""
+    """A bound that is not above the previous one would have a bucket that is always empty."""
     assert list(bounds) == sorted(set(bounds))
 
 
 @pytest.mark.parametrize("error", [None, KeyError("x"), asyncio.CancelledError()])
 async def test_failed_or_cancelled_call_is_timed(error: BaseException | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However it ended, it is counted once, and its result or its error is the caller's."""
+    """The call is counted once, and its result or its error goes to the caller."""
     now = iter((10.0, 10.3))
     monkeypatch.setattr(histogram, "monotonic", lambda: next(now))
 

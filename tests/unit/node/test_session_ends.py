@@ -30,13 +30,13 @@ def ends(stage: Stage, client_id: str = "ann") -> list[str]:
 async def test_session_rejected_by_on_connect_cannot_be_resumed(error: Exception) -> None:
     """A session whose on_connect has refused it is over: its token gets nobody past on_connect."""
     async with Stage() as stage:
-        stage.refusal = error
+        stage.rejection = error
         peer = Peer(stage)
         await (await peer.dial()).leaves()
         again = await peer.dial()
         assert again.socket is None
         assert not [event for event in stage.events if event.startswith("resume")]
-        stage.refusal = None
+        stage.rejection = None
         assert (await peer.dial()).socket is not None
         assert stage.events[-1] == "connect ann"
 

@@ -164,7 +164,7 @@ async def test_failing_handler_closes_1011_and_session_resumes() -> None:
 async def test_connect_hook_403_closes_4403_and_ends_session() -> None:
     """A connect hook that raises 403 closes 4403, and the session is over before it has begun."""
     async with Stage() as stage:
-        stage.refusal = HTTPException(403)
+        stage.rejection = HTTPException(403)
         line = await Peer(stage).dial()
         assert line.close_code == 4403
         assert stage.events == ["connect ann", "disconnect ann policy", "session_end ann policy"]

@@ -27,7 +27,7 @@ FORGERY = 'ann\n2026-01-01 ERROR forged event=x\r\x1b[2J\u2028"quoted"'
 
 
 def record(**fields: Any) -> logging.LogRecord:
-    """A record as the library writes it."""
+    """Return a record as the library writes it."""
     made = logging.LogRecord(ROOT, logging.INFO, __file__, 1, "hello %s", ("there",), None)
     vars(made).update(fields)
     return made
@@ -35,7 +35,7 @@ def record(**fields: Any) -> logging.LogRecord:
 
 @pytest.mark.parametrize("name", [ROOT, f"{ROOT}.hub", "hub"])
 def test_every_logger_is_below_package_logger(name: str) -> None:
-    """A short and a long name lead to the same logger, whose name has the library's once."""
+    """A short and a long name give the same logger, with the package's name in it once."""
     logger = get_logger(name)
     assert logger.name.count(ROOT) == 1
     assert logger is get_logger(logger.name)
@@ -43,7 +43,7 @@ def test_every_logger_is_below_package_logger(name: str) -> None:
 
 
 def test_event_becomes_one_record_with_its_fields(caplog: pytest.LogCaptureFixture) -> None:
-    """A report is written once: event and facts are attributes of the record and stand in its sentence."""
+    """An event is written once: its name and fields are attributes of the record and part of its message."""
     with caplog.at_level(logging.INFO, logger=ROOT):
         write_event(Event("connection_opened", logging.INFO, {"client_id": "ann", "connection_id": "5f3a"}))
     (written,) = caplog.records
@@ -53,14 +53,14 @@ def test_event_becomes_one_record_with_its_fields(caplog: pytest.LogCaptureFixtu
 
 
 def test_event_below_logger_level_is_not_written(caplog: pytest.LogCaptureFixture) -> None:
-    """The level of the logger is honoured."""
+    """An event below the logger's level is not written."""
     with caplog.at_level(logging.WARNING, logger=ROOT):
         write_event(Event("connection_opened", logging.INFO, {}))
     assert not caplog.records
 
 
 def test_error_event_has_traceback(caplog: pytest.LogCaptureFixture) -> None:
-    """The exception of a report is the exception of the record."""
+    """The exception of an event is the exception of its record."""
     error = ValueError("no")
     write_event(Event("endpoint_failed", logging.ERROR, {}, error))
     assert caplog.records[0].exc_info == (ValueError, error, None)
@@ -68,7 +68,7 @@ def test_error_event_has_traceback(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("name", ["name", "message", "args", "msg", "exc_info", "taskName", "asctime", "module"])
 def test_field_named_like_record_attribute_is_renamed(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A fact called like an attribute of a record does not break the logging."""
+    """A field with the name of a record attribute does not break the logging."""
     with caplog.at_level(logging.INFO, logger=ROOT):
         write_event(Event("x", logging.INFO, {name: "mine"}))
         StructuredLogger(get_logger()).log(logging.INFO, "x", **{name: "mine"})
@@ -76,7 +76,7 @@ def test_field_named_like_record_attribute_is_renamed(name: str, caplog: pytest.
 
 
 def test_hostile_client_id_does_not_forge_log_line(caplog: pytest.LogCaptureFixture) -> None:
-    """Line breaks, escape sequences and quotes of a client id stand escaped in the one line they belong to."""
+    """Line breaks, escape sequences and quotes of a client id are escaped, so that the record stays one line."""
     with caplog.at_level(logging.INFO, logger=ROOT):
         write_event(Event("connection_opened", logging.INFO, {"client_id": FORGERY}))
     message = caplog.records[0].getMessage()
@@ -87,7 +87,7 @@ def test_hostile_client_id_does_not_forge_log_line(caplog: pytest.LogCaptureFixt
 
 @pytest.mark.parametrize("json_lines", [False, True])
 def test_hostile_traceback_does_not_forge_log_line(json_lines: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    """A client's words in an exception begin no line of the log, and reach no terminal as a command."""
+    """Text of a client in an exception starts no line of the log, and sends no command to a terminal."""
     configure_logging(json_lines=json_lines)
     try:
         raise ValueError(FORGERY + "\x9b2J\u202e\ud800")
@@ -106,7 +106,7 @@ def test_hostile_traceback_does_not_forge_log_line(json_lines: bool, capsys: pyt
 
 @pytest.mark.parametrize("json_lines", [False, True])
 def test_long_client_text_is_truncated_in_log(json_lines: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    """A megabyte that a client has chosen takes no megabyte of the log, and is told to be cut."""
+    """A megabyte of client text is truncated in the log, with a note."""
     configure_logging(json_lines=json_lines)
     write_event(Event("connection_opened", logging.INFO, {"client_id": "x" * 1_000_000, "count": 10**6}))
     StructuredLogger(get_logger()).log_connection("connected", "y" * 1_000_000)
@@ -117,7 +117,7 @@ def test_long_client_text_is_truncated_in_log(json_lines: bool, capsys: pytest.C
 
 @given(st.text(), st.dictionaries(st.sampled_from(["client_id", "cause", "path"]), st.text()))
 def test_formatted_event_is_one_parsable_line(event: str, fields: dict[str, str]) -> None:
-    """Whatever stands in event and facts, the sentence is one printable line; a quoted fact is JSON."""
+    """With any event and fields, the message is one printable line; a quoted field is JSON."""
     line = format_event(event, fields)
     assert line.isprintable()
     assert len(line.splitlines()) <= 1
@@ -135,18 +135,18 @@ def test_formatted_event_is_one_parsable_line(event: str, fields: dict[str, str]
     [("ann", "f=ann"), ("", 'f=""'), ("a b", 'f="a b"'), ("a=b", 'f="a=b"'), (1.23456, "f=1.235"), (None, "f=None")],
 )
 def test_field_is_quoted_only_when_ambiguous(value: Any, written: str) -> None:
-    """Plain words and numbers stand as they are; what would be ambiguous is quoted."""
+    """Plain words and numbers are not quoted; ambiguous values are."""
     assert format_event("e", {"f": value}) == f"e {written}"
 
 
 def test_escape_control_chars_leaves_printable_text_unchanged() -> None:
-    """Only what would end or rewrite a line is escaped."""
+    """Only characters that would end or rewrite a line are escaped."""
     assert escape_control_chars("grün 🌱") == "grün 🌱"
     assert escape_control_chars("a\nb\u2029c") == "a\\nb\\u2029c"
 
 
 def test_json_line_contains_event_and_fields() -> None:
-    """A record formatted as JSON has time, level, logger, message, and every fact; unknown values as `str`."""
+    """A record formatted as JSON has time, level, logger, message, and every field; unknown values as `str`."""
     made = record(event="connection_opened", client_id="ann", odd={1})
     line = json.loads(JsonFormatter().format(made))
     assert line["time"].endswith("Z")
@@ -156,7 +156,7 @@ def test_json_line_contains_event_and_fields() -> None:
 
 
 def test_json_line_contains_traceback() -> None:
-    """The traceback of a record stands in one JSON string."""
+    """The traceback of a record is one JSON string."""
     made = record()
     error = ValueError("no")
     made.exc_info = (ValueError, error, None)
@@ -164,13 +164,13 @@ def test_json_line_contains_traceback() -> None:
 
 
 def test_json_line_contains_no_line_separator() -> None:
-    """No character of a fact, not even Unicode's line separators, splits a JSON line."""
+    """No character of a field, not even Unicode's line separators, splits a JSON line."""
     assert len(JsonFormatter().format(record(client_id=FORGERY + "\x85")).splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["time", "level", "logger"])
 def test_field_does_not_replace_record_field_in_json_line(name: str) -> None:
-    """Time, level and logger of a JSON line are the record's, whatever facts are called."""
+    """Time, level and logger of a JSON line are the record's, regardless of the names of fields."""
     plain = json.loads(JsonFormatter().format(record()))
     forged = json.loads(JsonFormatter().format(record(**{name: "forged"})))
     assert forged[name] != "forged"
@@ -192,7 +192,7 @@ def test_configure_logging_twice_writes_each_line_once(capsys: pytest.CaptureFix
 
 
 def test_configure_logging_retains_application_handlers() -> None:
-    """A handler that the application has put on the logger stays."""
+    """A handler that the application has added to the logger stays."""
     own = logging.NullHandler()
     get_logger().addHandler(own)
     configure_logging()
@@ -231,7 +231,7 @@ def test_configure_logging_rejects_unknown_level(level: str) -> None:
 def test_structured_logger_writes_events_with_fields(
     method: str, args: tuple[Any, ...], event: str, fields: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each method of `StructuredLogger` writes one record with its event, its facts and further ones."""
+    """Each method of `StructuredLogger` writes one record with its event, its fields and the extra ones."""
     with caplog.at_level(logging.DEBUG, logger=ROOT):
         getattr(StructuredLogger(get_logger()), method)(*args, extra_fact=7)
     (written,) = caplog.records

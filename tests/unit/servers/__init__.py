@@ -1,1 +1,1 @@
-"""Tests of what is known of the server."""
+"""Unit tests of `fastapi_ws_stabilizer.servers`."""

@@ -1,4 +1,4 @@
-"""Tests of what is agreed on about compression."""
+"""Tests of the negotiation of compression."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastapi_ws_stabilizer.wire.deflate import TAIL, deflate_message
 
 @pytest.mark.parametrize("bits", range(9, 16))
 def test_negotiated_window_can_be_compressed_with(bits: int) -> None:
-    """A client may ask for any window that zlib compresses with, and gets it."""
+    """A client may request any window that zlib supports, and gets it."""
     _, agreed = DEFLATE.process_request_params([("server_max_window_bits", str(bits))], [])
     assert agreed.local_max_window_bits == bits
     packed = deflate_message(b"hello" * 200, agreed.local_max_window_bits)
@@ -21,6 +21,6 @@ def test_negotiated_window_can_be_compressed_with(bits: int) -> None:
 
 
 def test_window_unsupported_by_zlib_is_declined() -> None:
-    """Compression with a window of 8 bits is declined, or the first message would break the connection."""
+    """Compression with a window of 8 bits is declined, because the first message would break the connection."""
     with pytest.raises(NegotiationError):
         DEFLATE.process_request_params([("server_max_window_bits", "8")], [])

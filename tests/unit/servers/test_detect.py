@@ -1,4 +1,4 @@
-"""Tests of whether the server can speak WebSocket at all."""
+"""Tests of the check for WebSocket support in the server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastapi_ws_stabilizer.servers.detect import missing_websocket_library
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, uvicorn: bool, installed: set[str]) -> None:
-    """Let the process look as if it had this server and these libraries."""
+    """Make the process look as if it had this server and these libraries."""
     if uvicorn:
         monkeypatch.setitem(sys.modules, "uvicorn", ModuleType("uvicorn"))
     else:
@@ -22,13 +22,13 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, uvicorn: bool, installed: set[st
 
 @pytest.mark.parametrize("library", ["websockets", "wsproto"])
 def test_uvicorn_with_either_websocket_library_is_accepted(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
-    """One of the two libraries is enough."""
+    """Either of the two libraries is sufficient."""
     pretend(monkeypatch, uvicorn=True, installed={library})
     assert missing_websocket_library() is None
 
 
 def test_uvicorn_without_websocket_library_names_pip_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where uvicorn would answer every handshake with 404, the missing `pip install` is named."""
+    """Where uvicorn would answer every handshake with 404, the error names the `pip install` command."""
     pretend(monkeypatch, uvicorn=True, installed=set())
     problem = missing_websocket_library()
     assert problem is not None
@@ -36,6 +36,6 @@ def test_uvicorn_without_websocket_library_names_pip_install(monkeypatch: pytest
 
 
 def test_other_server_is_not_checked_for_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without uvicorn in the process nothing is missing."""
+    """Without uvicorn in the process no library is required."""
     pretend(monkeypatch, uvicorn=False, installed=set())
     assert missing_websocket_library() is None

@@ -1,4 +1,4 @@
-"""Tests of how the protocol class reads: piece by piece, so that a full inbox stops it and nobody waits for a flood."""
+"""Tests of parsing in slices: a full inbox stops it, and a flood does not block the event loop."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tests.unit.servers.test_uvicorn_protocol import REQUEST, FakeTransport, Rea
 FRAMES = 200
 TEXTS = [f"{number:0100}" for number in range(FRAMES)]
 MANY = b"".join(text_frame(text.encode()) for text in TEXTS)
-"""Far more than is parsed at one go."""
+"""Far more than one slice."""
 
 
 class Sink:
-    """Takes what is read, until it has had enough, or it fails.
+    """Sink that takes messages until a limit, or fails.
 
     Attributes:
-        wanted: Whether anybody wants its messages.
-        most: After so many messages it stops the reading.
-        fails_at: The message that it cannot deal with.
+        wanted: Whether it takes further messages.
+        most: Number of messages after which it pauses reading.
+        fails_at: Number of the message that raises.
     """
 
     def __init__(self, protocol: Any) -> None:
@@ -50,7 +50,7 @@ class Sink:
 
 
 class Transport(FakeTransport):
-    """Can be cut, too."""
+    """Transport that can be aborted too."""
 
     def abort(self) -> None:
         self.closed = True
@@ -58,7 +58,7 @@ class Transport(FakeTransport):
 
 @pytest.fixture
 async def attached() -> Any:
-    """A protocol whose connection is attached to a sink."""
+    """Return a protocol with a connection that is attached to a sink."""
     reader, transport = Reader(), Transport()
     protocol = await made(reader)
     protocol.connection_made(transport)
@@ -73,7 +73,7 @@ async def attached() -> Any:
 
 
 async def test_large_read_is_parsed_whole_and_in_order(attached: Any) -> None:
-    """Each message arrives once, though the read is cut where a frame may be, and reading goes on afterwards."""
+    """Each message arrives once, although the read is split inside frames, and reading resumes afterwards."""
     protocol, sink, transport = attached
     protocol.data_received(MANY)
     await eventually(lambda: len(sink.got) == FRAMES)
@@ -84,7 +84,7 @@ async def test_large_read_is_parsed_whole_and_in_order(attached: Any) -> None:
 
 
 async def test_full_inbox_stops_parsing_within_slice(attached: Any) -> None:
-    """What one go has parsed is taken, the rest waits unparsed, and nothing is lost when there is room again."""
+    """The messages of one slice are taken, the rest waits unparsed, and nothing is lost when there is room again."""
     protocol, sink, transport = attached
     sink.most = 5
     protocol.data_received(MANY)
@@ -98,7 +98,7 @@ async def test_full_inbox_stops_parsing_within_slice(attached: Any) -> None:
 
 
 async def test_long_read_yields_to_event_loop(attached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read that takes long is parsed in several turns of the event loop, and no more is read meanwhile."""
+    """A long read is parsed in several iterations of the event loop, and reading pauses until then."""
     protocol, sink, transport = attached
     monkeypatch.setattr(uvicorn_reading, "PARSE_SLICE", 0.0)
     protocol.data_received(MANY)
@@ -112,7 +112,7 @@ async def test_long_read_yields_to_event_loop(attached: Any, monkeypatch: pytest
 
 
 async def test_data_after_close_is_discarded_slowly(attached: Any) -> None:
-    """A little may hold the client's close frame and is looked at; the rest is read as slowly as it is worth."""
+    """A little data may hold the client's close frame and is parsed; the rest is read slowly and discarded."""
     protocol, sink, transport = attached
     sink.wanted = False
     sink.most = 0
@@ -129,16 +129,16 @@ async def test_data_after_close_is_discarded_slowly(attached: Any) -> None:
 async def test_parser_bug_closes_connection_without_reparsing(
     attached: Any, monkeypatch: pytest.MonkeyPatch, later: bool
 ) -> None:
-    """Nothing is parsed twice, and nobody waits for ever for what is not read any more."""
+    """Nothing is parsed twice, and no read waits forever."""
     protocol, sink, transport = attached
-    told: list[Any] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+    errors: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context["exception"]))
     sink.fails_at = 40 if later else 3
     if later:
         monkeypatch.setattr(uvicorn_reading, "PARSE_SLICE", 0.0)
         protocol.data_received(MANY)
-        await eventually(lambda: told)
-        assert isinstance(told[0], ZeroDivisionError)
+        await eventually(lambda: errors)
+        assert isinstance(errors[0], ZeroDivisionError)
     else:
         with pytest.raises(ZeroDivisionError):
             protocol.data_received(MANY)

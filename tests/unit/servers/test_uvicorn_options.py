@@ -1,4 +1,4 @@
-"""Tests of the options that go with a manager's, with a uvicorn that takes them and one that is too old."""
+"""Tests of `uvicorn_options`, with the installed uvicorn and with one that is too old."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fastapi_ws_stabilizer.servers.uvicorn.options import MODULE, uvicorn_option
 FOLDER = "fastapi_ws_stabilizer.servers.uvicorn"
 
 PARTS = ("uvicorn.protocols.websockets.websockets_sansio_impl", "websockets.extensions.permessage_deflate")
-"""What the protocol class is built on, and an older uvicorn, or one without the websockets library, does not have."""
+"""Modules that the protocol class needs, and that an old uvicorn, or one without websockets, does not have."""
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
-    """Does nothing."""
+    """Do nothing."""
 
 
 def loaded(options: dict[str, Any]) -> Config:
-    """What uvicorn makes of the options."""
+    """Return uvicorn's config for the options."""
     config = Config(application, log_level="critical", **options)
     config.load()
     return config
@@ -32,7 +32,7 @@ def loaded(options: dict[str, Any]) -> Config:
 
 @pytest.mark.parametrize("options", [{}, {"compression": "none", "heartbeat_interval": 1.5, "max_message_size": 5}])
 def test_uvicorn_accepts_options(options: dict[str, Any]) -> None:
-    """They choose the protocol class, and say to uvicorn what the manager was told."""
+    """The options select the protocol class, and pass the manager's limits to uvicorn."""
     manager = WebSocketConnectionManager(WebSocketConfig(**options))
     config = loaded(manager.uvicorn_options())
     assert config.ws_protocol_class is not None  # which one depends on uvicorn: `unit/compat/test_uvicorn.py`
@@ -45,7 +45,7 @@ def test_uvicorn_accepts_options(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("missing", [*PARTS, MODULE])
 def test_missing_protocol_class_falls_back_with_warning(missing: str, caplog: pytest.LogCaptureFixture) -> None:
-    """The options are still taken, and a warning says what is missing."""
+    """The options still work, and a warning names what is missing."""
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING, "fastapi_ws_stabilizer"):
         for name in (MODULE, f"{FOLDER}.compat", f"{FOLDER}.paced_parser", f"{FOLDER}.deflate"):
             patch.delitem(sys.modules, name, raising=False)

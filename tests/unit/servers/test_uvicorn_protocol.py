@@ -1,4 +1,4 @@
-"""Tests of the protocol class where it meets a uvicorn that it does not know."""
+"""Tests of the protocol class on known and unknown versions of uvicorn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.fake_websocket import eventually
 
 
 class FakeTransport:
-    """Takes what is written, and knows nothing of a network."""
+    """Transport without a network that records what is written."""
 
     def __init__(self) -> None:
         self.written = b""
@@ -46,7 +46,7 @@ class FakeTransport:
 
 
 class Reader:
-    """An application that accepts a WebSocket, when it may, and reads it to its end."""
+    """Application that accepts a WebSocket when it may, and reads it to its end."""
 
     def __init__(self, answer: str = "websocket.accept") -> None:
         self.may_answer = asyncio.Event()
@@ -76,12 +76,12 @@ PING_FRAME = b"\x89\x80\0\0\0\0"
 
 
 def text_frame(data: bytes, *, first: bool = True, last: bool = True) -> bytes:
-    """A frame of a short text, under a mask that changes nothing."""
+    """Return a frame of a short text, with a zero mask."""
     return bytes([(0x80 if last else 0) | (1 if first else 0), 0x80 | len(data), 0, 0, 0, 0]) + data
 
 
 def become_older(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let uvicorn's protocol collect a message in one `bytearray`, as versions up to 0.48 at least have done."""
+    """Make uvicorn's protocol collect a message in one `bytearray`, as versions up to 0.48 at least do."""
     base = WebSocketsSansIOProtocol
     init = base.__init__
 
@@ -108,7 +108,7 @@ def become_older(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
-    """Does nothing."""
+    """Do nothing."""
 
 
 async def made(app: Any = application, **options: Any) -> Any:
@@ -127,14 +127,14 @@ async def scope_of(protocol: Any) -> Any:
 
 
 async def test_direct_transport_is_offered_on_known_uvicorn() -> None:
-    """On a uvicorn that it knows the application is told of the link."""
+    """On a known uvicorn the scope offers the direct transport."""
     protocol = await made()
     assert protocol.conn.available_extensions == [DEFLATE]
     assert EXTENSION in (await scope_of(protocol))["extensions"]
 
 
 async def test_disabled_deflate_is_not_negotiated() -> None:
-    """`--ws-per-message-deflate false` is obeyed."""
+    """`--ws-per-message-deflate false` disables the negotiation."""
     assert not (await made(ws_per_message_deflate=False)).conn.available_extensions
 
 
@@ -142,7 +142,7 @@ async def test_disabled_deflate_is_not_negotiated() -> None:
 async def test_missing_uvicorn_internals_disable_direct_transport(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where something that it stands on is missing, no link is offered, and the log says what, once."""
+    """If an internal of uvicorn is missing, no direct transport is offered, and the log names it once."""
     monkeypatch.setattr(uvicorn_internals, name, (*getattr(uvicorn_internals, name), f"moved_{name}"))
     with caplog.at_level(logging.WARNING, "fastapi_ws_stabilizer"):
         protocols = [await made() for _ in range(3)]
@@ -154,7 +154,7 @@ async def test_missing_uvicorn_internals_disable_direct_transport(
 
 @pytest.mark.parametrize("unknown", ["nothing", "one-bytearray", "REQUIRED_ATTRIBUTES", "_OURS_OF_CONN", "_METHODS"])
 async def test_messages_arrive_without_direct_transport(unknown: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole or in fragments, on a uvicorn that is known and on one that is not."""
+    """Messages arrive whole or in fragments, on a known uvicorn and on an unknown one."""
     if unknown == "one-bytearray":
         become_older(monkeypatch)
     elif unknown != "nothing":
@@ -176,7 +176,7 @@ async def test_messages_arrive_without_direct_transport(unknown: str, monkeypatc
 
 @pytest.mark.parametrize("header", [b"Sec-WebSocket-Key: \xff", b"Upgrade: \xe9", b"Sec-WebSocket-Extensions: \x80"])
 async def test_non_ascii_handshake_is_rejected_with_http_answer(header: bytes) -> None:
-    """It has an answer in HTTP, though it cannot be quoted there."""
+    """The handshake gets an answer in HTTP, although it cannot be quoted in it."""
     protocol, transport = await made(), FakeTransport()
     protocol.connection_made(transport)
     name = header.partition(b":")[0]
@@ -188,7 +188,7 @@ async def test_non_ascii_handshake_is_rejected_with_http_answer(header: bytes) -
 
 
 async def test_non_ascii_path_is_answered() -> None:
-    """With websockets 17 the application gets it; before that nothing can read it, and the answer is 400."""
+    """With websockets 17 the application gets the path; earlier versions cannot read it, and the answer is 400."""
     protocol, transport = await made(), FakeTransport()
     protocol.connection_made(transport)
     protocol.data_received(REQUEST.replace(b"GET /", b"GET \x80", 1))
@@ -197,7 +197,7 @@ async def test_non_ascii_path_is_answered() -> None:
 
 
 async def early(answer: str, *frames: bytes) -> tuple[FakeTransport, Reader]:
-    """A client that sends before its handshake is answered, and its answer."""
+    """Return a client that sends before its handshake is answered, and the answer."""
     reader, transport = Reader(answer), FakeTransport()
     reader.may_answer.clear()
     protocol = await made(reader)
@@ -219,7 +219,7 @@ async def early(answer: str, *frames: bytes) -> tuple[FakeTransport, Reader]:
     ("frame", "code"), [(RESERVED_FRAME, 1002), (text_frame(b"\xff"), 1007), (CLOSE_FRAME, None), (PING_FRAME, None)]
 )
 async def test_frames_before_handshake_answer_are_parsed_after_it(frame: bytes, code: int | None) -> None:
-    """No frame stands before the answer to a handshake, and one that breaks the protocol raises nothing there."""
+    """No frame is sent before the answer to a handshake, and an invalid one raises nothing there."""
     transport, _ = await early("websocket.accept", frame)
     head, _, frames = transport.written.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 101 ")
@@ -228,13 +228,13 @@ async def test_frames_before_handshake_answer_are_parsed_after_it(frame: bytes, 
 
 
 async def test_messages_before_handshake_answer_are_read_after_it() -> None:
-    """A client that cannot wait loses nothing."""
+    """A client that sends early loses nothing."""
     _, reader = await early("websocket.accept", text_frame(b"a"), text_frame(b"b"))
     assert reader.texts == ["a", "b"]
 
 
 async def test_frames_before_rejection_are_not_parsed() -> None:
-    """Behind the answer that it is not accepted nothing is written."""
+    """After a rejection nothing is written."""
     transport, _ = await early("websocket.close", RESERVED_FRAME, PING_FRAME)
     assert transport.written.startswith(b"HTTP/1.1 403 ")
     assert transport.written.count(b"\r\n\r\n") == 1
@@ -242,7 +242,7 @@ async def test_frames_before_rejection_are_not_parsed() -> None:
 
 
 async def test_close_after_invalid_utf8_is_answered() -> None:
-    """Read at one go, without a link: nothing is raised, and the close frame has its answer."""
+    """In one read, without a direct transport, nothing is raised and the close frame is answered."""
     reader, transport = Reader(), FakeTransport()
     protocol = await made(reader)
     protocol.connection_made(transport)
@@ -257,7 +257,7 @@ async def test_close_after_invalid_utf8_is_answered() -> None:
 
 
 async def test_receive_after_attach_raises() -> None:
-    """The queue is gone once a connection is attached; whoever waits for it gets an error instead of silence."""
+    """After the attach there is no queue, so a waiting `receive` raises."""
     sink = ReceiverQueue(object())  # type: ignore[arg-type]
     assert sink.empty()
     with pytest.raises(RuntimeError, match="StableSocket"):
@@ -267,7 +267,7 @@ async def test_receive_after_attach_raises() -> None:
 
 
 class CallingSink:
-    """A sink that does something with the first message."""
+    """Sink that calls a function at the first message."""
 
     def __init__(self, act: Any) -> None:
         self.act = act
@@ -284,7 +284,7 @@ class CallingSink:
 
 
 async def test_direct_close_after_parsed_close_frame_is_silent() -> None:
-    """Closing a link whose client's close frame is parsed already sends no second one, and raises nothing."""
+    """A close after the client's close frame was parsed sends no second frame, and raises nothing."""
     reader, transport = Reader(), FakeTransport()
     protocol = await made(reader)
     protocol.connection_made(transport)
@@ -301,7 +301,7 @@ async def test_direct_close_after_parsed_close_frame_is_silent() -> None:
 
 @pytest.mark.parametrize("error", [OSError(107, "Transport endpoint is not connected"), BrokenPipeError()])
 async def test_half_close_of_reset_connection_is_silent(error: OSError) -> None:
-    """A client that has reset its connection makes no error of the half-close that would let it read why."""
+    """When the client has reset its connection, the half-close raises nothing."""
     reader, transport = Reader(), FakeTransport()
 
     def write_eof() -> None:

@@ -1,1 +1,1 @@
-"""Tests of what outlives a connection."""
+"""Unit tests of `fastapi_ws_stabilizer.sessions`."""

@@ -1,4 +1,4 @@
-"""Tests of what plain clients have left behind."""
+"""Tests of the detached state of plain clients."""
 
 from __future__ import annotations
 
@@ -7,150 +7,150 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.memory.metered_dict import MeteredDict
-from fastapi_ws_stabilizer.sessions import detached as left_module
+from fastapi_ws_stabilizer.sessions import detached as detached_module
 from fastapi_ws_stabilizer.sessions.detached import DetachedState, DetachedStateStore
 
 ROOMS = {"lobby": {"name": "Ann"}}
 
 
 class Clock:
-    """Time that passes when a test says so."""
+    """Clock that a test moves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(left_module, "monotonic", lambda: self.now)
+        monkeypatch.setattr(detached_module, "monotonic", lambda: self.now)
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """A clock that is a number."""
+    """Return a fake clock."""
     return Clock(monkeypatch)
 
 
-def leave(
+def save(
     detached: DetachedStateStore,
     client_id: str,
     rooms: dict[str, dict[str, str]],
     user_data: dict[str, Any] | None,
     socket: str,
 ) -> list[DetachedState]:
-    """Leave something."""
+    """Save a state."""
     return detached.save(
         client_id, DetachedState(rooms, MeteredDict(None, None, user_data), 0.0, socket, detached.discard)
     )
 
 
-def faces(gone: list[DetachedState]) -> list[object]:
-    """Whose it was."""
-    return [left.socket for left in gone]
+def sockets_of(evicted: list[DetachedState]) -> list[object]:
+    """Return the owners of states."""
+    return [state.socket for state in evicted]
 
 
 def test_only_client_with_token_is_resumable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client is expected back if it was given a token, and of too many the first one is not any more."""
-    monkeypatch.setattr(left_module, "MAX_EXPECTED", 2)
+    """A client is resumable if it has a token; above the limit, the first client loses that."""
+    monkeypatch.setattr(detached_module, "MAX_EXPECTED", 2)
     detached = DetachedStateStore(60, 10)
     assert not detached.is_resumable("ann")
     for client_id in ("ann", "bob", "ann", "cid"):
         detached.mark_resumable(client_id, 3600)
-    assert [detached.is_resumable(who) for who in ("ann", "bob", "cid")] == [True, False, True]
+    assert [detached.is_resumable(client_id) for client_id in ("ann", "bob", "cid")] == [True, False, True]
 
 
 def test_client_is_resumable_until_token_expires(clock: Clock) -> None:
-    """A client whose token has expired cannot come back with it, and nothing of it is remembered."""
+    """A client with an expired token is not resumable, and no state of it is stored."""
     detached = DetachedStateStore(60, 10)
     detached.mark_resumable("ann", 3600)
     clock.now += 1800
     detached.mark_resumable("bob", 3600)
     clock.now += 1801
-    assert [detached.is_resumable(who) for who in ("ann", "bob")] == [False, True]
+    assert [detached.is_resumable(client_id) for client_id in ("ann", "bob")] == [False, True]
     detached.collect()
     assert list(detached._expected) == ["bob"]
 
 
 def test_zero_ttl_saves_no_detached_state() -> None:
-    """Without a time to keep it nothing is left."""
+    """With a ttl of zero no state is saved."""
     detached = DetachedStateStore(0, 10)
     detached.mark_resumable("ann", 3600)
     assert not detached.is_resumable("ann")
 
 
 def test_returning_client_gets_detached_state_once(clock: Clock) -> None:
-    """Rooms, how the client is described in them, and user data come back once."""
+    """Rooms, presence metadata and user data are returned once."""
     detached = DetachedStateStore(60, 10)
     detached.mark_resumable("ann", 3600)
-    assert leave(detached, "ann", ROOMS, {"cart": [1]}, "face") == []
+    assert save(detached, "ann", ROOMS, {"cart": [1]}, "socket") == []
     assert len(detached) == 1
-    left = detached.claim("ann")
-    assert left is not None
-    assert (left.rooms, left.user_data, left.socket) == (ROOMS, {"cart": [1]}, "face")
+    state = detached.claim("ann")
+    assert state is not None
+    assert (state.rooms, state.user_data, state.socket) == (ROOMS, {"cart": [1]}, "socket")
     assert detached.claim("ann") is None
     assert detached.is_resumable("ann")  # it holds the next token soon, and may have it already
 
 
 def test_unknown_client_gets_no_detached_state() -> None:
-    """Nothing is kept for who has left nothing."""
+    """A client without saved state gets nothing."""
     assert DetachedStateStore(60, 10).claim("ann") is None
 
 
 def test_detached_state_expires_after_ttl(clock: Clock) -> None:
-    """A client that comes back too late gets nothing."""
+    """A client that reconnects too late gets nothing."""
     detached = DetachedStateStore(60, 10)
-    leave(detached, "ann", ROOMS, None, "ann")
+    save(detached, "ann", ROOMS, None, "ann")
     clock.now += 30
-    leave(detached, "bob", ROOMS, None, "bob")
+    save(detached, "bob", ROOMS, None, "bob")
     assert detached.next_due() == 1060.0
     clock.now += 29.9
     assert detached.collect() == []
     clock.now += 0.1
-    assert faces(detached.collect()) == ["ann"]
+    assert sockets_of(detached.collect()) == ["ann"]
     assert detached.next_due() == 1090.0
     assert detached.claim("ann") is None
 
 
 def test_expired_uncollected_state_is_not_returned(clock: Clock) -> None:
-    """What is too old is given to nobody, even if nobody has collected it yet."""
+    """Expired state is not returned, even if it was not collected yet."""
     detached = DetachedStateStore(60, 10)
-    leave(detached, "ann", ROOMS, None, "ann")
+    save(detached, "ann", ROOMS, None, "ann")
     clock.now += 60
     assert detached.claim("ann") is None
 
 
 def test_save_collects_expired_state(clock: Clock) -> None:
-    """Whoever leaves something takes away what is too old."""
+    """Saving a state removes expired ones."""
     detached = DetachedStateStore(60, 10)
-    leave(detached, "ann", ROOMS, None, "ann")
+    save(detached, "ann", ROOMS, None, "ann")
     clock.now += 60
-    assert faces(leave(detached, "bob", ROOMS, None, "bob")) == ["ann"]
+    assert sockets_of(save(detached, "bob", ROOMS, None, "bob")) == ["ann"]
 
 
 def test_last_connection_of_client_decides_detached_state(clock: Clock) -> None:
-    """What a client left before goes for what it leaves now, and its time begins anew."""
+    """A later state of a client replaces the earlier one, and its ttl starts again."""
     detached = DetachedStateStore(60, 10)
-    leave(detached, "ann", ROOMS, None, "first")
-    leave(detached, "bob", ROOMS, None, "bob")
+    save(detached, "ann", ROOMS, None, "first")
+    save(detached, "bob", ROOMS, None, "bob")
     clock.now += 10
-    assert faces(leave(detached, "ann", {}, {"n": 2}, "second")) == ["first"]
+    assert sockets_of(save(detached, "ann", {}, {"n": 2}, "second")) == ["first"]
     clock.now += 50
-    assert faces(detached.collect()) == ["bob"]
-    left = detached.claim("ann")
-    assert left is not None
-    assert left.socket == "second"
+    assert sockets_of(detached.collect()) == ["bob"]
+    state = detached.claim("ann")
+    assert state is not None
+    assert state.socket == "second"
 
 
 def test_oldest_state_is_evicted_above_limit(clock: Clock) -> None:
-    """No more is kept than may be."""
+    """Above the limit, the oldest state is evicted."""
     detached = DetachedStateStore(60, 2)
-    gone = [faces(leave(detached, who, ROOMS, None, who)) for who in ("ann", "bob", "cid")]
-    assert gone == [[], [], ["ann"]]
+    evicted = [sockets_of(save(detached, client_id, ROOMS, None, client_id)) for client_id in ("ann", "bob", "cid")]
+    assert evicted == [[], [], ["ann"]]
     assert len(detached) == 2
 
 
 def test_clear_returns_all_detached_state(clock: Clock) -> None:
-    """At the end everything is handed out, so that its end can be told."""
+    """At shutdown all states are returned, so that their end can be announced."""
     detached = DetachedStateStore(60, 10)
-    for who in ("ann", "bob"):
-        leave(detached, who, ROOMS, None, who)
-    assert faces(detached.clear()) == ["ann", "bob"]
+    for client_id in ("ann", "bob"):
+        save(detached, client_id, ROOMS, None, client_id)
+    assert sockets_of(detached.clear()) == ["ann", "bob"]
     assert len(detached) == 0
     assert detached.next_due() is None
     assert detached.collect() == []

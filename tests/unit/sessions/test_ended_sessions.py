@@ -1,4 +1,4 @@
-"""Tests of what is remembered of sessions that the application has ended."""
+"""Tests of the records of sessions that the application has ended."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ MAINTENANCE = local_close(DisconnectReason.APPLICATION, code=4321)
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that a test moves."""
+    """Return a clock that a test moves."""
     now = [1000.0]
     monkeypatch.setattr(ended_module, "monotonic", lambda: now[0])
     return now
 
 
 def test_terminal_code_answers_each_resume() -> None:
-    """A code that tells a client to stay away is found as often as the client comes."""
+    """A code that forbids reconnecting is found at every attempt of the client."""
     ended = EndedSessions(60)
     ended.add("token", "ann", BANNED)
     assert [ended.find("token", "ann") for _ in range(2)] == [BANNED, BANNED]
 
 
 def test_other_code_answers_one_resume() -> None:
-    """A code after which a client comes back is found once."""
+    """A code that allows reconnecting is found once."""
     ended = EndedSessions(60)
     ended.add("token", "ann", MAINTENANCE)
     assert [ended.find("token", "ann") for _ in range(2)] == [MAINTENANCE, None]
 
 
 def test_other_client_finds_no_ended_session() -> None:
-    """What one client presents says nothing to another one, and stays."""
+    """The key of one client finds nothing for another one, and stays."""
     ended = EndedSessions(60)
     ended.add("token", "ann", MAINTENANCE)
     assert (ended.find("token", "bob"), ended.find("unknown", "ann")) == (None, None)
@@ -43,14 +43,14 @@ def test_other_client_finds_no_ended_session() -> None:
 
 
 def test_key_alone_finds_ended_session_of_anonymous_client() -> None:
-    """Where it is not known who a client is, what it presents is proof enough."""
+    """If the client is anonymous, its key is sufficient."""
     ended = EndedSessions(60)
     ended.add("token", "ann", BANNED)
     assert (ended.find("token", None), ended.find("unknown", None)) == (BANNED, None)
 
 
 def test_ended_session_is_forgotten_after_ttl(clock: list[float]) -> None:
-    """It is remembered for the ttl, counted anew where a session with the same key is ended again."""
+    """A record expires after the ttl, which starts again when a session with the same key ends."""
     ended = EndedSessions(60)
     ended.add("token", "ann", BANNED)
     ended.add("other", "bob", BANNED)
@@ -63,7 +63,7 @@ def test_ended_session_is_forgotten_after_ttl(clock: list[float]) -> None:
 
 
 def test_number_of_ended_sessions_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of too many the one that ended first is forgotten first."""
+    """Above the limit, the oldest record is removed first."""
     monkeypatch.setattr(ended_module, "MAX_ENDED", 2)
     ended = EndedSessions(60)
     for name in ("a", "b", "c"):
@@ -72,7 +72,7 @@ def test_number_of_ended_sessions_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_forgotten_ended_session_is_not_found() -> None:
-    """A client that may come back again is answered nothing."""
+    """A client that is allowed again gets no close code."""
     ended = EndedSessions(60)
     ended.add("token", "ann", BANNED)
     ended.forget("token")

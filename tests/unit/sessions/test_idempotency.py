@@ -1,4 +1,4 @@
-"""Tests of idempotency keys: what is sent again is handled once, and answered as often as it is asked."""
+"""Tests of idempotency keys: a repeated message is handled once, and its answer is repeated."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ AGAIN = Message(None, id="c7", key="k")
 
 
 def session_of(client_id: str = "ann") -> Session:
-    """A session whose replies stay in its log."""
+    """Return a session that stores its replies in its replay buffer."""
     return Session(client_id, 0, ReplayLimits(100, 10**6, 60.0), Counters(), lambda *_: None)
 
 
 def replies(session: Session) -> list[dict[str, Any]]:
-    """What was replied."""
+    """Return the replies."""
     return [json.loads(frame.payload) for frame in session.since(0)]
 
 
 def test_new_key_is_unknown_until_handling_starts() -> None:
-    """A key is new until a message with it is going to be handled."""
+    """A key is new until handling of its message starts."""
     seen = IdempotencyCache()
     assert seen.look("ann", "k") is None
     seen.begin("ann", "k")
@@ -37,7 +37,7 @@ def test_new_key_is_unknown_until_handling_starts() -> None:
 
 
 def test_keys_of_clients_are_separate() -> None:
-    """Keys belong to a client id, and cannot run into those of another."""
+    """Keys belong to a client id, and do not collide with those of another client."""
     seen = IdempotencyCache()
     seen.begin("ann", "k")
     assert seen.look("bob", "k") is None
@@ -45,7 +45,7 @@ def test_keys_of_clients_are_separate() -> None:
 
 
 def test_repeated_request_gets_stored_answer() -> None:
-    """A request that was handled is answered again from memory, in whatever session it comes again."""
+    """A repeated request gets the stored answer, in any session."""
     seen, first, second = IdempotencyCache(), session_of(), session_of()
     seen.begin("ann", "k")
     seen.handled(first, "k", {"sum": 3})
@@ -58,7 +58,7 @@ def test_repeated_request_gets_stored_answer() -> None:
 
 
 def test_repeat_during_handling_waits_for_same_answer() -> None:
-    """A request that is being handled is not handled again: its second asker waits for the same answer."""
+    """A repeat during handling is not handled, and waits for the same answer."""
     seen, session = IdempotencyCache(), session_of()
     seen.begin("ann", "k")
     known = seen.look("ann", "k")
@@ -70,7 +70,7 @@ def test_repeat_during_handling_waits_for_same_answer() -> None:
 
 
 def test_message_without_id_gets_no_answer() -> None:
-    """A message without an id is only kept from being handled again."""
+    """For a message without an id, only the repeated handling is prevented."""
     seen, session = IdempotencyCache(), session_of()
     seen.begin("ann", "k")
     known = seen.look("ann", "k")
@@ -83,7 +83,7 @@ def test_message_without_id_gets_no_answer() -> None:
 
 @pytest.mark.parametrize("answer", ["x" * MAX_ANSWER_BYTES, object()], ids=["too large", "no JSON"])
 def test_repeat_of_unstorable_answer_gets_error(answer: object) -> None:
-    """Answers that are too large, or cannot be JSON, are not kept; who asks again is told so."""
+    """Answers that are too large, or cannot be JSON, are not stored; a repeat gets an error."""
     seen, session = IdempotencyCache(), session_of()
     seen.begin("ann", "k")
     seen.handled(session, "k", answer)
@@ -94,7 +94,7 @@ def test_repeat_of_unstorable_answer_gets_error(answer: object) -> None:
 
 
 def test_answer_at_size_limit_is_stored() -> None:
-    """The limit of an answer is that of its JSON, and is itself allowed."""
+    """The limit applies to the JSON of an answer, and is inclusive."""
     seen, session = IdempotencyCache(), session_of()
     seen.begin("ann", "k")
     seen.handled(session, "k", "x" * (MAX_ANSWER_BYTES - 2))
@@ -105,7 +105,7 @@ def test_answer_at_size_limit_is_stored() -> None:
 
 
 def test_key_of_failed_message_is_reusable() -> None:
-    """A key that was not used up after all is new."""
+    """The key of a message that failed is new again."""
     seen = IdempotencyCache()
     seen.begin("ann", "k")
     seen.failed("ann", "k")
@@ -116,7 +116,7 @@ def test_key_of_failed_message_is_reusable() -> None:
 
 
 def test_repeat_of_failing_request_gets_error() -> None:
-    """A second request with a key whose first message fails is answered with an error, not left to wait."""
+    """A repeat of a request that then fails gets an error, and does not wait forever."""
     seen, session = IdempotencyCache(), session_of()
     seen.begin("ann", "k")
     known = seen.look("ann", "k")
@@ -127,7 +127,7 @@ def test_repeat_of_failing_request_gets_error() -> None:
 
 
 def test_least_recent_client_is_evicted_above_key_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is bounded by a number of keys of all clients, and those that use theirs keep them."""
+    """The number of all keys is limited; keys in recent use stay."""
     monkeypatch.setattr(idempotency, "MAX_KEYS", 3)
     seen = IdempotencyCache()
     for client_id, key in (("ann", "1"), ("bob", "1"), ("ann", "2"), ("carl", "1")):
@@ -141,7 +141,7 @@ def test_least_recent_client_is_evicted_above_key_limit(monkeypatch: pytest.Monk
 
 
 def test_oldest_key_of_client_is_evicted_above_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client pushes out its own keys, and nobody else's."""
+    """A client displaces only its own keys."""
     monkeypatch.setattr(idempotency, "MAX_KEYS_PER_CLIENT", 3)
     seen = IdempotencyCache()
     seen.begin("bob", "1")
@@ -152,7 +152,7 @@ def test_oldest_key_of_client_is_evicted_above_its_limit(monkeypatch: pytest.Mon
 
 
 def test_expired_key_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is bounded in time: a new key takes those with it that are too old."""
+    """A new key removes expired ones."""
     now = [1000.0]
     monkeypatch.setattr(idempotency, "monotonic", lambda: now[0])
     seen = IdempotencyCache()

@@ -1,4 +1,4 @@
-"""Tests of the replay log: which messages it holds, under which numbers, and when they go."""
+"""Tests of the replay buffer: its messages, their numbers, and when they are removed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ WIDE = ReplayLimits(1000, 10**6, 60.0)
 
 
 def frame(text: str = "x", at: float = 0.0) -> EncodedMessage:
-    """A message that was made at some moment."""
+    """Return a message that was created at some time."""
     made = EncodedMessage(text)
     made.created_at = at
     return made
 
 
 def log_of(*texts: str, limits: ReplayLimits = WIDE) -> ReplayBuffer:
-    """A log with some messages."""
+    """Return a buffer with some messages."""
     log = ReplayBuffer(limits)
     for text in texts:
         log.append(frame(text))
@@ -31,12 +31,12 @@ def log_of(*texts: str, limits: ReplayLimits = WIDE) -> ReplayBuffer:
 
 
 def texts(log: ReplayBuffer, seq: int) -> list[str | None]:
-    """The messages after a number."""
+    """Return the messages after a number."""
     return [entry.text for entry in log.since(seq)]
 
 
 def test_sequence_numbers_start_at_one() -> None:
-    """The first message of a log is number 1, and each next one is one more."""
+    """The first message has number 1, and each following one is one higher."""
     log = ReplayBuffer(WIDE)
     assert (log.head, log.first_seq, len(log.entries)) == (0, 1, 0)
     assert [log.append(frame()) for _ in range(3)] == [1, 2, 3]
@@ -44,7 +44,7 @@ def test_sequence_numbers_start_at_one() -> None:
 
 
 def test_since_returns_later_messages_in_order() -> None:
-    """`since` gives every message after a number, the oldest first."""
+    """`since` returns every message after a number, the oldest first."""
     log = log_of("a", "b", "c")
     assert texts(log, 0) == ["a", "b", "c"]
     assert texts(log, 2) == ["c"]
@@ -52,18 +52,18 @@ def test_since_returns_later_messages_in_order() -> None:
 
 
 def test_ack_forgets_messages_up_to_its_number() -> None:
-    """An acknowledgement forgets everything up to its number, and numbers go on."""
+    """An acknowledgement removes messages up to its number, and numbering continues."""
     log = log_of("a", "b", "c")
     log.forget_up_to(2)
     assert (log.first_seq, log.head, log.held_bytes, texts(log, 2)) == (3, 3, 1, ["c"])
     log.forget_up_to(1)
     assert texts(log, 2) == ["c"]
-    assert [entry.text for entry in log.entries] == ["c"]
+    assert [frame.text for frame in log.entries] == ["c"]
     assert log.append(frame("d")) == 4
 
 
 def test_drained_buffer_has_no_queue() -> None:
-    """An idle session costs no queue, also after it was busy."""
+    """An idle session has no queue, even if it had messages before."""
     log = log_of("a", "b")
     log.forget_up_to(2)
     assert log._entries is NOTHING
@@ -73,19 +73,19 @@ def test_drained_buffer_has_no_queue() -> None:
 
 
 def test_oldest_messages_are_evicted_above_count_limit() -> None:
-    """A log holds as many messages as it may, the newest ones."""
+    """Above the limit of messages, the oldest are removed."""
     log = log_of(*"abcdef", limits=ReplayLimits(3, 10**6, 60.0))
     assert (log.first_seq, log.head, texts(log, 3)) == (4, 6, ["d", "e", "f"])
 
 
 def test_oldest_messages_are_evicted_above_byte_limit() -> None:
-    """A log holds as many bytes as it may."""
+    """Above the limit of bytes, the oldest are removed."""
     log = log_of("aaaa", "bbbb", "cccc", limits=ReplayLimits(1000, 9, 60.0))
     assert (log.first_seq, log.held_bytes, texts(log, 1)) == (2, 8, ["bbbb", "cccc"])
 
 
 def test_single_message_above_byte_limit_is_retained() -> None:
-    """A message above the limit of bytes is kept until the next one comes: else it could never be resumed over."""
+    """A message above the byte limit stays until the next one, because otherwise no resume could include it."""
     log = log_of("a", "b" * 100, limits=ReplayLimits(1000, 9, 60.0))
     assert (log.first_seq, log.held_bytes) == (2, 100)
     log.append(frame("c"))
@@ -93,7 +93,7 @@ def test_single_message_above_byte_limit_is_retained() -> None:
 
 
 def test_messages_expire_after_ttl(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A message is kept for its time."""
+    """A message expires after the ttl."""
     log = ReplayBuffer(ReplayLimits(1000, 10**6, 10.0))
     for at in (101.0, 102.0, 112.0):
         log.append(frame(str(at), at))
@@ -107,7 +107,7 @@ def test_messages_expire_after_ttl(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_clear_continues_sequence_numbers() -> None:
-    """Clearing forgets the messages and not the count."""
+    """Clearing removes the messages but does not reset the numbers."""
     log = log_of("a", "b")
     log.forget_all()
     assert (len(log.entries), log.first_seq, log.head, log.held_bytes) == (0, 3, 2, 0)
@@ -115,7 +115,7 @@ def test_clear_continues_sequence_numbers() -> None:
 
 
 def test_rewind_reissues_sequence_numbers() -> None:
-    """A store that lost its newest entries counts on from where it is."""
+    """After a rewind, numbering continues at the rewound number."""
     log = log_of("a", "b", "c")
     log.rewind(2)
     assert (log.head, log.first_seq, log.held_bytes, texts(log, 0)) == (1, 1, 1, ["a"])
@@ -123,7 +123,7 @@ def test_rewind_reissues_sequence_numbers() -> None:
 
 
 def test_rewind_below_first_entry_empties_buffer() -> None:
-    """A rewind below the oldest message leaves nothing, and below the first begins anew."""
+    """A rewind below the oldest message empties the buffer, and below the first it starts again at 1."""
     log = log_of("a", "b", "c")
     log.forget_up_to(2)
     log.rewind(2)
@@ -133,7 +133,7 @@ def test_rewind_below_first_entry_empties_buffer() -> None:
 
 
 def test_entries_are_shared_between_buffers() -> None:
-    """Two sessions that got the same message hold the same object."""
+    """Two sessions with the same message hold the same object."""
     one, shared = ReplayBuffer(WIDE), frame("hello")
     other = ReplayBuffer(WIDE)
     one.append(shared)
@@ -142,7 +142,7 @@ def test_entries_are_shared_between_buffers() -> None:
 
 
 def test_since_excludes_messages_appended_during_replay() -> None:
-    """What is recorded while a replay is read is no part of it, and breaks it in no way."""
+    """A message that is added during a replay is not part of it, and does not break it."""
     log = log_of("a", "b")
     replay = log.since(0)
     log.append(frame("c"))
@@ -164,7 +164,7 @@ STEPS = st.lists(
 def test_buffer_is_gapless_tail_after_random_operations(
     steps: list[tuple[str, int]], max_messages: int, max_bytes: int
 ) -> None:
-    """A log holds the newest messages without a hole, within its limits, and its bytes are counted right."""
+    """The buffer holds the newest messages without a gap, within its limits, and counts its bytes correctly."""
     log, recorded = ReplayBuffer(ReplayLimits(max_messages, max_bytes, 60.0)), []
     numbers = itertools.count(1)
     for what, value in steps:

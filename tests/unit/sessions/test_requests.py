@@ -1,4 +1,4 @@
-"""Tests of what an application waits for from one client."""
+"""Tests of the requests of the application to one client."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fastapi_ws_stabilizer.sessions import requests as requests_module
 from fastapi_ws_stabilizer.sessions.requests import PendingRequests
 from tests.support.fake_websocket import settle, with_deadline
 
-OVER = local_close(DisconnectReason.COMPLETED)
+ENDED = local_close(DisconnectReason.COMPLETED)
 
 
 async def test_answer_resolves_its_own_request() -> None:
-    """Each request has an id of its own, and its answer goes to its own future."""
+    """Each request has its own id, and its answer goes to its own future."""
     requests = PendingRequests()
     (first_id, first), (second_id, second) = requests.open(), requests.open()
     assert first_id != second_id
@@ -38,7 +38,7 @@ async def test_error_answer_raises_in_caller() -> None:
 
 @pytest.mark.parametrize("error", ["no", 7, [], {}, {"code": 7}, {"code": "x" * 10_000, "message": ["y" * 10_000]}])
 async def test_malformed_error_answer_raises_short_error(error: Any) -> None:
-    """Whatever a client says in place of an error is one, and a short one."""
+    """Any error value of a client becomes an error with a short text."""
     requests = PendingRequests()
     request_id, future = requests.open()
     requests.resolve(request_id, None, error)
@@ -49,7 +49,7 @@ async def test_malformed_error_answer_raises_short_error(error: Any) -> None:
 
 
 async def test_unexpected_answer_is_ignored() -> None:
-    """Answers that come twice, too late or to nothing hurt nobody."""
+    """A repeated, late or unknown answer has no effect."""
     requests = PendingRequests()
     requests.resolve("s1", 1, None)
     request_id, future = requests.open()
@@ -66,12 +66,12 @@ async def test_unexpected_answer_is_ignored() -> None:
 
 
 async def test_forgetting_unknown_request_is_silent() -> None:
-    """Forgetting is safe at any time."""
+    """Forgetting an unknown request is not an error."""
     PendingRequests().forget("s1")
 
 
 async def test_number_of_pending_requests_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that answers nothing cannot be asked without end; a forgotten request makes room."""
+    """The number of pending requests is limited; a forgotten request makes room."""
     monkeypatch.setattr(requests_module, "MAX_OPEN", 2)
     requests = PendingRequests()
     first, _ = requests.open()
@@ -84,7 +84,7 @@ async def test_number_of_pending_requests_is_bounded(monkeypatch: pytest.MonkeyP
 
 
 async def test_ack_wakes_all_waiters_up_to_its_number() -> None:
-    """Who waits for a number is woken by the first acknowledgement at or above it."""
+    """An acknowledgement wakes all waiters for numbers up to its own."""
     requests = PendingRequests()
     waiting = {seq: asyncio.ensure_future(requests.until_acknowledged(seq)) for seq in (1, 2, 3)}
     await settle()
@@ -96,17 +96,17 @@ async def test_ack_wakes_all_waiters_up_to_its_number() -> None:
 
 
 async def test_wait_for_already_acked_number_returns_at_once() -> None:
-    """An acknowledgement that came before is as good, and an older one takes nothing back."""
+    """An earlier acknowledgement counts, and a lower one revokes nothing."""
     requests = PendingRequests()
     requests.acknowledged(4)
     requests.acknowledged(2)
     await with_deadline(requests.until_acknowledged(4))
-    requests.fail_all(OVER)
+    requests.fail_all(ENDED)
     await with_deadline(requests.until_acknowledged(4))
 
 
 async def test_wait_for_number_in_gap_fails() -> None:
-    """Who waits for a message that its client will not get is told so; what the client did get is acknowledged."""
+    """Waiting for a message in a gap fails; messages that the client did get count as acknowledged."""
     requests = PendingRequests()
     waiting = [asyncio.ensure_future(requests.until_acknowledged(seq)) for seq in (1, 2, 3)]
     await settle()
@@ -124,12 +124,12 @@ async def test_wait_for_number_in_gap_fails() -> None:
 
 
 async def test_gap_without_waiters_fails_nothing() -> None:
-    """A gap that nobody waits over fails nobody."""
+    """A gap without waiters fails nothing."""
     PendingRequests().fail_after_gap(3)
 
 
 async def test_cancelled_ack_waiter_is_forgotten() -> None:
-    """A sender that waits no longer is forgotten, and the others are not touched."""
+    """A cancelled waiter is removed, and the others are unaffected."""
     requests = PendingRequests()
     given_up = asyncio.ensure_future(requests.until_acknowledged(1))
     patient = asyncio.ensure_future(requests.until_acknowledged(2))
@@ -144,7 +144,7 @@ async def test_cancelled_ack_waiter_is_forgotten() -> None:
 
 
 async def test_number_of_ack_waiters_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that acknowledges nothing cannot be waited for without end."""
+    """The number of waiters for acknowledgements is limited."""
     monkeypatch.setattr(requests_module, "MAX_OPEN", 1)
     requests = PendingRequests()
     first = asyncio.ensure_future(requests.until_acknowledged(1))
@@ -156,13 +156,13 @@ async def test_number_of_ack_waiters_is_bounded(monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_session_end_fails_current_and_later_waiters() -> None:
-    """At the end whoever waits is told so, and who comes later is told at once."""
+    """The end of a session fails all waiters, and later ones at once."""
     requests = PendingRequests()
     _, answer = requests.open()
-    _, nobody_waits_for_this_one = requests.open()
+    _, abandoned = requests.open()
     sender = asyncio.ensure_future(requests.until_acknowledged(1))
     await settle()
-    requests.fail_all(OVER)
+    requests.fail_all(ENDED)
     with pytest.raises(SessionEndedError):
         await answer
     with pytest.raises(SessionEndedError):
@@ -173,11 +173,11 @@ async def test_session_end_fails_current_and_later_waiters() -> None:
         await requests.until_acknowledged(1)
     requests.acknowledged(7)
     requests.resolve("s1", 1, None)
-    assert isinstance(nobody_waits_for_this_one.exception(), SessionEndedError)
+    assert isinstance(abandoned.exception(), SessionEndedError)
 
 
 async def test_session_end_without_waiters_is_silent() -> None:
-    """A session for which nothing was ever asked ends without ado."""
+    """Ending a session without waiters is not an error."""
     requests = PendingRequests()
-    requests.fail_all(OVER)
-    requests.fail_all(OVER)
+    requests.fail_all(ENDED)
+    requests.fail_all(ENDED)

@@ -1,4 +1,4 @@
-"""Tests of one session: what it keeps, what it queues, which tokens are good, and who it belongs to."""
+"""Tests of one session: its messages, its tokens, and its connection."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from fastapi_ws_stabilizer.wire.encoded import EncodedMessage, encode
 from tests.support.fake_attachment import FakeAttachment
 
 
-class Owned:
-    """A session, and what it has told its owner."""
+class SessionHarness:
+    """A session, with a record of its callbacks."""
 
     def __init__(self) -> None:
         self.ended: list[tuple[Session, CloseInfo]] = []
         self.counters = Counters()
         limits = ReplayLimits(10, 10**6, 60.0)
-        self.session = Session("ann", 0, limits, self.counters, lambda *told: self.ended.append(told))
+        self.session = Session("ann", 0, limits, self.counters, lambda *args: self.ended.append(args))
 
     def secret(self) -> str:
-        """A new token, without the session's id."""
+        """Return a new token, without the session's id."""
         return self.session.new_token().partition(".")[2]
 
 
-def said(session: Session, seq: int = 0) -> list[object]:
-    """The data of what is in the log after a number."""
+def stored(session: Session, seq: int = 0) -> list[object]:
+    """Return the data of the replay buffer after a number."""
     return [json.loads(frame.payload)["data"] for frame in session.since(seq)]
 
 
@@ -40,9 +40,9 @@ WELCOME = EncodedMessage("welcome")
 
 
 def test_sent_message_is_numbered_stored_and_queued() -> None:
-    """A message for a client that is connected is numbered, kept and queued, as the one frame for all v1 clients."""
-    owned, connection = Owned(), FakeAttachment()
-    session = owned.session
+    """A message for a connected client is numbered, stored and queued, as one frame for all v1 clients."""
+    harness, connection = SessionHarness(), FakeAttachment()
+    session = harness.session
     session.attach(connection, 0, WELCOME)
     frame = encode({"n": 1})
     assert session.offer(frame) is EnqueueResult.QUEUED
@@ -51,17 +51,17 @@ def test_sent_message_is_numbered_stored_and_queued() -> None:
 
 
 def test_message_for_detached_session_is_numbered_and_stored() -> None:
-    """A message for a client that is away is numbered and kept."""
-    session = Owned().session
+    """A message for a detached client is numbered and stored."""
+    session = SessionHarness().session
     assert session.offer(encode("hello")) is EnqueueResult.QUEUED
     assert session.head == 1
-    assert said(session) == ["hello"]
+    assert stored(session) == ["hello"]
     assert not session.is_attached
 
 
 def test_new_connection_gets_welcome_then_replay_then_live() -> None:
-    """Replay and live traffic are one path: the welcome, what comes after the number, then what is offered later."""
-    session, connection = Owned().session, FakeAttachment()
+    """The welcome comes first, then the messages after the client's number, then new ones."""
+    session, connection = SessionHarness().session, FakeAttachment()
     for number in range(3):
         session.offer(encode(number))
     assert session.attach(connection, 1, WELCOME) is None
@@ -72,42 +72,42 @@ def test_new_connection_gets_welcome_then_replay_then_live() -> None:
 
 
 def test_volatile_message_is_neither_stored_nor_numbered() -> None:
-    """A volatile message goes to who is there, and is missed by who is away."""
-    owned, connection = Owned(), FakeAttachment()
-    session = owned.session
+    """A connected client gets a volatile message, and a detached one misses it."""
+    harness, connection = SessionHarness(), FakeAttachment()
+    session = harness.session
     assert session.offer(encode(1, volatile=True)) is EnqueueResult.SKIPPED
     session.attach(connection, 0, WELCOME)
     assert session.offer(encode(1, volatile=True)) is EnqueueResult.QUEUED
     assert connection.texts[1] == '{"type":"msg","volatile":true,"data":1}'
     connection.room = False
     assert session.offer(encode(1, volatile=True)) is EnqueueResult.DROPPED
-    assert owned.counters.messages_dropped == 1
+    assert harness.counters.messages_dropped == 1
     assert (session.head, len(session.entries)) == (0, 0)
 
 
 def test_sequenced_message_refused_by_outbox_is_stored() -> None:
-    """A client that is too slow loses its connection, and no message: the log has it."""
-    session, connection = Owned().session, FakeAttachment(calm=False, room=False)
+    """A client that is too slow loses its connection, but no message: the replay buffer has it."""
+    session, connection = SessionHarness().session, FakeAttachment(calm=False, room=False)
     session.attach(connection, 0, WELCOME)
     assert session.offer(encode(1)) is EnqueueResult.SLOW
     assert connection.close_info is not None
     assert connection.close_info.cause is DisconnectReason.SLOW_CONSUMER
-    assert said(session) == [1]
+    assert stored(session) == [1]
 
 
 def test_message_refused_by_closing_connection_is_stored() -> None:
-    """A message that comes while the connection ends for another reason waits for the next one."""
-    session, connection = Owned().session, FakeAttachment(calm=False)
+    """A message during a close for another reason is stored for the next connection."""
+    session, connection = SessionHarness().session, FakeAttachment(calm=False)
     session.attach(connection, 0, WELCOME)
     connection.verdict = EnqueueResult.CLOSED
     connection.close(DisconnectReason.APPLICATION)
     assert session.offer(encode(1)) is EnqueueResult.QUEUED
-    assert said(session) == [1]
+    assert stored(session) == [1]
 
 
 def test_waiting_sender_is_numbered_before_later_message() -> None:
-    """Queue and log agree on the order, also if making room lets in a sender that has waited."""
-    session, connection = Owned().session, FakeAttachment(calm=False)
+    """Queue and replay buffer have the same order, even if making room admits a waiting sender."""
+    session, connection = SessionHarness().session, FakeAttachment(calm=False)
     session.attach(connection, 0, WELCOME)
 
     def let_in() -> None:
@@ -115,15 +115,15 @@ def test_waiting_sender_is_numbered_before_later_message() -> None:
         connection.frames.append(frame)
         session.append(frame)
 
-    connection.meanwhile = let_in
+    connection.before_enqueue = let_in
     connection.verdict = EnqueueResult.BACKPRESSURE
     assert session.offer(encode("new")) is EnqueueResult.BACKPRESSURE
     assert [frame.text for frame in session.since(0)] == connection.texts[1:]
 
 
 async def test_waiting_send_is_numbered_when_queued() -> None:
-    """A message of the endpoint gets its number in the moment in which it is queued."""
-    session, connection, numbers = Owned().session, FakeAttachment(), []
+    """A message of the endpoint gets its number at the time at which it is queued."""
+    session, connection, numbers = SessionHarness().session, FakeAttachment(), []
     session.attach(connection, 0, WELCOME)
     assert await session.put_wait(connection, encode("a"), numbers.append)
     assert session.put_now(connection, encode("b"))
@@ -135,8 +135,8 @@ async def test_waiting_send_is_numbered_when_queued() -> None:
 
 
 def test_only_attached_connection_sends_on_fast_path() -> None:
-    """A connection that has lost its session does not write into the log of the next one."""
-    session, old, new = Owned().session, FakeAttachment(), FakeAttachment()
+    """A connection that has lost its session does not number messages of the next one."""
+    session, old, new = SessionHarness().session, FakeAttachment(), FakeAttachment()
     session.attach(old, 0, WELCOME)
     assert session.attach(new, 0, WELCOME) is old
     assert not session.put_now(old, encode("late"))
@@ -145,8 +145,8 @@ def test_only_attached_connection_sends_on_fast_path() -> None:
 
 
 def test_close_of_old_connection_detaches_nothing() -> None:
-    """The fence: only the connection that has the session can leave it."""
-    session, old, new = Owned().session, FakeAttachment(), FakeAttachment()
+    """Only the attached connection can detach the session; an older one is fenced."""
+    session, old, new = SessionHarness().session, FakeAttachment(), FakeAttachment()
     session.attach(old, 0, WELCOME)
     session.attach(new, 0, WELCOME)
     assert not session.detach(old)
@@ -156,8 +156,8 @@ def test_close_of_old_connection_detaches_nothing() -> None:
 
 
 def test_session_is_backpressured_with_its_connection() -> None:
-    """A session is under pressure if its connection is; one without a connection never is."""
-    session, connection = Owned().session, FakeAttachment()
+    """A session is backpressured if its connection is; without a connection it never is."""
+    session, connection = SessionHarness().session, FakeAttachment()
     assert not session.is_backpressured()
     session.attach(connection, 0, WELCOME)
     connection.pressed = True
@@ -169,31 +169,31 @@ def test_session_is_backpressured_with_its_connection() -> None:
 
 
 def test_newest_token_is_valid() -> None:
-    """The token of the last welcome is good, and says in which epoch it was issued."""
-    owned = Owned()
-    token = owned.session.new_token()
-    assert token.startswith(f"{owned.session.connection_id}.")
-    assert owned.session.knows(token.partition(".")[2])
-    assert owned.session.present(token.partition(".")[2]) == 0
+    """The token of the last welcome is valid, and records its epoch."""
+    harness = SessionHarness()
+    token = harness.session.new_token()
+    assert token.startswith(f"{harness.session.connection_id}.")
+    assert harness.session.knows(token.partition(".")[2])
+    assert harness.session.present(token.partition(".")[2]) == 0
 
 
 @pytest.mark.parametrize("secret", ["", "x", "🦊", "\ud800"])
 def test_unissued_token_is_invalid(secret: str) -> None:
-    """No other secret is good, not even before any was issued."""
-    owned = Owned()
-    assert owned.session.present(secret) is None
-    owned.secret()
-    assert owned.session.present(secret) is None
-    assert not owned.session.knows(secret)
+    """Any other secret is invalid, also before the first token was issued."""
+    harness = SessionHarness()
+    assert harness.session.present(secret) is None
+    harness.secret()
+    assert harness.session.present(secret) is None
+    assert not harness.session.knows(secret)
 
 
 def test_two_tokens_are_valid_until_newer_is_confirmed() -> None:
-    """The welcome that brings a new token may be lost: what was presented last stays good beside it."""
-    owned = Owned()
-    session = owned.session
-    first = owned.secret()
+    """The welcome with a new token may be lost, so the token that was presented last stays valid beside it."""
+    harness = SessionHarness()
+    session = harness.session
+    first = harness.secret()
     assert session.present(first) == 0
-    second = owned.secret()
+    second = harness.secret()
     assert session.knows(first)
     assert session.knows(second)
     session.confirm()  # a frame after the hello: the welcome has arrived
@@ -203,12 +203,12 @@ def test_two_tokens_are_valid_until_newer_is_confirmed() -> None:
 
 
 def test_token_check_always_compares_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many comparisons a check takes tells nothing of which token was right, nor whether one was."""
-    owned = Owned()
-    session = owned.session
-    first = owned.secret()
+    """The number of comparisons does not reveal which token matched, or whether one did."""
+    harness = SessionHarness()
+    session = harness.session
+    first = harness.secret()
     session.present(first)
-    second = owned.secret()
+    second = harness.secret()
     compared: list[object] = []
     real = hmac.compare_digest
     monkeypatch.setattr(hmac, "compare_digest", lambda *both: compared.append(both) or real(*both))
@@ -220,88 +220,88 @@ def test_token_check_always_compares_every_token(monkeypatch: pytest.MonkeyPatch
 
 
 def test_repeatedly_lost_welcome_keeps_token_valid() -> None:
-    """A client that never gets a welcome can come back with the same token for ever."""
-    owned = Owned()
-    kept = owned.secret()
+    """A client that never gets a welcome can resume with the same token forever."""
+    harness = SessionHarness()
+    token = harness.secret()
     for _ in range(5):
-        assert owned.session.present(kept) == 0
-        owned.secret()
-    assert owned.session.present(kept) == 0
+        assert harness.session.present(token) == 0
+        harness.secret()
+    assert harness.session.present(token) == 0
 
 
 def test_presenting_newest_token_invalidates_older() -> None:
-    """Presenting a token confirms it: its client has got the welcome that it was in."""
-    owned = Owned()
-    first = owned.secret()
-    owned.session.present(first)
-    second = owned.secret()
-    assert owned.session.present(second) == 0
-    assert owned.session.present(first) is None
+    """Presenting the newest token confirms it, because the client has received its welcome."""
+    harness = SessionHarness()
+    first = harness.secret()
+    harness.session.present(first)
+    second = harness.secret()
+    assert harness.session.present(second) == 0
+    assert harness.session.present(first) is None
 
 
 def test_unconfirmed_token_is_replaced_by_next() -> None:
-    """The window has two tokens: the one presented last, and the newest one."""
-    owned = Owned()
-    kept = owned.secret()
-    owned.session.present(kept)
-    lost, newest = owned.secret(), owned.secret()
-    assert not owned.session.knows(lost)
-    assert owned.session.knows(newest)
-    assert owned.session.knows(kept)
+    """Two tokens are valid: the one presented last, and the newest one."""
+    harness = SessionHarness()
+    token = harness.secret()
+    harness.session.present(token)
+    lost, newest = harness.secret(), harness.secret()
+    assert not harness.session.knows(lost)
+    assert harness.session.knows(newest)
+    assert harness.session.knows(token)
 
 
 def test_token_check_confirms_nothing() -> None:
-    """Whether a token is good can be asked without an effect."""
-    owned = Owned()
-    first = owned.secret()
-    owned.session.present(first)
-    second = owned.secret()
-    assert owned.session.knows(second)
-    assert owned.session.knows(first)
+    """Checking a token has no side effect."""
+    harness = SessionHarness()
+    first = harness.secret()
+    harness.session.present(first)
+    second = harness.secret()
+    assert harness.session.knows(second)
+    assert harness.session.knows(first)
 
 
 def test_token_records_its_issue_epoch() -> None:
-    """A token of before a rewind says so."""
-    owned = Owned()
+    """A token from before a rewind has an older epoch."""
+    harness = SessionHarness()
     for number in range(5):
-        owned.session.offer(encode(number))
-    secret = owned.secret()
-    owned.session.rewind(2)
-    assert owned.session.epoch == 1
-    assert owned.session.head == 3
-    assert owned.session.present(secret) == 0
-    assert owned.session.present(owned.secret()) == 1
+        harness.session.offer(encode(number))
+    secret = harness.secret()
+    harness.session.rewind(2)
+    assert harness.session.epoch == 1
+    assert harness.session.head == 3
+    assert harness.session.present(secret) == 0
+    assert harness.session.present(harness.secret()) == 1
 
 
 def test_session_repr_contains_no_token() -> None:
-    """A session shows its id, whose it is and how it does, and no token."""
-    owned = Owned()
-    secret = owned.secret()
-    assert repr(owned.session) == f"<Session {owned.session.connection_id} of 'ann' detached>"
-    owned.session.attach(FakeAttachment(), 0, WELCOME)
-    assert "attached" in repr(owned.session)
-    owned.session.finish(local_close(DisconnectReason.COMPLETED))
-    assert "ended" in repr(owned.session)
-    assert secret not in repr(owned.session)
+    """The repr of a session shows its id, its client and its state, and no token."""
+    harness = SessionHarness()
+    secret = harness.secret()
+    assert repr(harness.session) == f"<Session {harness.session.connection_id} of 'ann' detached>"
+    harness.session.attach(FakeAttachment(), 0, WELCOME)
+    assert "attached" in repr(harness.session)
+    harness.session.finish(local_close(DisconnectReason.COMPLETED))
+    assert "ended" in repr(harness.session)
+    assert secret not in repr(harness.session)
 
 
-# ── acknowledging and replying ──
+# ── acknowledgements and replies ──
 
 
 def test_ack_forgets_only_sent_messages() -> None:
-    """What the client has acknowledged is not kept; what was never sent cannot be acknowledged."""
-    session = Owned().session
+    """Acknowledged messages are removed; messages that were not sent cannot be acknowledged."""
+    session = SessionHarness().session
     for number in range(3):
         session.offer(encode(number))
     assert session.acknowledged(2)
-    assert said(session, 2) == [2]
+    assert stored(session, 2) == [2]
     assert not session.acknowledged(4)
     assert session.acknowledged(3)
 
 
 async def test_reply_is_numbered_message() -> None:
-    """A reply takes its turn among the messages, and survives a reconnect as they do."""
-    session, connection = Owned().session, FakeAttachment()
+    """A reply is numbered like a message, and survives a reconnect."""
+    session, connection = SessionHarness().session, FakeAttachment()
     session.attach(connection, 0, WELCOME)
     session.reply("c1", {"sum": 3})
     session.reply("c2", error={"code": "no", "message": "never"})
@@ -318,38 +318,38 @@ async def test_reply_is_numbered_message() -> None:
 
 
 async def test_unencodable_reply_raises_without_numbering() -> None:
-    """An answer that cannot be encoded is told to who gives it, and numbers nothing."""
-    session = Owned().session
+    """An answer that cannot be encoded raises at the caller, and gets no number."""
+    session = SessionHarness().session
     with pytest.raises(MessageEncodeError, match="object cannot be sent as JSON"):
         session.reply("c1", object())
     assert session.head == 0
 
 
-# ── the end ──
+# ── the end of a session ──
 
 
 def test_ending_attached_session_closes_its_connection() -> None:
-    """What ends an attached session ends its connection, which decides what becomes of the session."""
-    owned, connection = Owned(), FakeAttachment()
-    owned.session.attach(connection, 0, WELCOME)
-    assert owned.session.close(DisconnectReason.APPLICATION, code=4410, text="kicked")
+    """Ending an attached session closes its connection, which determines what happens to the session."""
+    harness, connection = SessionHarness(), FakeAttachment()
+    harness.session.attach(connection, 0, WELCOME)
+    assert harness.session.close(DisconnectReason.APPLICATION, code=4410, text="kicked")
     assert connection.close_info == local_close(DisconnectReason.APPLICATION, code=4410, text="kicked")
-    assert owned.ended == []
+    assert harness.ended == []
 
 
 def test_ending_detached_session_ends_it_once() -> None:
-    """A client that is away is ended without being asked, once."""
-    owned = Owned()
-    assert owned.session.close(DisconnectReason.APPLICATION, code=4410)
-    assert [how.code for _, how in owned.ended] == [4410]
-    owned.session.finish(owned.ended[0][1])
-    assert not owned.session.close(DisconnectReason.APPLICATION)
-    assert owned.session.close_info is owned.ended[0][1]
+    """A detached session ends at once, and only once."""
+    harness = SessionHarness()
+    assert harness.session.close(DisconnectReason.APPLICATION, code=4410)
+    assert [how.code for _, how in harness.ended] == [4410]
+    harness.session.finish(harness.ended[0][1])
+    assert not harness.session.close(DisconnectReason.APPLICATION)
+    assert harness.session.close_info is harness.ended[0][1]
 
 
 async def test_ended_session_rejects_messages_and_fails_waiters() -> None:
-    """At the end the log is empty, nothing more is taken, and whatever was waited for fails."""
-    session = Owned().session
+    """After the end the replay buffer is empty, new messages are rejected, and all waiters fail."""
+    session = SessionHarness().session
     session.offer(encode(1))
     session.offer(encode(2))
     _, answer = session.requests.open()

@@ -1,1 +1,1 @@
-"""Tests of how a manager stops."""
+"""Unit tests of `fastapi_ws_stabilizer.shutdown`."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer import scheduling as turns_module
+from fastapi_ws_stabilizer import scheduling as scheduling_module
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.shutdown.close_all import ShutdownReport, close_all
 from fastapi_ws_stabilizer.wire.encoded import encode
@@ -37,14 +37,14 @@ async def test_shutdown_sends_queued_messages_then_closes_1012(bench: Any) -> No
 
 
 async def test_stalled_connection_is_aborted_at_timeout(bench: Any) -> None:
-    """The timeout is honoured: a stuck client counts as failed, its transport is aborted, its endpoint cancelled."""
+    """A stalled client counts as failed at the timeout, its transport is aborted, and its endpoint cancelled."""
     aborted: list[str] = []
-    good, stuck = bench(), bench(send_timeout=60, disconnect_grace=60)
-    stuck.server.transport = SimpleNamespace(abort=lambda: aborted.append("stuck"))
+    good, stalled = bench(), bench(send_timeout=60, disconnect_grace=60)
+    stalled.server.transport = SimpleNamespace(abort=lambda: aborted.append("stuck"))
     await good.open()
 
     async def endpoint() -> str:
-        await stuck.open(cancellable=True)
+        await stalled.open(cancellable=True)
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -52,9 +52,9 @@ async def test_stalled_connection_is_aborted_at_timeout(bench: Any) -> None:
         return "returned"
 
     task = asyncio.ensure_future(endpoint())
-    await eventually(lambda: stuck.heard.of("connection_opened"))
-    stuck.server.block()
-    report = await with_deadline(close_all([good.connection, stuck.connection], 0.05))
+    await eventually(lambda: stalled.heard.of("connection_opened"))
+    stalled.server.block()
+    report = await with_deadline(close_all([good.connection, stalled.connection], 0.05))
     assert (report.closed_count, report.failed_count) == (1, 1)
     assert 0.04 < report.duration_seconds < 2.0
     assert aborted == ["stuck"]
@@ -62,7 +62,7 @@ async def test_stalled_connection_is_aborted_at_timeout(bench: Any) -> None:
 
 
 async def test_closing_connection_is_awaited_but_not_counted(bench: Any) -> None:
-    """A connection that ends for another reason keeps its reason, and the shutdown waits for it."""
+    """A connection that is already closing keeps its cause, and the shutdown waits for it."""
     b = bench(disconnect_grace=5)
     gate = asyncio.Event()
 
@@ -84,22 +84,22 @@ async def test_closing_connection_is_awaited_but_not_counted(bench: Any) -> None
 
 
 async def test_connections_are_closed_concurrently(bench: Any) -> None:
-    """A stuck client does not keep the next one waiting for its close frame."""
-    stuck, good = bench(send_timeout=60), bench()
-    await stuck.open()
+    """A stalled client does not delay the close frames of others."""
+    stalled, good = bench(send_timeout=60), bench()
+    await stalled.open()
     await good.open()
-    stuck.server.block()
-    closing = asyncio.ensure_future(close_all([stuck.connection, good.connection], 5.0))
+    stalled.server.block()
+    closing = asyncio.ensure_future(close_all([stalled.connection, good.connection], 5.0))
     await with_deadline(good.connection.finished)
     assert good.server.close_frames == [(1012, "server shutdown")]
     assert not closing.done()
-    stuck.server.release()
+    stalled.server.release()
     assert (await with_deadline(closing)).closed_count == 2
 
 
 async def test_closing_many_connections_yields_to_event_loop(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others run between two ends when the loop was held for long, and everybody is closed in the end."""
-    monkeypatch.setattr(turns_module, "MAX_BLOCK", -1.0)
+    """Other tasks run between two closes after a long block, and all connections are closed in the end."""
+    monkeypatch.setattr(scheduling_module, "MAX_BLOCK", -1.0)
     connections = [(await bench().open())[0] for _ in range(3)]
     closing = asyncio.ensure_future(close_all(connections, 5.0))
     ended = []
@@ -111,5 +111,5 @@ async def test_closing_many_connections_yields_to_event_loop(bench: Any, monkeyp
 
 
 def test_default_shutdown_report_is_empty() -> None:
-    """A report can be made without numbers."""
+    """A report can be created without numbers."""
     assert ShutdownReport() == ShutdownReport(closed_count=0, failed_count=0, duration_seconds=0.0)

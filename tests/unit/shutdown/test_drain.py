@@ -1,4 +1,4 @@
-"""Tests of what a drain reports. In virtual time; tests/live/test_drain.py has the servers and the signals."""
+"""Tests of the report of a drain, in virtual time. Servers and signals are tested in tests/live/test_drain.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.stage import Peer, Stage
 
 @virtually
 async def test_drain_report_counts_resumable_sessions() -> None:
-    """Those of clients that are there, which keep theirs, and of those that are away; not what has ended."""
+    """Sessions of connected clients and detached sessions count, ended ones do not."""
     async with Stage(drain_window=1) as stage:
         await Peer(stage, "ann").dial()
         await (await Peer(stage, "bob").dial()).leaves()
@@ -30,7 +30,7 @@ async def test_drain_report_counts_resumable_sessions() -> None:
 
 @virtually
 async def test_connection_over_drain_timeout_is_forced() -> None:
-    """An endpoint that does not end is cut when the time is over, and counted as failed and forced."""
+    """An endpoint that does not return is cut at the timeout, and counted as failed and forced."""
     async with Stage(drain_window=0, disconnect_grace=60) as stage:
 
         async def stays(ws: StableSocket) -> None:
@@ -46,7 +46,7 @@ async def test_connection_over_drain_timeout_is_forced() -> None:
 
 @virtually
 async def test_concurrent_drains_return_same_report() -> None:
-    """Both get the same report: a connection is counted once."""
+    """Both calls return the same report, so each connection is counted once."""
     async with Stage(drain_window=1) as stage:
         stage.plain("ann")
         await soon()
@@ -58,7 +58,7 @@ async def test_concurrent_drains_return_same_report() -> None:
 
 @virtually
 async def test_drain_sends_drain_frame_to_v1_and_1012_to_plain() -> None:
-    """`drain` with a moment of its own for the one, 1012 with `retry=` for the other."""
+    """A v1 client gets `drain` with its own delay, a plain client 1012 with `retry=`."""
     async with Stage(drain_window=2) as stage:
         line = await Peer(stage, "ann").dial()
         plain = stage.plain("bob")
@@ -74,7 +74,7 @@ async def test_drain_sends_drain_frame_to_v1_and_1012_to_plain() -> None:
 
 @virtually
 async def test_slow_reader_gets_all_messages_during_drain() -> None:
-    """Only who takes nothing is cut: a reader of one message in a third of a second has its time."""
+    """A client that reads one message in a third of a second gets all; only a client that takes nothing is cut."""
     async with Stage(drain_window=0) as stage:
         line = stage.plain("slow")
         await soon()
@@ -96,7 +96,7 @@ async def test_slow_reader_gets_all_messages_during_drain() -> None:
 
 @virtually
 async def test_second_drain_with_shorter_timeout_shortens_first() -> None:
-    """A shutdown within two seconds does not wait for a drain that has five minutes."""
+    """A shutdown with two seconds does not wait for a drain with five minutes."""
     async with Stage(drain_window=10, disconnect_grace=400) as stage:
 
         async def stays(ws: StableSocket) -> None:
@@ -118,7 +118,7 @@ async def test_second_drain_with_shorter_timeout_shortens_first() -> None:
 
 @virtually
 async def test_short_drain_timeout_is_respected() -> None:
-    """Neither the clients that are asked to leave nor the goodbyes make it longer."""
+    """Neither the drain frames nor the close handshakes make it longer."""
     async with Stage(drain_window=10, disconnect_grace=400) as stage:
 
         async def stays(ws: StableSocket) -> None:
@@ -136,7 +136,7 @@ async def test_short_drain_timeout_is_respected() -> None:
 
 @virtually
 async def test_start_during_drain_resumes_accepting() -> None:
-    """Who has not been closed yet stays, and new ones are let in."""
+    """Connections that are still open stay, and new ones are accepted."""
     async with Stage(drain_window=10) as stage:
         for number in range(500):
             stage.plain(f"client {number}")
@@ -153,7 +153,7 @@ async def test_start_during_drain_resumes_accepting() -> None:
 
 @virtually
 async def test_shutdown_after_cancelled_drain_closes_all() -> None:
-    """A server that cancels all tasks leaves no manager that can never be shut down."""
+    """After a cancelled drain a shutdown still works."""
     async with Stage(drain_window=10) as stage:
         for number in range(100):
             stage.plain(f"client {number}")
@@ -170,7 +170,7 @@ async def test_shutdown_after_cancelled_drain_closes_all() -> None:
 
 @virtually
 async def test_drain_returns_when_last_client_has_left() -> None:
-    """One client with a session that goes at once makes a drain of no noticeable length."""
+    """A drain with a single v1 client that reconnects at once takes no noticeable time."""
     async with Stage(drain_window=10) as stage:
         line = await Peer(stage, "ann").dial()
         loop = asyncio.get_running_loop()
@@ -186,7 +186,7 @@ async def test_drain_returns_when_last_client_has_left() -> None:
 
 @virtually
 async def test_client_closing_after_drain_has_cause_server_shutdown() -> None:
-    """A client that leaves with 4000 because a drain asked it to is told, counted and ended as `server_shutdown`."""
+    """A client that closes with 4000 after a drain frame has the cause `server_shutdown` in all hooks and counters."""
     async with Stage(drain_window=2) as stage:
         line = await Peer(stage).dial()
         draining = asyncio.ensure_future(stage.manager.drain(10))
@@ -205,7 +205,7 @@ async def test_client_closing_after_drain_has_cause_server_shutdown() -> None:
 @pytest.mark.parametrize(("code", "reason"), [(1000, "client_close"), (4321, "client_close"), (1006, "network_lost")])
 @virtually
 async def test_client_closing_otherwise_during_drain_retains_cause(code: int, reason: str) -> None:
-    """A client that says goodbye, closes with its own code or is lost while a drain waits for it has that reason."""
+    """A client that closes with another code, or is lost, during a drain keeps its own cause."""
     async with Stage(drain_window=2) as stage:
         line = await Peer(stage).dial()
         draining = asyncio.ensure_future(stage.manager.drain(10))
@@ -217,7 +217,7 @@ async def test_client_closing_otherwise_during_drain_retains_cause(code: int, re
 
 @virtually
 async def test_client_closing_without_drain_has_cause_client_close() -> None:
-    """4000 from a client that was not asked to leave stays `client_close`, and its session goes on."""
+    """A client that closes with 4000 without a drain frame has `client_close`, and its session continues."""
     async with Stage() as stage:
         peer = Peer(stage)
         await (await peer.dial()).leaves(4000)
@@ -228,7 +228,7 @@ async def test_client_closing_without_drain_has_cause_client_close() -> None:
 @pytest.mark.parametrize("call", ["drain", "graceful_shutdown"])
 @virtually
 async def test_drain_in_endpoint_waits_for_other_connections(call: str) -> None:
-    """In a socket's own code a drain returns when the others have ended; that socket ends when its code goes on."""
+    """A drain in an endpoint returns when the others have closed; its own connection closes when it continues."""
     async with Stage(drain_window=1, disconnect_grace=20) as stage:
         events: list[Any] = []
         loop = asyncio.get_running_loop()
@@ -257,7 +257,7 @@ async def test_drain_in_endpoint_waits_for_other_connections(call: str) -> None:
 
 
 async def test_shutdown_in_task_of_explicit_connection_waits_for_it() -> None:
-    """A task that has connected by hand outside of FastAPI, and shuts down, waits: that end needs no code of it."""
+    """A shutdown in a task that has called `connect` outside of FastAPI waits for that connection too."""
     manager = WebSocketConnectionManager(WebSocketConfig(disconnect_grace=0.1))
     server = FakeServer()
     await manager.connect("ann", await server.accepted())
@@ -269,7 +269,7 @@ async def test_shutdown_in_task_of_explicit_connection_waits_for_it() -> None:
 
 @virtually
 async def test_drain_in_disconnect_hook_does_not_wait_for_itself() -> None:
-    """A disconnect hook that drains goes on when the other connections have ended."""
+    """A drain in a disconnect hook returns when the other connections have closed."""
     async with Stage(drain_window=1, disconnect_grace=20) as stage:
         loop = asyncio.get_running_loop()
         took: list[float] = []

@@ -1,4 +1,4 @@
-"""Tests of signals: who hears them, how often, and what is left when a manager has stopped."""
+"""Tests of signals: how often they are forwarded, and the state after a manager has stopped."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ import pytest
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.shutdown import signals
 from fastapi_ws_stabilizer.shutdown.signals import SignalHandler
-from tests.unit.conftest import Heard
+from tests.unit.conftest import EventRecorder
 
 
 @pytest.fixture(autouse=True)
 def server() -> Iterator[list[int]]:
-    """A server that has taken SIGTERM before us, and what it was told."""
-    told: list[int] = []
+    """Return the signals received by a server that has installed its handler first."""
+    received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
-    yield told
+    signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    yield received
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 class Draining:
-    """A drain that ends when a test says so."""
+    """Drain that ends when a test says so."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.over = asyncio.Event()
+        self.finished = asyncio.Event()
         self.signals = SignalHandler(EventBus(), self)
 
     async def __call__(self) -> None:
         self.count += 1
-        await self.over.wait()
+        await self.finished.wait()
 
 
 async def tell() -> None:
-    """Send SIGTERM, and let what follows happen."""
+    """Send SIGTERM, and let its handlers run."""
     os.kill(os.getpid(), signal.SIGTERM)
     await asyncio.sleep(0.02)
 
 
 def in_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """A clock that stands where a test puts it."""
+    """Use a clock that a test sets."""
     now = [100.0]
     monkeypatch.setattr(signals, "monotonic", lambda: now[0])
 
@@ -60,19 +60,19 @@ def in_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 async def test_signal_is_forwarded_once_after_drain(server: list[int]) -> None:
-    """The server hears of it when all is done, once."""
+    """The server gets the signal once, after the drain."""
     drain = Draining()
     drain.signals.listen()
     await tell()
     assert (drain.count, server) == (1, [])
-    drain.over.set()
+    drain.finished.set()
     await asyncio.sleep(0.02)
     assert server == [signal.SIGTERM]
     drain.signals.stop()
 
 
 async def test_quickly_repeated_signal_counts_once(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process group gets it, and then the master passes it on: that is no second wish."""
+    """A process group and a master may both send the signal, so a quick repetition does not count."""
     put = in_time(monkeypatch)
     drain = Draining()
     drain.signals.listen()
@@ -80,7 +80,7 @@ async def test_quickly_repeated_signal_counts_once(server: list[int], monkeypatc
     put(0.3)
     await tell()
     assert (drain.count, server) == (1, [])
-    drain.over.set()
+    drain.finished.set()
     await asyncio.sleep(0.02)
     assert server == [signal.SIGTERM]
     drain.signals.stop()
@@ -89,7 +89,7 @@ async def test_quickly_repeated_signal_counts_once(server: list[int], monkeypatc
 async def test_second_signal_is_forwarded_immediately_and_only_once(
     server: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """uvicorn would take the late first one for a wish to skip the end of the lifespan."""
+    """uvicorn would interpret a late first signal as a request to skip the end of the lifespan."""
     put = in_time(monkeypatch)
     drain = Draining()
     drain.signals.listen()
@@ -97,14 +97,14 @@ async def test_second_signal_is_forwarded_immediately_and_only_once(
     put(2.0)
     await tell()
     assert server == [signal.SIGTERM]
-    drain.over.set()
+    drain.finished.set()
     await asyncio.sleep(0.02)
     assert server == [signal.SIGTERM]
     drain.signals.stop()
 
 
 async def test_stopped_manager_forwards_every_signal(server: list[int]) -> None:
-    """Also where a library has put its handler before ours, and still calls it."""
+    """Every signal is forwarded, also if a library has installed a handler on top that calls the manager's."""
     drain = Draining()
     drain.signals.listen()
     ours: Any = signal.getsignal(signal.SIGTERM)
@@ -117,11 +117,11 @@ async def test_stopped_manager_forwards_every_signal(server: list[int]) -> None:
 
 @pytest.mark.parametrize("first", [0, 1])
 async def test_two_managers_may_stop_in_any_order(server: list[int], first: int) -> None:
-    """The process can be stopped after the first of them has, and after both."""
+    """The process can be stopped after the first manager has stopped, and after both."""
     drains = [Draining(), Draining()]
     for drain in drains:
         drain.signals.listen()
-        drain.over.set()
+        drain.finished.set()
     drains[first].signals.stop()
     await tell()
     await asyncio.sleep(0.02)
@@ -133,20 +133,20 @@ async def test_two_managers_may_stop_in_any_order(server: list[int], first: int)
 
 
 async def test_two_managers_drain_concurrently_on_signal(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One signal is handed on when both are done, and a second one at once."""
+    """The first signal is forwarded when both are done, and a second one at once."""
     put = in_time(monkeypatch)
     drains = [Draining(), Draining()]
     for drain in drains:
         drain.signals.listen()
     await tell()
     assert [drain.count for drain in drains] == [1, 1]
-    drains[0].over.set()
+    drains[0].finished.set()
     await asyncio.sleep(0.02)
     assert server == []
     put(2.0)
     await tell()
     assert server == [signal.SIGTERM]
-    drains[1].over.set()
+    drains[1].finished.set()
     await asyncio.sleep(0.02)
     assert server == [signal.SIGTERM]
     for drain in reversed(drains):
@@ -154,9 +154,9 @@ async def test_two_managers_drain_concurrently_on_signal(server: list[int], monk
 
 
 async def test_restarted_manager_drains_again_on_signal(server: list[int]) -> None:
-    """What is started again in the same process hears again, in that loop and in another one."""
+    """A restarted manager handles signals again, in the same loop and in another one."""
     drain = Draining()
-    drain.over.set()
+    drain.finished.set()
     for times in (1, 2):
         drain.signals.listen()
         await tell()
@@ -167,21 +167,21 @@ async def test_restarted_manager_drains_again_on_signal(server: list[int]) -> No
 
 
 async def test_previous_signal_handlers_are_restored(server: list[int]) -> None:
-    """Those that were there before, even where it stops in the middle of a drain."""
+    """The previous handlers are restored, even in the middle of a drain."""
     before = signal.getsignal(signal.SIGTERM)
     drain = Draining()
     drain.signals.listen()
     await tell()
     drain.signals.stop()
-    drain.over.set()
+    drain.finished.set()
     await asyncio.sleep(0.02)
     assert server == [signal.SIGTERM]
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_listening_off_main_thread_is_reported_once() -> None:
-    """Signals come to the main thread only."""
-    heard = Heard()
+    """Signals are delivered to the main thread only."""
+    heard = EventRecorder()
     events = EventBus()
     events.subscribe(heard)
     listening = SignalHandler(events, Draining)  # type: ignore[arg-type]  # never called
@@ -193,13 +193,13 @@ def test_listening_off_main_thread_is_reported_once() -> None:
     thread = threading.Thread(target=lambda: asyncio.run(listen()))
     thread.start()
     thread.join()
-    assert [report.event for report in heard.all] == ["signals_not_heard"]
+    assert [event.event for event in heard.all] == ["signals_not_heard"]
 
 
 async def test_handler_swallowing_signal_is_reported(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the process still runs some seconds after the signal was handed on, a warning names its handler."""
+    """If the process still runs some seconds after the signal was forwarded, a warning names its handler."""
     monkeypatch.setattr(signals, "STILL_RUNNING_DELAY", 0.1)
-    heard = Heard()
+    heard = EventRecorder()
 
     def swallow(number: int, _: Any) -> None:
         server.append(number)
@@ -207,14 +207,14 @@ async def test_handler_swallowing_signal_is_reported(server: list[int], monkeypa
     signal.signal(signal.SIGTERM, swallow)
     drain = Draining()
     drain.signals._events.subscribe(heard)
-    drain.over.set()
+    drain.finished.set()
     drain.signals.listen()
     await tell()
     await asyncio.sleep(0.2)
     assert server == [signal.SIGTERM]
-    (report,) = heard.of("still_running")
-    assert report.fields["signal"] == "SIGTERM"
-    assert "swallow" in report.fields["handler"]
+    (event,) = heard.of("still_running")
+    assert event.fields["signal"] == "SIGTERM"
+    assert "swallow" in event.fields["handler"]
     drain.signals.stop()
 
 
@@ -222,12 +222,12 @@ async def test_handler_swallowing_signal_is_reported(server: list[int], monkeypa
 async def test_end_after_forwarded_signal_is_not_reported(
     server: list[int], monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
-    """Nothing is reported when the lifespan ends, or begins again, before the time is over."""
+    """Nothing is reported when the lifespan ends, or starts again, before that time."""
     monkeypatch.setattr(signals, "STILL_RUNNING_DELAY", 0.1)
-    heard = Heard()
+    heard = EventRecorder()
     drain = Draining()
     drain.signals._events.subscribe(heard)
-    drain.over.set()
+    drain.finished.set()
     drain.signals.listen()
     await tell()
     assert server == [signal.SIGTERM]
@@ -238,13 +238,13 @@ async def test_end_after_forwarded_signal_is_not_reported(
 
 
 async def test_still_running_report_uses_context_of_manager(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second signal that interrupts code of a client is handed on there, and what follows is told outside of it."""
+    """A second signal in code of a client is forwarded there, but the report runs in the manager's context."""
     monkeypatch.setattr(signals, "STILL_RUNNING_DELAY", 0.01)
     put = in_time(monkeypatch)
     tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default="none")
-    told_in: list[str] = []
+    contexts: list[str] = []
     drain = Draining()
-    drain.signals._events.subscribe(lambda report: told_in.append(tenant.get()))
+    drain.signals._events.subscribe(lambda event: contexts.append(tenant.get()))
     drain.signals.listen()
 
     async def code_of_a_client() -> None:
@@ -255,6 +255,6 @@ async def test_still_running_report_uses_context_of_manager(server: list[int], m
 
     await asyncio.create_task(code_of_a_client())
     await asyncio.sleep(0.1)
-    assert told_in == ["none"]
-    drain.over.set()
+    assert contexts == ["none"]
+    drain.finished.set()
     drain.signals.stop()

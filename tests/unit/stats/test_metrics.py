@@ -1,4 +1,4 @@
-"""Tests of what a manager tells Prometheus, by the parser of its own client."""
+"""Tests of the Prometheus metrics of a manager, read by the parser of prometheus-client."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ PREFIX = "fastapi_ws_"
 
 
 def made(**options: Any) -> WebSocketConnectionManager:
-    """A manager that collects metrics."""
+    """Return a manager that collects metrics."""
     return WebSocketConnectionManager(WebSocketConfig(enable_metrics=True, **options))
 
 
 def scraped(client: TestClient) -> dict[str, Any]:
-    """The families that Prometheus finds, without the prefix, by name."""
+    """Return the metric families by name, without the prefix."""
     text = client.get("/ws-stats/metrics").text
     families = list(text_string_to_metric_families(text))
     assert all(family.name.startswith(PREFIX) and family.documentation for family in families)
@@ -36,7 +36,7 @@ def scraped(client: TestClient) -> dict[str, Any]:
 
 
 def value(families: dict[str, Any], name: str, **labels: str) -> float:
-    """One value."""
+    """Return one value."""
     (found,) = [
         sample.value
         for family in families.values()
@@ -47,7 +47,7 @@ def value(families: dict[str, Any], name: str, **labels: str) -> float:
 
 
 def test_metrics_without_enable_metrics_return_404() -> None:
-    """404, with the option that turns them on; nothing is timed."""
+    """The answer is 404 with the option that enables them, and nothing is timed."""
     manager = WebSocketConnectionManager()
     assert manager.events.timings is None
     with TestClient(make(manager)) as client:
@@ -57,7 +57,7 @@ def test_metrics_without_enable_metrics_return_404() -> None:
 
 
 def test_metrics_response_has_format_0_0_4() -> None:
-    """The content type says so, and the parser finds all there is, each kind as it should be."""
+    """The content type names the format, and the parser finds all families with their types."""
     with TestClient(make(made())) as client:
         assert client.get("/ws-stats/metrics").headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
         families = scraped(client)
@@ -91,7 +91,7 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_import_errors_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A broken module of the library is a bug, and the message about the extra does not hide it."""
+    """A broken module of the library is a bug, and is not reported as a missing extra."""
     monkeypatch.delitem(sys.modules, EXPORTER, raising=False)
     monkeypatch.setitem(sys.modules, "fastapi_ws_stabilizer.metrics.timings", None)
     with TestClient(make(made())) as client, pytest.raises(ModuleNotFoundError, match="timings"):
@@ -99,7 +99,7 @@ def test_other_import_errors_are_raised(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_metrics_count_connections_and_close_causes() -> None:
-    """Connections, endings by reason, refusals by option and memory stand in it, and what never happened is 0."""
+    """Connections, closes by cause, rejections by option and memory are included; unused values are 0."""
     manager = made(max_connections=1)
     with TestClient(make(manager)) as client:
         with client.websocket_connect("/ws/ann") as ann:
@@ -123,7 +123,7 @@ def test_metrics_count_connections_and_close_causes() -> None:
 
 
 def test_handlers_and_round_trips_are_timed() -> None:
-    """A handler counts once for each message, also one that refuses; a round trip for each answered ping."""
+    """A handler is timed once for each message, also one that is rejected; a round trip for each answered ping."""
     manager = made(heartbeat_interval=0.01)
     app = make(manager)
 

@@ -63,17 +63,17 @@ HISTOGRAMS = {"fastapi_ws_handler_seconds", "fastapi_ws_round_trip_seconds"}
 
 
 def timed_manager() -> WebSocketConnectionManager:
-    """A manager with `enable_metrics`."""
+    """Return a manager with `enable_metrics`."""
     return WebSocketConnectionManager(WebSocketConfig(enable_metrics=True))
 
 
 def text_of(manager: WebSocketConnectionManager) -> str:
-    """The metrics in the text format."""
+    """Return the metrics in the text format."""
     return render_metrics(manager)[0].decode()
 
 
 def samples(families: Any) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """The values of parsed metrics by name and labels."""
+    """Return the values of parsed metrics by name and labels."""
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in families
@@ -104,7 +104,7 @@ def test_every_known_number_has_a_metric() -> None:
 
 
 def test_help_equals_description_in_the_stats() -> None:
-    """The stats router and Prometheus say the same about the same number."""
+    """The stats router and Prometheus describe each number with the same text."""
     helps = {metric.name: metric.documentation for metric in MetricsCollector(timed_manager()).collect()}
     for name, field in StatsSummary.model_fields.items():
         assert helps[f"fastapi_ws_{name}"] == field.description
@@ -141,7 +141,7 @@ def test_each_type_has_its_text_form() -> None:
 @example('a"} 1\nforged 2')
 @given(LABELS)
 def test_label_values_are_escaped(value: str) -> None:
-    """The parser gets the label back, and no label adds a line."""
+    """The parser gets the original label, and no label adds a line."""
     manager = WebSocketConnectionManager()
     before = samples(text_string_to_metric_families(text_of(manager)))
     manager.counters.refusals[value] = 2
@@ -164,7 +164,7 @@ def test_each_metric_has_one_help_line() -> None:
 
 @pytest.mark.parametrize("value", [0, 7, 0.25, 1e-9, 2**40])
 def test_numbers_keep_their_value(value: Any) -> None:
-    """The text format loses no digit of large and small numbers."""
+    """The text format preserves every digit of large and small numbers."""
     manager = WebSocketConnectionManager()
     manager.counters.messages_sent = value
     read = samples(text_string_to_metric_families(text_of(manager)))
@@ -172,7 +172,7 @@ def test_numbers_keep_their_value(value: Any) -> None:
 
 
 def test_metric_without_samples_is_declared() -> None:
-    """The help and the type of the refusals are there before the first refusal."""
+    """The help and the type of the rejections are present before the first rejection."""
     families = {family.name: family for family in text_string_to_metric_families(text_of(WebSocketConnectionManager()))}
     refusals = families["fastapi_ws_refusals"]
     assert (refusals.type, refusals.samples) == ("counter", [])
@@ -239,7 +239,7 @@ def test_registry_takes_one_collector() -> None:
 
 
 async def test_collector_sums_queues_of_all_connections(manager_with: Any) -> None:
-    """Queued and unread messages are those of all open connections."""
+    """Queued and unread messages are summed over all open connections."""
     manager, _ = manager_with()
     servers = [FakeServer(), FakeServer()]
     for number, server in enumerate(servers):
@@ -256,7 +256,7 @@ async def test_collector_sums_queues_of_all_connections(manager_with: Any) -> No
     assert read["fastapi_ws_unread_messages", ()] == 4
     assert read["fastapi_ws_queued_messages", ()] == sum(socket.queued_messages for socket in sockets) > 0
     assert read["fastapi_ws_queued_bytes", ()] == sum(socket.queued_bytes for socket in sockets) > 0
-    # Another thread, such as the one of prometheus_client.start_http_server, reads the same.
+    # Another thread, such as the one of prometheus_client.start_http_server, can read too.
     in_thread = await asyncio.to_thread(lambda: samples(MetricsCollector(manager).collect()))
     uptime = "fastapi_ws_uptime_seconds", ()
     assert in_thread.pop(uptime) >= read.pop(uptime)

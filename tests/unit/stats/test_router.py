@@ -1,4 +1,4 @@
-"""Tests of what goes on, over HTTP."""
+"""Tests of the stats router."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECRET = "a-secret-that-nobody-guesses"
 
 
 def make(manager: WebSocketConnectionManager, **kwargs: Any) -> FastAPI:
-    """An app with a socket and the stats."""
+    """Return an app with a socket and the stats."""
     app = FastAPI(lifespan=manager.lifespan)
     app.include_router(stats_router, prefix="/ws-stats", **kwargs)
 
@@ -35,19 +35,19 @@ def make(manager: WebSocketConnectionManager, **kwargs: Any) -> FastAPI:
 
 @pytest.fixture
 def manager() -> WebSocketConnectionManager:
-    """A manager."""
+    """Return a manager."""
     return WebSocketConnectionManager()
 
 
 @pytest.fixture
 def client(manager: WebSocketConnectionManager) -> Iterator[TestClient]:
-    """A client of an app with that manager."""
+    """Return a client of an app with that manager."""
     with TestClient(make(manager)) as client:
         yield client
 
 
 def test_stats_count_connections_messages_and_close_causes(client: TestClient) -> None:
-    """Connections, messages, broadcasts and endings are counted."""
+    """Connections, messages, broadcasts and closes are counted."""
     with client.websocket_connect("/ws/ann") as ann, client.websocket_connect("/ws/bob"):
         ann.send_text("hi")
         assert ann.receive_text() == "hi"
@@ -62,7 +62,7 @@ def test_stats_count_connections_messages_and_close_causes(client: TestClient) -
 
 
 def test_connections_are_listed_in_pages(client: TestClient) -> None:
-    """Open connections come oldest first, by client if wanted, and a page at a time."""
+    """Open connections are listed oldest first, in pages, optionally for one client."""
     with client.websocket_connect("/ws/a"), client.websocket_connect("/ws/b"), client.websocket_connect("/ws/c"):
         everything = client.get("/ws-stats/connections").json()
         assert (everything["total"], everything["offset"]) == (3, 0)
@@ -78,7 +78,7 @@ def test_connections_are_listed_in_pages(client: TestClient) -> None:
 
 @pytest.mark.parametrize("name", ["\ud800", "a\nb", "x" * 3000], ids=["surrogate", "line break", "long"])
 def test_invalid_identity_is_rejected_401_and_not_listed(manager: WebSocketConnectionManager, name: str) -> None:
-    """A credential whose owner cannot be called so is refused with 401, and the stats, and others, never see it."""
+    """A credential with an invalid client id is rejected with 401, and does not appear in the stats."""
     app = make(manager)
 
     def current_user() -> str:
@@ -97,7 +97,7 @@ def test_invalid_identity_is_rejected_401_and_not_listed(manager: WebSocketConne
 
 
 def test_connection_is_found_by_connection_id(client: TestClient) -> None:
-    """A connection is found by its connection id, with everything that is known of it; another id is a 404."""
+    """A connection is returned with all its details by its id; another id is a 404."""
     with client.websocket_connect("/ws/ann") as ws:
         ws.send_text("pong")
         (listed,) = client.get("/ws-stats/connections").json()["connections"]
@@ -129,7 +129,7 @@ def test_connection_is_found_by_connection_id(client: TestClient) -> None:
 
 @pytest.mark.parametrize("params", [{"limit": 0}, {"limit": 1001}, {"offset": -1}])
 def test_invalid_page_parameters_return_422(client: TestClient, params: dict[str, int]) -> None:
-    """Nobody can ask for everything at once."""
+    """The size of a page is limited."""
     assert client.get("/ws-stats/connections", params=params).status_code == 422
 
 
@@ -145,7 +145,7 @@ async def test_health_returns_503_after_shutdown(manager: WebSocketConnectionMan
 
 
 async def test_drain_ends_readiness_but_not_liveness(manager: WebSocketConnectionManager) -> None:
-    """Who is draining takes no new connections, and is not to be killed for it."""
+    """A draining manager is not ready, but still alive."""
     async for client in _http(make(manager)):
         await manager.start()
         assert (await client.get("/ws-stats/health/ready")).status_code == 200
@@ -168,7 +168,7 @@ async def test_drain_ends_readiness_but_not_liveness(manager: WebSocketConnectio
     ],
 )
 async def test_drain_requires_drain_secret(secret: str | None, header: str, status: int) -> None:
-    """Without a `drain_secret` nobody may, and with one who presents it."""
+    """Without a `drain_secret` no request may drain, and otherwise only requests with the secret."""
     manager = WebSocketConnectionManager(WebSocketConfig(drain_secret=secret))
     async for client in _http(make(manager)):
         await manager.start()
@@ -183,14 +183,14 @@ async def test_drain_requires_drain_secret(secret: str | None, header: str, stat
 
 
 async def test_unstarted_manager_is_healthy(manager: WebSocketConnectionManager) -> None:
-    """A manager that nobody started takes connections, so a readiness probe must not keep them away."""
+    """A manager that was not started accepts connections, so its readiness is 200."""
     async for client in _http(make(manager)):
         health = await client.get("/ws-stats/health")
         assert (health.status_code, health.json()["status"]) == (200, "ok")
 
 
 async def test_stats_show_queued_and_unread_messages(manager: WebSocketConnectionManager) -> None:
-    """What waits to be sent and to be read can be seen, summed up and by connection."""
+    """Queued and unread messages are shown, in total and for each connection."""
     server = FakeServer()
     del server.websocket.scope["client"]
     socket = await manager.connect("ann", await server.accepted())
@@ -213,7 +213,7 @@ async def test_stats_show_queued_and_unread_messages(manager: WebSocketConnectio
 
 
 async def test_client_chosen_values_are_json_escaped_in_stats(manager: WebSocketConnectionManager) -> None:
-    """Markup of a client id is text of a JSON string, in the page and in the answer's type."""
+    """Markup in a client id is a JSON string in the page, and the content type is JSON."""
     hostile = '</script><script>alert(1)</script>\\"\u202e\U000e0001'
     server = FakeServer()
     socket = await manager.connect(hostile, await server.accepted())
@@ -228,7 +228,7 @@ async def test_client_chosen_values_are_json_escaped_in_stats(manager: WebSocket
 
 
 def test_stats_are_protected_by_router_dependencies(manager: WebSocketConnectionManager) -> None:
-    """`dependencies=[Depends(...)]` guards every path."""
+    """`dependencies=[Depends(...)]` protects every path."""
 
     def admin(token: Annotated[str, Header()] = "") -> None:
         if token != "secret":
@@ -241,7 +241,7 @@ def test_stats_are_protected_by_router_dependencies(manager: WebSocketConnection
 
 
 def test_stats_paths_are_in_openapi_document(client: TestClient) -> None:
-    """Each path has its model and says what its fields mean."""
+    """Each path has a model with descriptions of its fields."""
     document = client.get("/openapi.json").json()
     assert {path for path in document["paths"] if path.startswith("/ws-stats")} == {
         "/ws-stats/",
@@ -259,7 +259,7 @@ def test_stats_paths_are_in_openapi_document(client: TestClient) -> None:
 
 
 def test_stats_without_manager_raise_with_hint() -> None:
-    """Stats in an app without a manager are a mistake that is told."""
+    """Stats in an app without a manager raise an error with a hint."""
     app = FastAPI()
     app.include_router(stats_router)
     with pytest.raises(Exception, match="this app has no WebSocketConnectionManager"):
@@ -267,13 +267,13 @@ def test_stats_without_manager_raise_with_hint() -> None:
 
 
 async def _http(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    """A client on this event loop, which runs no lifespan."""
+    """Return a client on this event loop, which runs no lifespan."""
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://testserver") as client:
         yield client
 
 
 async def test_stats_show_rejections_evictions_and_memory() -> None:
-    """The totals say who was turned away and why, who had to go, and what is held; a connection what is its own."""
+    """The totals show rejections by cause, evictions and memory; a connection shows its own memory."""
     manager = WebSocketConnectionManager(
         WebSocketConfig(max_connections=2, max_total_memory=50_000, max_message_rate=1, heartbeat_type="off")
     )
@@ -297,14 +297,14 @@ async def test_stats_show_rejections_evictions_and_memory() -> None:
 
 
 async def test_rejected_handshake_is_counted_by_option_or_code() -> None:
-    """By the option, where one did, and by the code that means the same otherwise."""
+    """A rejection is counted by its option, or otherwise by the close code with the same meaning."""
     manager = WebSocketConnectionManager(WebSocketConfig(max_connections=1))
     foreign = [(b"origin", b"https://evil.example"), (b"host", b"testserver")]
     async with manager.serve(FakeServer().websocket):
         for headers in ([], [], foreign):
             with pytest.raises(WebSocketException):
                 async with manager.serve(FakeServer(headers=headers).websocket):
-                    raise AssertionError("it was let in")
+                    raise AssertionError("it was accepted")
     async for client in _http(make(manager)):
         counters = (await client.get("/ws-stats/")).json()
     assert counters["refusals"] == {"max_connections": 2, "4403": 1}
@@ -312,7 +312,7 @@ async def test_rejected_handshake_is_counted_by_option_or_code() -> None:
 
 
 async def test_stats_show_forwarded_address_of_trusted_proxy_only() -> None:
-    """Behind a proxy that is trusted it is the one that the proxy says; nobody else is believed."""
+    """Behind a trusted proxy the address is the forwarded one; other peers cannot set it."""
     manager = WebSocketConnectionManager(WebSocketConfig(trusted_proxies=["10.0.0.7"]))
     said = [(b"x-forwarded-for", b"198.51.100.4, 203.0.113.9")]
     await manager.connect("behind", await FakeServer(headers=said).accepted())

@@ -1,1 +1,1 @@
-"""Tests of what goes over the wire."""
+"""Unit tests of `fastapi_ws_stabilizer.wire`."""

@@ -18,7 +18,7 @@ LIMIT = 10_000
 
 @given(st.text(alphabet="ab\u00e9\U0001f600", min_size=0, max_size=2000))
 def test_compressed_frame_decodes_to_original_text(text: str) -> None:
-    """What is worth compressing comes back as it was, and the rest is left as it is."""
+    """Compressible text is restored, and other text is not compressed."""
     frame = json.dumps({"type": "msg", "data": text}, ensure_ascii=False)
     packed = deflated(frame)
     if packed is None:
@@ -29,20 +29,20 @@ def test_compressed_frame_decodes_to_original_text(text: str) -> None:
 
 
 def test_unnegotiated_compressed_frame_is_malformed() -> None:
-    """Kind 2 is malformed unless both sides have listed the capability."""
+    """Kind 2 is malformed unless both sides have announced the capability."""
     packed = deflated(json.dumps({"type": "msg", "data": "x" * 1000}))
     assert packed is not None
-    with pytest.raises(ProtocolError, match="not negotiated") as refused:
+    with pytest.raises(ProtocolError, match="not negotiated") as caught:
         parse(packed)
-    assert refused.value.code == 4400
+    assert caught.value.code == 4400
 
 
 def test_frame_inflating_beyond_limit_is_too_big() -> None:
-    """A frame that holds more than the limit is too big, and no more than that is inflated."""
+    """A frame that inflates beyond the limit is too big, and inflating stops there."""
     bomb = b"\x02\x00\x00" + raw_deflate(b"x" * 10_000_000)
-    with pytest.raises(ProtocolError, match="more than") as refused:
+    with pytest.raises(ProtocolError, match="more than") as caught:
         parse(bomb, LIMIT)
-    assert refused.value.code == 1009
+    assert caught.value.code == 1009
 
 
 @pytest.mark.parametrize(
@@ -50,15 +50,15 @@ def test_frame_inflating_beyond_limit_is_too_big() -> None:
     [b"\x02", b"\x02\x00", b"\x02\x00\x00", b"\x02\x00\x01{}", b"\x02\x00\x00garbage", b"\x02\x00\x00" + b"\xff" * 9],
 )
 def test_invalid_deflate_data_closes_with_4400(packed: bytes) -> None:
-    """What is no raw deflate of a text frame is 4400."""
-    with pytest.raises(ProtocolError) as refused:
+    """Data that is not a raw deflate of a text frame closes with 4400."""
+    with pytest.raises(ProtocolError) as caught:
         parse(packed, LIMIT)
-    assert refused.value.code == 4400
+    assert caught.value.code == 4400
 
 
 @pytest.mark.parametrize("cut", [-1, -2, -5])
 def test_truncated_deflate_stream_is_malformed(cut: int) -> None:
-    """A stream without its end is no whole frame; nor is one with something behind its end."""
+    """A stream without its end is malformed, and so is one with data after its end."""
     packed = b"\x02\x00\x00" + raw_deflate(json.dumps({"type": "msg", "data": "x" * 1000}).encode())
     with pytest.raises(ProtocolError):
         parse(packed[:cut], LIMIT)
@@ -67,7 +67,7 @@ def test_truncated_deflate_stream_is_malformed(cut: int) -> None:
 
 
 def test_broadcast_is_compressed_once() -> None:
-    """All clients that take compressed frames get the same one, and bytes are left as they are."""
+    """All clients with compression get the same compressed frame, and bytes are not compressed."""
     frame = to_v1(encode("x" * 1000))
     assert to_deflated(frame) is to_deflated(frame)
     assert to_deflated(frame).size < 100

@@ -1,4 +1,4 @@
-"""Tests of encoding: once, for all who get it."""
+"""Tests of encoding: once for all recipients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastapi_ws_stabilizer.wire.encoded import asgi_close, encode, encode_json
 
 
 class Chat(BaseModel):
-    """A message of an application."""
+    """Message of an application."""
 
     text: str
     at: datetime | None = None
@@ -30,7 +30,7 @@ class Chat(BaseModel):
 
 
 class Broken(BaseModel):
-    """A model that cannot be serialised."""
+    """Model that cannot be serialised."""
 
     text: str = ""
 
@@ -40,31 +40,31 @@ class Broken(BaseModel):
 
 
 class Colour(enum.Enum):
-    """An enum of an application."""
+    """Enum of an application."""
 
     RED = "red"
 
 
 @dataclasses.dataclass
 class Point:
-    """A dataclass of an application."""
+    """Dataclass of an application."""
 
     x: int
 
 
 class Opaque:
-    """Something that JSON knows nothing of."""
+    """Object that JSON cannot represent."""
 
 
 def endless() -> dict[str, Any]:
-    """A dict that contains itself."""
+    """Return a dict that contains itself."""
     value: dict[str, Any] = {}
     value["self"] = value
     return value
 
 
 def deep() -> list[Any]:
-    """A list nested deeper than any encoder goes."""
+    """Return a list nested deeper than any encoder allows."""
     value: list[Any] = []
     for _ in range(100_000):
         value = [value]
@@ -72,14 +72,14 @@ def deep() -> list[Any]:
 
 
 def failing() -> Iterator[int]:
-    """A generator that fails in the middle."""
+    """Yield a value, then fail."""
     yield 1
     raise RuntimeError("source ran dry")
 
 
 @pytest.mark.parametrize("text", ["", "hello", '{"type":"ping"}', "grün 🌱"])
 def test_str_is_unchanged_text_frame(text: str) -> None:
-    """Text goes out untouched, and its size is that of its UTF-8."""
+    """Text is sent unchanged, and its size is that of its UTF-8."""
     frame = encode(text)
     assert (frame.text, frame.data, frame.size) == (text, None, len(text.encode()))
     assert frame.message() == {"type": "websocket.send", "text": text}
@@ -87,14 +87,14 @@ def test_str_is_unchanged_text_frame(text: str) -> None:
 
 @pytest.mark.parametrize("data", [b"", b"\x00\xff", bytearray(b"ab"), memoryview(b"ab")])
 def test_bytes_are_binary_frame(data: bytes) -> None:
-    """Every kind of bytes goes out as a binary frame."""
+    """Every kind of bytes is sent as a binary frame."""
     frame = encode(data)
     assert (frame.text, frame.data, frame.size) == (None, bytes(data), len(data))
     assert frame.message() == {"type": "websocket.send", "bytes": bytes(data)}
 
 
 def test_mutated_buffer_does_not_change_frame() -> None:
-    """A frame in a queue keeps what it was made of."""
+    """A queued frame does not change with its buffer."""
     data = bytearray(b"before")
     frame = encode(data)
     data[:] = b"after!"
@@ -121,7 +121,7 @@ def test_mutated_buffer_does_not_change_frame() -> None:
     ids=repr,
 )
 def test_other_payloads_are_json_text_frame(message: Any, value: Any) -> None:
-    """Models, containers and their everyday contents are JSON in a text frame."""
+    """Models, containers and common values are JSON in a text frame."""
     frame = encode(message)
     assert frame.text is not None
     assert json.loads(frame.text) == value
@@ -131,7 +131,7 @@ def test_other_payloads_are_json_text_frame(message: Any, value: Any) -> None:
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("wrap", [lambda n: {"n": n}, lambda n: [n], lambda n: n, lambda n: Chat(text="", score=n)])
 def test_nan_and_infinity_become_null(number: float, wrap: Any) -> None:
-    """NaN and the infinities become `null`, so that every browser can read the frame."""
+    """NaN and the infinities become `null`, so that every browser can parse the frame."""
     text = encode(wrap(number)).text
     assert text is not None
     assert "null" in text
@@ -157,25 +157,25 @@ def test_nan_and_infinity_become_null(number: float, wrap: Any) -> None:
     ids=lambda message: type(message).__name__,
 )
 def test_unencodable_payload_raises_message_encode_error(message: Any) -> None:
-    """A payload that cannot be encoded raises `MessageEncodeError`, which is a `ValueError`, and nothing else."""
+    """A payload that cannot be encoded raises `MessageEncodeError`, a `ValueError`, and nothing else."""
     with pytest.raises(MessageEncodeError, match="cannot be sent"):
         encode(message)
 
 
 def test_deep_payload_raises_message_encode_error() -> None:
-    """No depth gets past the encoder as another error."""
+    """A payload of any depth is encoded or raises `MessageEncodeError`."""
     with pytest.raises(MessageEncodeError, match="a list cannot be sent as JSON"):
         encode(deep())
 
 
 def test_payload_with_failing_code_raises_message_encode_error() -> None:
-    """An iterator inside a payload that raises is a payload that cannot be encoded."""
+    """A payload with an iterator that raises cannot be encoded."""
     with pytest.raises(MessageEncodeError, match="source ran dry"):
         encode({"x": failing()})
 
 
 def test_message_encode_error_has_cause() -> None:
-    """The encoder's own error is the cause, for the log."""
+    """The encoder's error is the cause, for the log."""
     with pytest.raises(MessageEncodeError) as caught:
         encode(Opaque())
     assert caught.value.__cause__ is not None
@@ -188,7 +188,7 @@ def test_str_as_json_is_quoted() -> None:
 
 
 def test_each_asgi_message_is_separate_dict() -> None:
-    """A middleware that changes the message it is given changes nobody else's."""
+    """A middleware that changes its message does not change the message of others."""
     frame = encode("hi")
     frame.message()["text"] = "changed"
     assert frame.message()["text"] == "hi"
@@ -207,7 +207,7 @@ _JSON = st.recursive(
 
 @given(_JSON)
 def test_json_survives_round_trip(value: Any) -> None:
-    """What is encoded as JSON is the same value when it is read, and its size is that of its bytes."""
+    """Encoded JSON has the same value when parsed, and its size is that of its bytes."""
     frame = encode_json(value)
     assert frame.text is not None
     assert json.loads(frame.text) == value

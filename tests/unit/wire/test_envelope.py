@@ -1,4 +1,4 @@
-"""Tests of messages as clients of `stabilizer.v1.json` get them: enveloped once, the same bytes for each."""
+"""Tests of messages for clients of `stabilizer.v1.json`: enveloped once, with the same bytes for all."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fastapi_ws_stabilizer.wire.v1.frames import MAX_SENT_BYTES, Message, messag
 
 
 class Chat(BaseModel):
-    """A message of an application."""
+    """Message of an application."""
 
     text: str
 
 
 def read(frame: EncodedMessage) -> Message:
-    """The message in a frame, as a client reads it off the wire."""
+    """Return the message in a frame, as a client parses it."""
     return message_of(parse(frame.payload if frame.binary else frame.payload.decode()))
 
 
@@ -47,19 +47,19 @@ def read(frame: EncodedMessage) -> Message:
     ids=repr,
 )
 def test_enveloped_payload_arrives_unchanged(message: Any, data: Any) -> None:
-    """Texts arrive as texts, bytes as bytes, and all else as the JSON value that a plain client would get."""
+    """Texts arrive as texts, bytes as bytes, and other values as the JSON that a plain client gets."""
     assert read(to_v1(encode(message))).data == data
 
 
 @given(st.text(st.characters(codec="utf-8")))
 def test_any_text_survives_envelope(text: str) -> None:
-    """A text is a JSON string in its envelope, whatever is in it, JSON included."""
+    """Any text is a JSON string in its envelope, even if it is JSON itself."""
     assert read(to_v1(encode(text))).data == text
 
 
 @given(st.binary())
 def test_any_bytes_survive_envelope(data: bytes) -> None:
-    """Bytes stand behind the envelope."""
+    """Bytes follow the envelope."""
     frame = to_v1(encode(data))
     assert frame.binary
     assert read(frame).data == data
@@ -67,7 +67,7 @@ def test_any_bytes_survive_envelope(data: bytes) -> None:
 
 @given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=256), st.booleans(), st.booleans())
 def test_envelope_contains_room_and_volatile_flag(room: str, volatile: bool, binary: bool) -> None:
-    """An envelope says which room a message was sent to, and whether it is volatile, and for a counted one nothing."""
+    """An envelope has the room of its message and whether it is volatile; a sequenced one has no such flag."""
     frame = encode(b"x" if binary else "x", volatile=volatile)
     frame.room = room
     sent = parse(to_v1(frame).payload if binary else to_v1(frame).payload.decode())
@@ -77,13 +77,13 @@ def test_envelope_contains_room_and_volatile_flag(room: str, volatile: bool, bin
 
 
 def test_minimal_envelope_contains_only_data() -> None:
-    """A broadcast costs a few bytes more than to a plain client."""
+    """A broadcast costs a few bytes more than for a plain client."""
     assert to_v1(encode({"a": 1})).text == '{"type":"msg","data":{"a":1}}'
     assert to_v1(encode("x")).text == '{"type":"msg","data":"x"}'
 
 
 def test_envelope_is_encoded_once() -> None:
-    """All clients get the same object, and an envelope is its own."""
+    """All clients get the same object, and an envelope is its own envelope."""
     frame = encode("x")
     enveloped = to_v1(frame)
     assert to_v1(frame) is enveloped
@@ -92,14 +92,14 @@ def test_envelope_is_encoded_once() -> None:
 
 
 def test_envelope_records_creation_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The age of what is kept is counted from its envelope."""
+    """The age of a stored message is counted from its envelope."""
     monkeypatch.setattr(envelope_module, "monotonic", lambda: 123.0)
     assert to_v1(encode("x")).created_at == 123.0
     assert sequenced_frame("reply", 1, re="c1").created_at == 123.0
 
 
 def test_only_volatile_message_has_coalescing_key() -> None:
-    """What is numbered keeps no coalescing key: leaving it out would break the count."""
+    """A sequenced message has no coalescing key, because leaving it out would cause a gap."""
     assert to_v1(encode("x", "price", volatile=True)).key == "price"
     assert to_v1(encode("x", "price")).key is None
 
@@ -124,7 +124,7 @@ def test_replay_copy_has_same_content_and_new_envelope() -> None:
 
 
 def test_reply_is_enveloped_at_creation() -> None:
-    """What is made for one client alone is enveloped from the start, text or binary."""
+    """A message for one client is enveloped on creation, as text or binary."""
     reply = sequenced_frame("reply", {"ok": True}, re="c1", error=None)
     assert json.loads(reply.payload) == {"type": "reply", "re": "c1", "data": {"ok": True}}
     assert to_v1(reply) is reply
@@ -140,23 +140,24 @@ def test_unencodable_reply_raises_value_error() -> None:
         sequenced_frame("reply", object(), re="c1")
 
 
-@pytest.mark.parametrize("event", ["x" * 257, "a\nb", "\ud800", 7])
+@pytest.mark.parametrize("event", ["x" * 257, "a
+b", "\ud800", 7])
 def test_request_with_invalid_event_raises(event: Any) -> None:
-    """An event that clients cannot read raises at the sender."""
+    """An event name that clients cannot read raises at the sender."""
     with pytest.raises(MessageEncodeError, match="an event must be a string"):
         sequenced_frame("msg", None, event=event, id="1")
 
 
 @pytest.mark.parametrize("data", [10**400, "x" * MAX_SENT_BYTES, b"x" * MAX_SENT_BYTES, "\ud800", object()])
 def test_reply_beyond_client_limits_raises(data: Any) -> None:
-    """A reply beyond the limits of the clients raises at the sender."""
+    """A reply over the limits of the clients raises at the sender."""
     with pytest.raises(MessageEncodeError):
         sequenced_frame("reply", data, re="c1")
 
 
 @pytest.mark.parametrize("message", ["x" * MAX_SENT_BYTES, b"x" * MAX_SENT_BYTES, "\x00" * (MAX_SENT_BYTES // 6)])
 def test_message_with_envelope_over_limit_raises(message: Any) -> None:
-    """A message whose envelope is larger than clients take raises, and one that just fits does not."""
+    """An envelope over the limit of clients raises, and one at the limit does not."""
     frame = encode(message)
     with pytest.raises(MessageEncodeError, match="send it in parts"):
         check_size(frame)

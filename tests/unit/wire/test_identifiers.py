@@ -1,4 +1,4 @@
-"""Tests of what may be a name."""
+"""Tests of valid names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastapi_ws_stabilizer.wire.identifiers import MAX_NAME_CHARS, is_name
     ],
 )
 def test_printable_text_of_any_script_is_valid_name(name: str) -> None:
-    """Addresses, emoji, also those of several characters, spaces and all scripts are names."""
+    """Addresses, emoji, including those of several characters, spaces and all scripts are valid."""
     assert is_name(name)
 
 
@@ -43,5 +43,5 @@ def test_printable_text_of_any_script_is_valid_name(name: str) -> None:
     ids=ascii,
 )
 def test_long_or_control_text_is_invalid_name(name: str) -> None:
-    """Control characters, line separators and halves of surrogate pairs are in no name."""
+    """Control characters, line separators and surrogates are invalid."""
     assert not is_name(name)

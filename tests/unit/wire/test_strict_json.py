@@ -1,4 +1,4 @@
-"""Tests of how the JSON of the other side is read."""
+"""Tests of parsing JSON from a peer."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ MIB = 1 << 20
 
 
 class Anything(BaseModel):
-    """What takes any value."""
+    """Model that accepts any value."""
 
     type: str = ""
     x: Any = None
 
 
 def lists(depth: int) -> str:
-    """So many lists inside each other."""
+    """Return that many nested lists."""
     return "[" * depth + "]" * depth
 
 
 def objects(depth: int) -> str:
-    """So many objects inside each other."""
+    """Return that many nested objects."""
     return '{"":' * (depth - 1) + "{}" + "}" * (depth - 1)
 
 
 @pytest.mark.parametrize("nested", [lists, objects])
 @pytest.mark.parametrize("read", [read_json, check_json])
 def test_received_json_depth_is_limited(nested: Any, read: Any) -> None:
-    """At `MAX_DEPTH` levels a text is read, at one more it is refused, and the error says why."""
+    """A text with `MAX_DEPTH` levels is parsed; one more level is rejected, and the error gives the reason."""
     read(nested(MAX_DEPTH))
     with pytest.raises(InvalidJsonError, match=f"nested deeper than {MAX_DEPTH} levels"):
         read(nested(MAX_DEPTH + 1))
@@ -56,7 +56,7 @@ def test_received_json_depth_is_limited(nested: Any, read: Any) -> None:
 @pytest.mark.parametrize("nested", [lists, objects])
 @pytest.mark.parametrize("around", ["%s", '["]][[{",%s]', "[[],%s,{}]"])
 def test_sent_json_depth_is_limited(nested: Any, around: str) -> None:
-    """What the server sends may be nested to `MAX_SENT_DEPTH` levels, whatever stands beside the deepest one."""
+    """What the server sends may be nested up to `MAX_SENT_DEPTH` levels, whatever is beside the deepest one."""
     outer = 0 if around == "%s" else 1
     check_sent((around % nested(MAX_SENT_DEPTH - outer)).encode())
     with pytest.raises(InvalidJsonError, match=f"nested deeper than {MAX_SENT_DEPTH} levels"):
@@ -64,7 +64,7 @@ def test_sent_json_depth_is_limited(nested: Any, around: str) -> None:
 
 
 def test_sent_json_may_be_deeper_than_received_json() -> None:
-    """An application can put what a client has said into objects of its own, and each client reads the frame."""
+    """An application can wrap a client's message in objects of its own, and each client can read the frame."""
     assert MAX_DEPTH < MAX_SENT_DEPTH < MAX_FRAME_DEPTH
     read_json(lists(MAX_FRAME_DEPTH), MAX_FRAME_DEPTH)
 
@@ -92,7 +92,7 @@ def test_sent_nan_and_infinity_raise() -> None:
 @pytest.mark.parametrize("depth", [199, 200, 201, 202, 5000, MIB])
 @pytest.mark.parametrize("nested", [lists, objects])
 def test_extreme_nesting_raises_invalid_json_error(nested: Any, depth: int) -> None:
-    """However deep a text is nested, it is refused as bad JSON, and no deeper than the parser goes by itself."""
+    """Text of any depth is rejected as invalid JSON, and the parser stops at its own limit."""
     with pytest.raises(InvalidJsonError):
         read_json(nested(depth))
     with pytest.raises(InvalidJsonError):
@@ -100,7 +100,7 @@ def test_extreme_nesting_raises_invalid_json_error(nested: Any, depth: int) -> N
 
 
 def test_brackets_in_strings_are_not_nesting() -> None:
-    """What stands in a string, or beside each other, nests nothing."""
+    """Brackets in strings, and brackets side by side, do not count as nesting."""
     assert read_json(json.dumps("[" * 1000)) == "[" * 1000
     assert read_json(json.dumps([[]] * 1000)) == [[]] * 1000
     check_json(json.dumps({"x": "{[" * 1000, "y": [{}] * 100}))
@@ -127,7 +127,7 @@ HUGE = [
 @pytest.mark.parametrize("number", HUGE, ids=lambda number: f"{number[:8]}, {len(number)} characters")
 @pytest.mark.parametrize("around", ["%s", "[%s]", '{"x":[1,{"y":%s}]}', '{"long":"' + "x" * 500 + '","x":%s}'])
 def test_received_number_above_largest_double_is_rejected(number: str, around: str) -> None:
-    """Nobody is handed an infinity for a number, nor an integer that becomes one as soon as it is a float."""
+    """No handler gets an infinity, or an integer that becomes one as a float."""
     text = around % number
     for read in (read_json, check_json):
         with pytest.raises(InvalidJsonError, match=r"beyond 1\.8e\+308"):
@@ -137,7 +137,7 @@ def test_received_number_above_largest_double_is_rejected(number: str, around: s
 
 
 def many(value: str, count: int) -> str:
-    """So many of the same value, as they stand in a list."""
+    """Return that many copies of a value, as in a list."""
     return ",".join([value] * count)
 
 
@@ -152,7 +152,7 @@ AROUND = {
     "after brackets in texts": '["' + "[{" * 200 + '",VALUE]',
     "uuids": "[" + many('"7e123456-0e00-1e99-8e99-000000000000"', 100) + ",VALUE]",
 }
-"""Texts of every kind that is read in another way."""
+"""Texts of each kind that is parsed differently."""
 
 
 @pytest.mark.parametrize("around", AROUND.values(), ids=list(AROUND))
@@ -160,7 +160,7 @@ AROUND = {
     "value", [*HUGE, "[" * 65 + "]" * 65, '{"a":' * 65 + "1" + "}" * 65, '[{"a":' * 33 + "[]" + "}]" * 33]
 )
 def test_limits_apply_at_every_position(around: str, value: str) -> None:
-    """In a large text and in a small one, among many values and among few, no limit is passed."""
+    """The limits apply in large and small texts, among many values and among few."""
     text = around.replace("VALUE", value)
     for raw in (text, text.encode()):
         with pytest.raises(InvalidJsonError):
@@ -172,7 +172,7 @@ def test_limits_apply_at_every_position(around: str, value: str) -> None:
 @pytest.mark.parametrize("around", AROUND.values(), ids=list(AROUND))
 @pytest.mark.parametrize("value", ["1e300", "1" * 308, "[" * 60 + "{}" + "]" * 60])
 def test_values_within_limits_are_accepted_at_every_position(around: str, value: str) -> None:
-    """The same texts are read where their values are just small enough."""
+    """The same texts are parsed where their values are just within the limits."""
     text = around.replace("VALUE", value)
     assert read_json(text) == read_json(text.encode()) == json.loads(text)
     check_json(text)
@@ -181,7 +181,7 @@ def test_values_within_limits_are_accepted_at_every_position(around: str, value:
 @pytest.mark.alone
 @pytest.mark.parametrize("text", ["e" * MIB, "Ee1" * (MIB // 3), "1e" * (MIB // 2), "1234567890" * (MIB // 10)])
 def test_long_string_is_not_scanned_for_numbers(text: str) -> None:
-    """To look for huge numbers takes no time where there are few values, whatever their texts are."""
+    """The search for huge numbers takes no time where there are few values, whatever their texts are."""
     text = json.dumps({"type": "note", "text": text})
 
     def seconds(read: Any) -> float:
@@ -194,7 +194,7 @@ def test_long_string_is_not_scanned_for_numbers(text: str) -> None:
 
 @pytest.mark.parametrize("number", ["1.7976931348623157e308", "1e300", "1E+21", "1e-999", "9" * 308, "0." + "1" * 5000])
 def test_large_and_tiny_doubles_are_accepted(number: str) -> None:
-    """Large numbers, and those that are too small to be told from zero, are numbers."""
+    """Large numbers, and those that round to zero, are accepted."""
     assert read_json(f"[{number}]") == [json.loads(number)]
     check_json(number)
 
@@ -202,7 +202,7 @@ def test_large_and_tiny_doubles_are_accepted(number: str) -> None:
 @pytest.mark.alone
 @pytest.mark.parametrize("digits", [5000, 100_000, MIB])
 def test_mebibyte_of_digits_is_rejected_at_once(digits: int) -> None:
-    """A number of a mebibyte is refused at once: the parser never begins to compute it."""
+    """A number of a mebibyte is rejected at once, before the parser computes it."""
     started = time.perf_counter()
     with pytest.raises(InvalidJsonError):
         read_json("1" * digits)
@@ -211,7 +211,7 @@ def test_mebibyte_of_digits_is_rejected_at_once(digits: int) -> None:
 
 @given(st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(10**400), 10**400))
 def test_numbers_are_accepted_up_to_largest_double(number: float) -> None:
-    """Exactly the numbers up to the largest double are read, whatever they look like."""
+    """Exactly the numbers up to the largest double are accepted, in any notation."""
     text = f'{{"before":"{"x" * 200}","n":{json.dumps(number)}}}'
     if -MAX_NUMBER <= number <= MAX_NUMBER:
         assert read_json(text)["n"] == number
@@ -223,7 +223,7 @@ def test_numbers_are_accepted_up_to_largest_double(number: float) -> None:
 @pytest.mark.parametrize("text", ["NaN", "[Infinity]", '{"x":-Infinity}', '{"x":NaN}'])
 @pytest.mark.parametrize("read", [read_json, check_json])
 def test_nan_and_infinity_are_rejected(text: str, read: Any) -> None:
-    """NaN and infinities are refused, also where pydantic would take them."""
+    """NaN and infinities are rejected, also where pydantic would accept them."""
     with pytest.raises(InvalidJsonError, match="not JSON"):
         read(text)
     with pytest.raises(InvalidJsonError):
@@ -232,14 +232,14 @@ def test_nan_and_infinity_are_rejected(text: str, read: Any) -> None:
 
 @pytest.mark.parametrize("text", ['"NaN"', '{"x":"Infinity, and NaN"}', '{"NaN":1}'])
 def test_string_may_contain_nan(text: str) -> None:
-    """Only numbers are looked at."""
+    """Only numbers are checked."""
     assert read_json(text) == json.loads(text)
     check_json(text)
 
 
 @pytest.mark.parametrize("text", ['"\\ud800"', '{"\\udc00":1}', '"\\ud800\\u0041"', '"\ud800"'])
 def test_half_surrogate_pair_is_rejected(text: str) -> None:
-    """No handler is handed a text that it could not send back."""
+    """No handler gets a text that it could not send back."""
     with pytest.raises(InvalidJsonError, match="not JSON"):
         read_json(text)
     with pytest.raises(ValueError):  # noqa: PT011 (pydantic's own or ours)
@@ -247,13 +247,13 @@ def test_half_surrogate_pair_is_rejected(text: str) -> None:
 
 
 def test_whole_surrogate_pair_is_one_character() -> None:
-    """Both halves of a pair are one character, however they are written."""
+    """Both halves of a pair are one character, in any notation."""
     assert read_json('"\\ud83e\\udd8a"') == read_json('"🦊"') == "🦊"
 
 
 @pytest.mark.parametrize("more", [0, 30])
 def test_last_duplicate_member_wins_in_every_parser(more: int) -> None:
-    """The router, pydantic and Python's `json` read the same member, in small objects and in large ones."""
+    """The router, pydantic and Python's `json` use the same member, in small objects and in large ones."""
     text = '{"type":"a",' + "".join(f'"k{number}":{number},' for number in range(more)) + '"type":"b"}'
     assert read_json(text)["type"] == "b"
     assert TypeAdapter(Anything).validate_json(text).type == "b"
@@ -263,19 +263,19 @@ def test_last_duplicate_member_wins_in_every_parser(more: int) -> None:
 
 @pytest.mark.parametrize("raw", [b"\xff", b'"\xed\xa0\x80"', b'"\xc0\x80"', b"", b"\x00"])
 def test_invalid_utf8_is_rejected(raw: bytes) -> None:
-    """Bytes that are no UTF-8 are no JSON; overlong and surrogate encodings are none."""
+    """Bytes that are not UTF-8 are rejected, including overlong and surrogate encodings."""
     with pytest.raises(InvalidJsonError, match="not JSON"):
         read_json(raw)
 
 
 @pytest.mark.parametrize("text", ["", "{", "nonsense", '"\ud800"', "NaN", lists(70), "1e999", "{'a':1}", "[1,]"])
 def test_json_error_names_no_python_internals(text: str) -> None:
-    """No type, module or function of Python stands in what a client is told."""
-    with pytest.raises(InvalidJsonError) as refused:
+    """No type, module or function of Python is in an error that a client gets."""
+    with pytest.raises(InvalidJsonError) as caught:
         read_json(text)
-    told = str(refused.value)
-    assert not any(word in told for word in ("bytearray", "pydantic", "codec", "Error", "<"))
-    assert len(told) < 200
+    text = str(caught.value)
+    assert not any(word in text for word in ("bytearray", "pydantic", "codec", "Error", "<"))
+    assert len(text) < 200
 
 
 @given(
@@ -285,13 +285,13 @@ def test_json_error_names_no_python_internals(text: str) -> None:
     )
 )
 def test_ordinary_values_match_json_module(value: Any) -> None:
-    """What is within the limits is what `json` reads, from text and from bytes."""
+    """Values within the limits are parsed as by `json`, from text and from bytes."""
     text = json.dumps(value)
     assert read_json(text) == read_json(text.encode()) == json.loads(text)
     check_json(text)
 
 
 def test_checked_text_contains_no_infinity() -> None:
-    """A text that was checked gives pydantic no number that is not finite."""
+    """A checked text gives pydantic only finite numbers."""
     check_json(text := '{"x":1.5e300}')
     assert math.isfinite(TypeAdapter(Anything).validate_json(text).x)

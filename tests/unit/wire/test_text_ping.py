@@ -68,12 +68,12 @@ def test_pong_has_same_format_as_ping(text: str, answer: str) -> None:
     ],
 )
 def test_inexact_control_text_is_application_data(text: str) -> None:
-    """What is not an exact match passes through untouched."""
+    """Text that is not an exact match is application data."""
     assert parse_text_ping(text) is None
 
 
 def test_control_frame_of_64_characters_is_recognised() -> None:
-    """The bound is on the length, and 64 characters are within it."""
+    """The limit applies to the length, and is inclusive: 64 characters."""
     fits = '{"type":"ping","ts":"' + "x" * (MAX_CONTROL_CHARS - 23) + '"}'
     assert len(fits) == MAX_CONTROL_CHARS
     assert isinstance(parse_text_ping(fits), TextPing)
@@ -81,14 +81,14 @@ def test_control_frame_of_64_characters_is_recognised() -> None:
 
 
 def test_ping_of_server_is_recognised() -> None:
-    """What the server sends is a frame that a peer of the same rules recognises, with its true size."""
+    """The server's ping is recognised by a peer with the same rules, and has its true size."""
     assert PING.text is not None
     assert isinstance(parse_text_ping(PING.text), TextPing)
     assert PING.size == len(PING.text)
 
 
 def _is_control(text: str) -> bool:
-    """The rule, written the slow way."""
+    """Return what the rule of the protocol says, in a slow implementation."""
     if text in ("ping", "pong"):
         return True
     if len(text) > MAX_CONTROL_CHARS or not text.startswith("{"):
@@ -112,14 +112,14 @@ _OBJECTS = st.dictionaries(st.sampled_from(["type", "ts", "x"]), _VALUES, max_si
 @example('{"type":"ping","ts":' + "9" * 40 + "}")
 @example("{" + '"type"' + "\x00")
 def test_parsing_control_text_never_raises(text: str) -> None:
-    """Whatever comes in, the answer is a ping, a pong or application data."""
+    """Any text is a ping, a pong or application data."""
     control = parse_text_ping(text)
     assert control is None or isinstance(control, (TextPing, TextPong))
 
 
 @given(st.text(max_size=80) | _OBJECTS.map(json.dumps))
 def test_quick_check_matches_protocol_rule(text: str) -> None:
-    """The quick check says the same as the rule that the protocol states."""
+    """The quick check agrees with the rule of the protocol."""
     assert (parse_text_ping(text) is not None) == _is_control(text)
 
 

@@ -1,4 +1,4 @@
-"""Tests of the frames of `stabilizer.v1.json`: what is read, what is refused, and how they are written."""
+"""Tests of the frames of `stabilizer.v1.json`: valid ones, invalid ones, and how they are written."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ JSON = st.recursive(
 
 
 def binary(meta: bytes, payload: bytes = b"", *, kind: int = 1, length: int | None = None) -> bytes:
-    """A binary frame with any head."""
+    """Return a binary frame with any head."""
     return struct.pack(">BH", kind, len(meta) if length is None else length) + meta + payload
 
 
-# ── reading ──
+# ── parsing ──
 
 
 @given(st.one_of(st.text(), st.binary(), st.binary().map(lambda raw: b"\x01\x00\x02{}" + raw), JSON.map(json.dumps)))
 def test_any_input_is_frame_or_protocol_error(raw: str | bytes) -> None:
-    """Reading raises nothing but `ProtocolError`, and what it returns has a type."""
+    """Parsing raises only `ProtocolError`, and its result has a type."""
     try:
         frame = parse(raw)
     except ProtocolError:
@@ -62,7 +62,7 @@ def test_any_input_is_frame_or_protocol_error(raw: str | bytes) -> None:
 
 @given(st.dictionaries(st.sampled_from(["type", "seq", "event", "id", "key", "room", "data", "re", "x"]), JSON))
 def test_any_object_is_message_or_protocol_error(frame: dict[str, Any]) -> None:
-    """Fields of any kind in any place lead to a message or to `ProtocolError`."""
+    """Fields of any kind in any position give a message or `ProtocolError`."""
     try:
         message = message_of(parse(json.dumps(frame)))
     except ProtocolError:
@@ -74,7 +74,7 @@ def test_any_object_is_message_or_protocol_error(frame: dict[str, Any]) -> None:
 
 @given(st.one_of(st.text(), st.binary(), JSON.map(json.dumps), st.dictionaries(NAMES, JSON).map(json.dumps)))
 def test_any_first_frame_is_hello_or_protocol_error(raw: str | bytes) -> None:
-    """Reading a hello raises nothing but `ProtocolError`."""
+    """Parsing a hello raises only `ProtocolError`."""
     with pytest.raises(ProtocolError):
         parse_hello(raw)
 
@@ -104,13 +104,13 @@ def test_any_first_frame_is_hello_or_protocol_error(raw: str | bytes) -> None:
     ],
 )
 def test_non_object_or_missing_type_is_malformed(text: str) -> None:
-    """A text frame is one JSON object whose `type` is a text."""
+    """A text frame is one JSON object with a text as `type`."""
     with pytest.raises(ProtocolError):
         parse(text)
 
 
 def test_malformed_frame_has_close_code() -> None:
-    """What breaks the protocol is closed with 4400, and a version that is not spoken with 4406."""
+    """A malformed frame closes with 4400, and an unknown version with 4406."""
     assert ProtocolError("no frame").code == 4400
     with pytest.raises(ProtocolError) as other_version:
         parse_hello('{"type":"hello","v":2,"n":1}')
@@ -118,7 +118,7 @@ def test_malformed_frame_has_close_code() -> None:
 
 
 def test_unknown_types_and_fields_are_accepted() -> None:
-    """Newer peers may say more: what is not known is no error."""
+    """Newer peers may send types and fields that are unknown, which is not an error."""
     assert parse('{"type":"later","x":[1]}') == {"type": "later", "x": [1]}
     message = message_of(parse('{"type":"msg","data":1,"priority":9,"seq":3}'))
     assert (message.data, message.seq) == (1, 3)
@@ -145,39 +145,39 @@ def test_unknown_types_and_fields_are_accepted() -> None:
     ],
 )
 def test_malformed_binary_frame_is_rejected(raw: bytes) -> None:
-    """A binary frame has a head, as much meta as it says, and a message or a reply in it."""
+    """A binary frame has a head, as much meta as the head says, and a message or a reply in it."""
     with pytest.raises(ProtocolError):
         parse(raw)
 
 
 def test_binary_frame_data_follows_meta() -> None:
-    """The bytes behind the meta are the data, none of them included, and win over a `data` in the meta."""
+    """The bytes after the meta are the data, even if there are none, and take precedence over `data` in the meta."""
     assert parse(binary(b'{"type":"msg","seq":4}', b"\x00\xff")) == {"type": "msg", "seq": 4, "data": b"\x00\xff"}
     assert parse(binary(b'{"type":"reply","re":"c1","data":1}'))["data"] == b""
 
 
 @pytest.mark.parametrize("value", [0, 1, MAX_SEQ])
 def test_numbers_up_to_2_53_minus_1_are_accepted(value: int) -> None:
-    """Numbers go to 2^53 - 1, which JavaScript counts exactly."""
+    """Numbers go up to 2^53 - 1, which JavaScript represents exactly."""
     assert require_int({"type": "ack", "seq": value}, "seq") == value
     assert optional_int({"type": "ack", "seq": value}, "seq") == value
 
 
 @pytest.mark.parametrize("value", [-1, MAX_SEQ + 1, 10**400, 1.0, 1.5, True, False, "1", None, [1], {}])
 def test_invalid_number_is_malformed(value: Any) -> None:
-    """Numbers are whole, not negative, and no booleans; one that must be there is no null."""
+    """Numbers are non-negative integers, and not booleans; a required one is not null."""
     with pytest.raises(ProtocolError, match="seq must be an integer from 0"):
         require_int({"type": "ack", "seq": value}, "seq")
 
 
 def test_number_below_minimum_is_malformed() -> None:
-    """A message's number begins with 1."""
+    """A message's number is at least 1."""
     with pytest.raises(ProtocolError, match="from 1"):
         message_of({"type": "msg", "seq": 0})
 
 
 def test_optional_field_may_be_null() -> None:
-    """A field that is null is as good as left out."""
+    """A null field counts as missing."""
     frame = {"type": "msg", "seq": None, "event": None, "id": None, "key": None, "room": None, "data": None}
     message = message_of(frame)
     assert (message.seq, message.event, message.id, message.key, message.room, message.data) == (None,) * 6
@@ -186,7 +186,7 @@ def test_optional_field_may_be_null() -> None:
 
 @pytest.mark.parametrize("name", ["event", "id", "key", "room"])
 def test_names_are_strings_of_limited_length(name: str) -> None:
-    """Names are texts, as long as they may be and no longer."""
+    """Names are texts up to the maximum length."""
     assert getattr(message_of({"type": "msg", name: "x" * MAX_NAME_CHARS}), name) == "x" * MAX_NAME_CHARS
     for value in ("x" * (MAX_NAME_CHARS + 1), 7, [], {}, True):
         with pytest.raises(ProtocolError, match=f"{name} must be a string of at most {MAX_NAME_CHARS}"):
@@ -194,26 +194,27 @@ def test_names_are_strings_of_limited_length(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["event", "id", "key", "room"])
-@pytest.mark.parametrize("value", ["a\x00", "\r\n[ERROR] fake", "\x1b[2J", "\x9b", "\u2028"], ids=ascii)
+@pytest.mark.parametrize("value", ["a\x00", "\r
+[ERROR] fake", "\x1b[2J", "\x9b", "\u2028"], ids=ascii)
 def test_control_characters_in_name_are_rejected(name: str, value: str) -> None:
-    """What would rewrite a line wherever it is shown is no name; the error does not repeat it."""
-    with pytest.raises(ProtocolError, match="no control characters") as refused:
+    """A name has no characters that would change the display of a line, and the error does not contain them."""
+    with pytest.raises(ProtocolError, match="no control characters") as caught:
         message_of({"type": "msg", name: value})
-    assert str(refused.value).isprintable()
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize(
     "packed", [b"\xff\xff", deflate_stream(b"\xff"), deflate_stream(b"{}")[:-1], deflate_stream(b"{}") * 2]
 )
 def test_compressed_frame_error_hides_library_text(packed: bytes) -> None:
-    """Neither zlib's error nor Python's reaches a client."""
-    with pytest.raises(ProtocolError) as refused:
+    """Errors of zlib and Python do not reach a client."""
+    with pytest.raises(ProtocolError) as caught:
         parse(b"\x02\x00\x00" + packed, 1000)
-    assert str(refused.value) == "a compressed frame must be one complete raw deflate stream of UTF-8"
+    assert str(caught.value) == "a compressed frame must be one complete raw deflate stream of UTF-8"
 
 
 def test_frame_error_names_exceeded_limit() -> None:
-    """A limit is told: nested too deep, or a number too large."""
+    """The error names the limit: depth or size of a number."""
     with pytest.raises(ProtocolError, match="it is nested deeper than 64 levels"):
         parse('{"type":"msg","data":' + "[" * 64 + "]" * 64 + "}")
     with pytest.raises(ProtocolError, match="it contains a number beyond"):
@@ -221,7 +222,7 @@ def test_frame_error_names_exceeded_limit() -> None:
 
 
 def test_string_field_may_have_its_own_limit() -> None:
-    """Tokens are longer than names."""
+    """Tokens may be longer than names."""
     assert optional_text({"token": "x" * 512}, "token", 512) == "x" * 512
     with pytest.raises(ProtocolError):
         optional_text({"token": "x" * 513}, "token", 512)
@@ -232,12 +233,12 @@ def test_string_field_may_have_its_own_limit() -> None:
     [("hello", "hello"), (b"\x00", b"\x00"), ({"a": [1]}, '{"a":[1]}'), (None, "null"), (1.5, "1.5"), ("", "")],
 )
 def test_message_content_matches_that_of_plain_client(data: Any, raw: str | bytes) -> None:
-    """One handler serves both kinds of clients: texts and bytes as they are, all else as JSON."""
+    """One handler serves both kinds of clients: texts and bytes unchanged, other values as JSON."""
     assert Message(data).raw == raw
 
 
 def test_message_repr_shows_truncated_data() -> None:
-    """The `repr` of a message shows what it carries, cut to a few values and 80 characters of a text."""
+    """The `repr` of a message shows its data, cut to a few values and 80 characters of a text."""
     assert repr(Message({"a": 1}, event="b", id="c1", seq=3)) == "<Message event='b' id='c1' seq=3 data={'a': 1}>"
     assert len(repr(Message(["x" * 10_000] * 100))) < 700
     assert len(repr(Message(b"x" * 10_000))) < 200
@@ -250,7 +251,7 @@ def test_message_repr_shows_truncated_data() -> None:
 def test_json_message_survives_round_trip(
     data: Any, event: str | None, id_: str | None, key: str | None, seq: int | None
 ) -> None:
-    """What is written with any fields is read with the same ones."""
+    """A message with any fields is parsed to the same fields."""
     raw = envelope("msg", data, event=event, id=id_, key=key, seq=seq)
     assert isinstance(raw, str)
     message = message_of(parse(raw))
@@ -261,7 +262,7 @@ def test_json_message_survives_round_trip(
 
 @given(st.binary(), st.none() | NAMES, st.none() | st.integers(1, MAX_SEQ))
 def test_binary_message_survives_round_trip(data: bytes, event: str | None, seq: int | None) -> None:
-    """Bytes travel behind their fields, and nothing in them is looked at."""
+    """Bytes follow their fields, and are not inspected."""
     for wrapped in (data, bytearray(data), memoryview(data)):
         raw = envelope("msg", wrapped, event=event, seq=seq)
         assert isinstance(raw, bytes)
@@ -275,7 +276,7 @@ def test_non_finite_number_becomes_null() -> None:
 
 
 def test_infinity_is_written_as_null() -> None:
-    """What cannot be JSON is made JSON: no frame of ours is one that its reader could not read."""
+    """Infinity becomes null, so that every frame is valid JSON."""
     assert control_frame("pong", ts=float("inf")).text == '{"type":"pong","ts":null}'
 
 
@@ -286,7 +287,7 @@ def test_unencodable_data_raises_in_sender() -> None:
 
 
 def test_binary_message_meta_is_limited() -> None:
-    """The meta of a binary frame is as long as its two bytes of length can say."""
+    """The meta of a binary frame is limited by its two bytes of length."""
     room = "x" * (MAX_META_BYTES - len('{"type":"msg","room":""}'))
     assert parse(binary_envelope({"type": "msg", "room": room}, b"y"))["data"] == b"y"
     with pytest.raises(ValueError, match="more than 65535"):
@@ -294,7 +295,7 @@ def test_binary_message_meta_is_limited() -> None:
 
 
 def test_control_frame_omits_none_fields() -> None:
-    """Fields that are `None` are not written; zero and false are."""
+    """Fields with `None` are not written; zero and false are."""
     assert control_frame("welcome", why=None, seq=0, ok=False).text == '{"type":"welcome","seq":0,"ok":false}'
 
 
@@ -302,7 +303,7 @@ def test_control_frame_omits_none_fields() -> None:
 
 
 def test_offered_subprotocol_is_matched_exactly() -> None:
-    """The subprotocol is matched exactly, wherever it stands in the offer."""
+    """The subprotocol is matched exactly, at any position of the offer."""
     assert offers_v1(["chat", SUBPROTOCOL])
     assert not offers_v1([])
     assert not offers_v1(["stabilizer.v2.json", "STABILIZER.V1.JSON", "stabilizer.v1.json "])
@@ -318,13 +319,13 @@ def test_subprotocol_may_carry_base64url_credential(token: str) -> None:
 
 @pytest.mark.parametrize("offer", [[], [SUBPROTOCOL], ["stabilizer.auth._w"], ["stabilizer.auth.A"]])
 def test_unreadable_subprotocol_credential_is_ignored(offer: list[str]) -> None:
-    """What is no credential is as good as left out, and raises nothing."""
+    """An invalid credential counts as missing, and raises nothing."""
     assert offered_credential(offer) is None
 
 
 @given(st.text(st.characters(codec="ascii")))
 def test_any_subprotocol_credential_raises_nothing(text: str) -> None:
-    """A credential among the subprotocols is read or not, and never an error of the server."""
+    """Any credential among the subprotocols is parsed or ignored, and raises nothing."""
     assert isinstance(offered_credential(["stabilizer.auth." + text]), (str, type(None)))
 
 
@@ -332,25 +333,25 @@ def test_any_subprotocol_credential_raises_nothing(text: str) -> None:
 
 
 def hello(**fields: Any) -> str:
-    """A hello with some fields changed; `None` leaves one out."""
+    """Return a hello with some fields changed; `None` removes one."""
     frame = {"type": "hello", "v": 1, "n": 1, **fields}
     return json.dumps({name: value for name, value in frame.items() if value is not None})
 
 
 def test_hello_fields_are_read() -> None:
-    """All fields of a hello are read."""
+    """All fields of a hello are parsed."""
     read = parse_hello(hello(n=7, auth="credential", resume={"token": "a.b", "seq": 42}, client="tab-1", caps=["x"]))
     assert (read.attempt, read.auth, read.token, read.seq, read.instance) == (7, "credential", "a.b", 42, "tab-1")
 
 
 def test_minimal_hello_has_version_and_attempt() -> None:
-    """Everything else may be left out."""
+    """All other fields are optional."""
     read = parse_hello(hello(n=0))
     assert (read.attempt, read.auth, read.token, read.seq, read.instance) == (0, None, None, 0, None)
 
 
 def test_hello_repr_contains_no_token_or_credential() -> None:
-    """A hello in a log tells no secret."""
+    """The repr of a hello contains no secret."""
     read = parse_hello(hello(n=7, auth="credential", resume={"token": "a.b", "seq": 42}))
     assert repr(read) == "<Hello attempt=7 seq=42 resumes=True>"
 
@@ -384,20 +385,20 @@ def test_hello_repr_contains_no_token_or_credential() -> None:
     ids=str,
 )
 def test_hello_with_invalid_field_is_malformed(fields: dict[str, Any]) -> None:
-    """A hello that cannot be understood is no hello."""
+    """A hello with an invalid field is malformed."""
     frame = {"type": "hello", "v": 1, "n": 1, **fields}
     with pytest.raises(ProtocolError):
         parse_hello(json.dumps({name: value for name, value in frame.items() if value is not None or name == "resume"}))
 
 
 def test_binary_hello_is_malformed() -> None:
-    """A binary first frame is no hello, whatever is in it."""
+    """A binary first frame is malformed, whatever it contains."""
     with pytest.raises(ProtocolError):
         parse_hello(hello().encode())
 
 
 def test_hello_at_byte_limit_is_accepted() -> None:
-    """The limit of a hello is in bytes, and is itself allowed."""
+    """The limit of a hello is in bytes, and inclusive."""
     room = MAX_HELLO_BYTES - len(hello(auth=""))
     assert len(parse_hello(hello(auth="x" * room)).auth or "") == room
     with pytest.raises(ProtocolError, match="8192 bytes"):
@@ -409,7 +410,7 @@ def test_hello_at_byte_limit_is_accepted() -> None:
 
 
 def test_hello_over_byte_limit_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An unauthenticated peer costs no parsing beyond the limit."""
+    """A hello above the limit is not parsed, so that an unauthenticated peer costs little."""
     monkeypatch.setattr(v1, "read_json", lambda *_, **__: pytest.fail("parsed"))
     with pytest.raises(ProtocolError):
         parse_hello("{" + " " * MAX_HELLO_BYTES)
@@ -417,16 +418,16 @@ def test_hello_over_byte_limit_is_not_parsed(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("ts", [None, 0, 17, -1, 1.5, 1767225600123, "", "x" * 64])
 def test_ping_returns_number_or_short_text(ts: Any) -> None:
-    """It gets back what it has sent; `null` is nothing."""
+    """A pong returns the number or short text of its ping; `null` counts as missing."""
     assert ping_timestamp({"type": "ping", "ts": ts}) == ts
     assert ping_timestamp({"type": "ping"}) is None
 
 
 @pytest.mark.parametrize("ts", ["x" * 65, True, [], [1], {}, {"a": 1}])
 def test_ping_with_other_timestamp_is_malformed(ts: Any) -> None:
-    """Pongs to a client that does not read are held, so it does not choose how large they are."""
+    """Pongs are queued for a client that does not read, so their size is limited."""
     with pytest.raises(
         ProtocolError, match="ping: ts must be a number or a string of at most 64 characters"
-    ) as refused:
+    ) as caught:
         ping_timestamp({"type": "ping", "ts": ts})
-    assert refused.value.code == 4400
+    assert caught.value.code == 4400

@@ -1,4 +1,4 @@
-"""Tests of the golden vectors: what clients in other languages are held to is what this server does."""
+"""Tests of the golden vectors: this server behaves as they require of clients and servers in other languages."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ NUMBERS = ("seq", "ack", "ping", "timeout")
 
 
 def by_name(vectors: list[dict[str, Any]]) -> Any:
-    """One test for each vector."""
+    """Return one parameter set for each vector."""
     return pytest.mark.parametrize("vector", vectors, ids=[vector["name"] for vector in vectors])
 
 
 def bytes_in(value: Any) -> Any:
-    """The bytes that a vector writes as base64; everything else as it is."""
+    """Return the bytes that a vector writes as base64; other values unchanged."""
     return base64.b64decode(value["$base64"]) if isinstance(value, dict) and "$base64" in value else value
 
 
 def wire_of(vector: dict[str, Any]) -> str | bytes:
-    """A frame as it travels."""
+    """Return a frame in its wire format."""
     return base64.b64decode(vector["wire"]) if vector.get("binary") else vector["wire"]
 
 
 def read(direction: str, raw: str | bytes) -> dict[str, Any]:
-    """Read a frame with all of its fields, as its receiver does."""
+    """Parse a frame with all of its fields, as its receiver does."""
     frame = parse(raw)
     kind, of_client = frame["type"], direction == "client"
     if kind == "hello":
@@ -83,14 +83,14 @@ def read(direction: str, raw: str | bytes) -> dict[str, Any]:
 
 @by_name([vector for vector in FRAMES if vector["valid"]])
 def test_valid_vector_frame_is_read(vector: dict[str, Any]) -> None:
-    """What the vectors call a frame is read as what they say it is."""
+    """A valid frame of the vectors is parsed to the values in them."""
     frame = vector["frame"]
     assert read(vector["direction"], wire_of(vector)) == {name: bytes_in(value) for name, value in frame.items()}
 
 
 @by_name([vector for vector in FRAMES if not vector["valid"]])
 def test_invalid_vector_frame_is_rejected_with_its_code(vector: dict[str, Any]) -> None:
-    """What the vectors call malformed is, and that of a client leads to the close code that they name."""
+    """A malformed frame of the vectors is rejected, and that of a client closes with the code in them."""
     with pytest.raises(ProtocolError) as caught:
         read(vector["direction"], wire_of(vector))
     if vector["direction"] == "client":
@@ -99,7 +99,7 @@ def test_invalid_vector_frame_is_rejected_with_its_code(vector: dict[str, Any]) 
 
 @by_name([vector for vector in FRAMES if not vector["valid"] and vector["direction"] == "server"])
 def test_invalid_server_frame_does_not_end_client(vector: dict[str, Any]) -> None:
-    """The client leaves the frame out and goes on, or asks for a resynchronisation where it was the welcome."""
+    """The client skips the frame and continues, or requests a resynchronisation if it was the welcome."""
 
     @virtually
     async def play() -> None:
@@ -119,7 +119,7 @@ def test_invalid_server_frame_does_not_end_client(vector: dict[str, Any]) -> Non
 
 @by_name([vector for vector in FRAMES if vector["valid"] and vector["frame"]["type"] in ("msg", "reply")])
 def test_written_frame_matches_vector(vector: dict[str, Any]) -> None:
-    """Messages and replies that this library writes say what those of the vectors do."""
+    """Messages and replies that this library writes equal those of the vectors."""
     fields = {name: bytes_in(value) for name, value in vector["frame"].items() if value is not None}
     written = envelope(fields.pop("type"), fields.pop("data", None), **fields)
     expected = {"data": None, **{name: bytes_in(v) for name, v in vector["frame"].items() if v is not None}}
@@ -128,7 +128,7 @@ def test_written_frame_matches_vector(vector: dict[str, Any]) -> None:
 
 
 def test_vector_names_are_unique() -> None:
-    """A vector is known by its name."""
+    """The name of a vector is unique."""
     for vectors in (FRAMES, CONVERSATIONS):
         names = [vector["name"] for vector in vectors]
         assert len(set(names)) == len(names)
@@ -138,7 +138,7 @@ def test_vector_names_are_unique() -> None:
 
 
 class Line:
-    """One connection of a conversation, and how much of what the server has said on it was looked at."""
+    """One connection of a conversation, and how many of its frames were checked."""
 
     def __init__(self, serve: Callable[[Any], Any]) -> None:
         self.server = FakeServer(path_params={"client_id": "ann"}, subprotocols=[SUBPROTOCOL])
@@ -147,7 +147,7 @@ class Line:
         self.closed = False
 
     async def frame(self, wanted: str) -> dict[str, Any]:
-        """The next frame of the server; acknowledgements that were not asked for are passed over."""
+        """Return the next frame of the server; skip acknowledgements that were not expected."""
         while True:
             await self.server.until(lambda: len(self.server.data) > self.seen)
             frame = parse(self.server.data[self.seen])
@@ -157,13 +157,13 @@ class Line:
 
     @property
     def unseen(self) -> list[dict[str, Any]]:
-        """What the server has said and nobody has asked for."""
+        """Frames of the server that no step has checked."""
         frames = [parse(raw) for raw in self.server.data[self.seen :]]
         return [frame for frame in frames if frame["type"] != "ack"]
 
 
 class Play:
-    """Plays the client, the network, the clock and the application of a conversation against the real server."""
+    """Player of the client, the network, the clock and the application of a conversation with the real server."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         basis = {"heartbeat_interval": 25, "heartbeat_timeout": 20, "session_ttl": 120, "max_message_size": 65536}
@@ -209,13 +209,13 @@ class Play:
             pass
 
     async def run(self, steps: list[dict[str, Any]]) -> None:
-        """Play all steps; at the end nothing may be left that the vectors do not know of."""
+        """Play all steps; afterwards no unchecked frame may be left."""
         try:
-            for place, step in enumerate(steps):
+            for position, step in enumerate(steps):
                 try:
                     await getattr(self, step["from"])(step)
                 except AssertionError as error:
-                    raise AssertionError(f"step {place}: {step}") from error
+                    raise AssertionError(f"step {position}: {step}") from error
             await asyncio.sleep(0.5)
             for line in self.lines:
                 assert line.unseen == []
@@ -228,7 +228,7 @@ class Play:
         return self.lines[step.get("connection", len(self.lines)) - 1]
 
     async def client(self, step: dict[str, Any]) -> None:
-        """The client does something."""
+        """Perform a step of the client."""
         if "open" in step:
             self.lines.append(Line(self._serve))
             server = self.lines[-1].server
@@ -248,10 +248,10 @@ class Play:
                 line.server.feed_bytes(envelope(frame["type"], data, **fields))
             else:
                 line.server.feed_text(json.dumps(frame, separators=(",", ":")))
-        await asyncio.sleep(0.001)  # of virtual time: everything that this leads to at once has happened then
+        await asyncio.sleep(0.001)  # of virtual time: all immediate consequences have happened by then
 
     async def server(self, step: dict[str, Any]) -> None:
-        """The server has to do something."""
+        """Check a step of the server."""
         line = self._line(step)
         if "close" in step:
             await line.server.until(lambda: line.server.close_frames)
@@ -263,18 +263,18 @@ class Play:
         self._match(wanted, await line.frame(wanted["type"]))
 
     async def network(self, step: dict[str, Any]) -> None:
-        """The connection breaks."""
+        """Break the connection."""
         line = self._line(step)
         line.closed = True
         line.server.feed_disconnect(1006)
         await asyncio.sleep(0.001)
 
     async def clock(self, step: dict[str, Any]) -> None:
-        """Time passes."""
+        """Let time pass."""
         await asyncio.sleep(step["pass"] / 1000)
 
     async def application(self, step: dict[str, Any]) -> None:
-        """The server's application does something, or has to see something."""
+        """Perform or check a step of the server's application."""
         assert self.socket is not None
         if step.get("ack"):
             self.sending = asyncio.ensure_future(self.socket.send(step["send"], ack=True))
@@ -320,12 +320,12 @@ class Play:
             else:
                 assert frame[name] == bytes_in(value), frame
         chosen = [value for name, value in self.names.items() if name.startswith("$token")]
-        assert len(set(chosen)) == len(chosen), "every welcome has a token of its own"
+        assert len(set(chosen)) == len(chosen), "every welcome has its own token"
 
 
 @by_name(CONVERSATIONS)
 def test_server_follows_conversation_vector(vector: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the server says, and when it closes, is what the vectors say."""
+    """The server's frames and closes equal those of the vectors."""
     monkeypatch.setattr("fastapi_ws_stabilizer.hub.heartbeat.random.uniform", lambda _, most: most)
 
     async def play() -> None:
