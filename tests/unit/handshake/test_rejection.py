@@ -89,7 +89,7 @@ def test_rejection_has_matching_http_status(what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "policy", "who", "accepts"),
+    ("error", "policy", "scope", "accepts"),
     [
         (HTTPException(401), "auto", BROWSER, True),
         (HTTPException(401), "auto", PROGRAM, False),

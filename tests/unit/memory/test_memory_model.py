@@ -1,4 +1,4 @@
-"""Whatever clients do under `max_total_memory`: the sums are right, the limit holds, and the worst goes first."""
+"""Property: under `max_total_memory` totals are exact, the limit holds, and evictions follow the policy."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from tests.support.virtual_time import VirtualLoop, run_virtually
 
 POLICIES = ("lru", "fifo", "oldest")
 LIMIT = 20_000
-"""Small, so that much of what happens leads to an eviction."""
+"""Bytes: small, so that many steps lead to an eviction."""
 
-guests = st.integers(0, 11)
+numbers = st.integers(0, 11)
 sizes = st.sampled_from([0, 10, 500, 2_000, 5_000])
 rooms = st.sampled_from([None, "lobby", "kitchen"])
 
 
 class MemoryMachine(RuleBasedStateMachine):
-    """Up to twelve clients, every third of them plain and deaf, every other one with a session."""
+    """State machine of 12 clients: every second one has a session, and every third one's endpoint reads nothing."""
 
     policy = "lru"
     evictions = 0
@@ -41,7 +41,7 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @initialize(full=st.booleans())
     def begin(self, full: bool) -> None:
-        """A manager on a loop whose clock jumps; its clients hold nothing yet, or nearly all that they may."""
+        """Start a manager in virtual time, with clients that hold nothing, or three quarters of the limit together."""
         self._stack.enter_context(noting_servers())
         self._loop = self._stack.enter_context(VirtualRunner())
 
@@ -52,11 +52,11 @@ class MemoryMachine(RuleBasedStateMachine):
 
         self.world: World = self._loop.run(make())
         for number in range(12):
-            self.do(self.world.comes(self.guest(number)))
+            self.do(self.world.comes(self.client(number)))
             if full:
-                self.do(self.world.keeps(self.guest(number), "a", LIMIT // 16))
+                self.do(self.world.keeps(self.client(number), "a", LIMIT // 16))
 
-    def guest(self, number: int) -> ModelClient:
+    def client(self, number: int) -> ModelClient:
         return self.world.add(f"c{number}", numbered=number % 2 == 1, deaf=number % 3 == 0)
 
     def do(self, step: Any) -> None:
@@ -67,60 +67,60 @@ class MemoryMachine(RuleBasedStateMachine):
 
         self._loop.run(run())
 
-    @rule(number=guests)
+    @rule(number=numbers)
     def comes(self, number: int) -> None:
-        self.do(self.world.comes(self.guest(number)))
+        self.do(self.world.comes(self.client(number)))
 
-    @rule(number=guests)
+    @rule(number=numbers)
     def leaves(self, number: int) -> None:
-        self.do(self.world.leaves(self.guest(number)))
+        self.do(self.world.leaves(self.client(number)))
 
-    @rule(number=guests)
+    @rule(number=numbers)
     def close_normally(self, number: int) -> None:
-        self.do(self.world.close_normally(self.guest(number)))
+        self.do(self.world.close_normally(self.client(number)))
 
-    @rule(number=guests, key=st.sampled_from("ab"), size=sizes)
+    @rule(number=numbers, key=st.sampled_from("ab"), size=sizes)
     def keeps(self, number: int, key: str, size: int) -> None:
-        self.do(self.world.keeps(self.guest(number), key, size))
+        self.do(self.world.keeps(self.client(number), key, size))
 
-    @rule(number=guests, size=sizes)
+    @rule(number=numbers, size=sizes)
     def grows(self, number: int, size: int) -> None:
-        self.do(self.world.grows(self.guest(number), size))
+        self.do(self.world.grows(self.client(number), size))
 
-    @rule(number=guests, size=sizes)
+    @rule(number=numbers, size=sizes)
     def says(self, number: int, size: int) -> None:
-        self.do(self.world.says(self.guest(number), size))
+        self.do(self.world.says(self.client(number), size))
 
-    @rule(number=guests)
+    @rule(number=numbers)
     def acknowledges(self, number: int) -> None:
-        self.do(self.world.acknowledges(self.guest(number)))
+        self.do(self.world.acknowledges(self.client(number)))
 
-    @rule(number=guests)
+    @rule(number=numbers)
     def blocks(self, number: int) -> None:
-        self.world.blocks(self.guest(number))
+        self.world.blocks(self.client(number))
 
-    @rule(number=guests)
+    @rule(number=numbers)
     def reads(self, number: int) -> None:
-        self.world.reads(self.guest(number))
+        self.world.reads(self.client(number))
         self.do(None)
 
-    @rule(number=guests, room=rooms.filter(bool))
+    @rule(number=numbers, room=rooms.filter(bool))
     def joins(self, number: int, room: str) -> None:
-        self.do(self.world.joins(self.guest(number), room))
+        self.do(self.world.joins(self.client(number), room))
 
     @rule(size=sizes, room=rooms, key=st.sampled_from([None, "price"]))
     def broadcast(self, size: int, room: str | None, key: str | None) -> None:
         self.do(self.world.broadcast(size, room, key))
 
-    @rule(number=guests, size=sizes)
+    @rule(number=numbers, size=sizes)
     def tell(self, number: int, size: int) -> None:
-        self.do(self.world.tell(self.guest(number), size))
+        self.do(self.world.tell(self.client(number), size))
 
     @rule(seconds=st.sampled_from([1.0, 130.0]))
     def time_passes(self, seconds: float) -> None:
-        for guest in self.world.guests.values():
-            if guest.left is not None and seconds > 120:  # nobody is waited for any longer
-                guest.member, guest.token = None, None
+        for client in self.world.guests.values():
+            if client.left is not None and seconds > 120:  # the session has expired
+                client.member, client.token = None, None
         self.do(asyncio.sleep(seconds))
 
     @invariant()
@@ -138,7 +138,7 @@ class MemoryMachine(RuleBasedStateMachine):
 
 
 class VirtualRunner:
-    """A loop whose clock jumps, and the library's clock with it, for as long as a machine runs."""
+    """Event loop with virtual time, also for the clock of the library."""
 
     def __enter__(self) -> VirtualRunner:
         self._loop = VirtualLoop()
@@ -158,7 +158,7 @@ class VirtualRunner:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_memory_limit_and_eviction_match_model_of_12_clients(policy: str) -> None:
-    """After each step the sum is a full count, the limit holds, and who went was the worst at that moment."""
+    """After each step the total equals a full count, the limit holds, and the evicted client was first in the order."""
     machine = type(f"Machine_{policy}", (MemoryMachine,), {"policy": policy})
     run_state_machine_as_test(
         machine,
@@ -166,43 +166,43 @@ def test_memory_limit_and_eviction_match_model_of_12_clients(policy: str) -> Non
             max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
-    assert machine.evictions  # begun full, as every other one is, hardly any gets by without one
+    assert machine.evictions  # every second run starts nearly full, and most of these evict
 
 
-def one_step(world: World, guest: ModelClient, dice: random.Random) -> Any:
-    """What one client does, or what is done to it."""
+def one_step(world: World, client: ModelClient, dice: random.Random) -> Any:
+    """Return a random step of one client."""
     size, key = dice.choice((10, 300, 3_000, 60_000)), dice.choice("abc")
     steps: tuple[Callable[[], Any], ...] = (
-        lambda: world.comes(guest),
-        lambda: world.leaves(guest),
-        lambda: world.keeps(guest, key, size),
-        lambda: world.keeps(guest, key, size),
-        lambda: world.grows(guest, size),
-        lambda: world.says(guest, size),
-        lambda: world.acknowledges(guest),
-        lambda: world.blocks(guest),
-        lambda: world.reads(guest),
-        lambda: world.tell(guest, size),
+        lambda: world.comes(client),
+        lambda: world.leaves(client),
+        lambda: world.keeps(client, key, size),
+        lambda: world.keeps(client, key, size),
+        lambda: world.grows(client, size),
+        lambda: world.says(client, size),
+        lambda: world.acknowledges(client),
+        lambda: world.blocks(client),
+        lambda: world.reads(client),
+        lambda: world.tell(client, size),
         lambda: world.broadcast(size // 10, dice.choice((None, "lobby")), None),
     )
     return dice.choice(steps)()
 
 
-async def a_thousand(policy: str, seed: int, steps: int) -> int:
-    """Random steps of a thousand clients; return how many had to go."""
+async def run_1000_clients(policy: str, seed: int, steps: int) -> int:
+    """Run random steps of 1,000 clients, and return the number of evictions."""
     dice = random.Random(seed)
     world = World(policy, 100_000)
     await world.stage.__aenter__()
-    everybody = [world.add(f"c{n}", numbered=n % 4 == 1, deaf=n % 7 == 0) for n in range(1000)]
-    busy = dice.sample(everybody, 60)
+    clients = [world.add(f"c{n}", numbered=n % 4 == 1, deaf=n % 7 == 0) for n in range(1000)]
+    busy = dice.sample(clients, 60)
     try:
-        for guest in everybody:
-            await world.comes(guest)
-            if guest.client_id.endswith("0"):
-                await world.joins(guest, "lobby")
+        for client in clients:
+            await world.comes(client)
+            if client.client_id.endswith("0"):
+                await world.joins(client, "lobby")
         world.check()
         for _ in range(steps):
-            step = one_step(world, dice.choice(dice.choice((busy, everybody))), dice)
+            step = one_step(world, dice.choice(dice.choice((busy, clients))), dice)
             if step is not None:
                 await step
             await soon()
@@ -216,6 +216,6 @@ async def a_thousand(policy: str, seed: int, steps: int) -> int:
 @settings(max_examples=1, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32))
 def test_memory_limit_and_eviction_hold_for_1000_clients(policy: str, seed: int) -> None:
-    """The same with a thousand connections: user data, messages, broadcasts, departures and returns at random."""
+    """The properties hold for 1,000 clients with random data, messages, broadcasts, disconnects and returns."""
     with noting_servers():
-        assert run_virtually(a_thousand(policy, seed, 300)) > 3
+        assert run_virtually(run_1000_clients(policy, seed, 300)) > 3

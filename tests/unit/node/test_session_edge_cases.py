@@ -340,7 +340,7 @@ async def test_context_set_by_on_auth_reaches_handlers() -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "session", "clean close"])
-@pytest.mark.parametrize("what", ["hook", "handler"])
+@pytest.mark.parametrize("slow_part", ["hook", "handler"])
 @virtually
 async def test_shutdown_timeout_still_runs_every_session_end_hook(kind: str, slow_part: str) -> None:
     """A disconnect hook or handler that exceeds the shutdown timeout does not suppress on_session_end."""
