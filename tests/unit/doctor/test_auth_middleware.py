@@ -123,9 +123,9 @@ async def stable(ws: StableSocketDep) -> None:
 LOGINS = [
     *((Middleware(kind), kind.__name__) for kind in (CheckToken, Gate, Latch)),
     *((by_function(one), one.__name__) for one in (require_login, api_key, read_header, answer_constant)),
-    (by_function(compare_status), "answers_one_of_two"),
-    (by_function(functools.partial(functools.partial(read_header))), "looks_at_the_header"),
-    (Middleware(BaseHTTPMiddleware, answer_constant), "answers_by_name"),
+    (by_function(compare_status), "compare_status"),
+    (by_function(functools.partial(functools.partial(read_header))), "read_header"),
+    (Middleware(BaseHTTPMiddleware, answer_constant), "answer_constant"),
 ]
 
 

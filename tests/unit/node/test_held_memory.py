@@ -1120,7 +1120,7 @@ async def test_connection_metadata_counts_for_session(early: bool) -> None:
 
 @virtually
 async def test_in_place_union_of_user_data_is_one_write() -> None:
-    """`ws.user_data |= ...` is one write, accepted even if another value has outgrown the limit since."""
+    """`ws.user_data |= ...` is one write, accepted even if another value has grown above the limit."""
     async with Stage(max_memory_per_connection=5_000) as stage:
         line = await opened(stage)
         ws = line.socket
