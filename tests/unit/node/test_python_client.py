@@ -375,7 +375,7 @@ async def test_request_to_client_without_handler_gets_error_reply() -> None:
 
 @pytest.mark.parametrize("error", [RequestError("\ud800" * 99, "\ud800" * 9999), RequestError("x\x00", "y" * 9999)])
 def test_long_handler_error_is_truncated_and_delivered(error: RequestError) -> None:
-    """A `RequestError` of a handler reaches the client, truncated to the limits of the client, for requests and messages."""
+    """A `RequestError` of a handler reaches the client, truncated to its limits, for requests and for messages."""
 
     @virtually
     async def play() -> None:
