@@ -1,4 +1,4 @@
-"""Tests of where a credential is found: the same dependency, on HTTP routes and on sockets."""
+"""Tests of credential sources: one dependency for HTTP routes and sockets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ V1 = "stabilizer.v1.json"
 
 
 def offered(credential: str) -> str:
-    """A credential as the subprotocol that carries it."""
+    """Return the subprotocol that carries a credential."""
     return "stabilizer.auth." + base64.urlsafe_b64encode(credential.encode()).decode().rstrip("=")
 
 
@@ -40,7 +40,7 @@ def connection(
     kind: str = "websocket",
     **more: Any,
 ) -> HTTPConnection:
-    """A connection as a server hands it over."""
+    """Return a connection as a server creates it."""
     scope: dict[str, Any] = {
         "type": kind,
         "path": "/",
@@ -54,35 +54,35 @@ def connection(
 
 
 class FakeHandshake:
-    """A door whose client says this in its first message."""
+    """Handshake that has this credential in its first message."""
 
     def __init__(self, credential: str | None) -> None:
         self._credential = credential
         self.asked = 0
 
     async def credential(self) -> str | None:
-        """What the client has said."""
+        """Return the credential of the first message."""
         self.asked += 1
         await asyncio.sleep(0)
         return self._credential
 
 
-# ── one dependency, two kinds of routes ──
+# ── one dependency for both kinds of routes ──
 
 FOUR = Credential(bearer(), cookie("session"), query("token"), subprotocol("bearer"))
 USERS = {TOKEN: "ann"}
 
 
 async def current_user(token: str = Depends(FOUR)) -> str:
-    """What an application writes once."""
+    """Return the user of a token, as an application does."""
     if token not in USERS:
         raise HTTPException(401, "log in again")
     return USERS[token]
 
 
-async def perhaps(token: str | None = Depends(Credential(bearer(), required=False))) -> str:
-    """A credential that may be missing."""
-    return token or "nobody"
+async def optional_user(token: str | None = Depends(Credential(bearer(), required=False))) -> str:
+    """Return an optional credential."""
+    return token or "anonymous"
 
 
 app = FastAPI()
@@ -90,27 +90,27 @@ app = FastAPI()
 
 @app.get("/me")
 async def me(user: str = Depends(current_user)) -> str:
-    """An HTTP route."""
+    """Serve HTTP."""
     return user
 
 
 @app.websocket("/ws")
 async def socket(websocket: WebSocket, user: str = Depends(current_user)) -> None:
-    """A socket, which selects what the credential's place says."""
+    """Serve a socket, and select the marker of the credential."""
     await websocket.accept(websocket.scope.get(SUBPROTOCOL_KEY))
     await websocket.send_text(user)
     await websocket.close()
 
 
 @app.get("/perhaps")
-async def perhaps_me(user: str = Depends(perhaps)) -> str:
-    """An HTTP route for everybody."""
+async def optional_me(user: str = Depends(optional_user)) -> str:
+    """Serve HTTP without a required credential."""
     return user
 
 
 @app.websocket("/perhaps")
-async def perhaps_socket(websocket: WebSocket, user: str = Depends(perhaps)) -> None:
-    """A socket for everybody."""
+async def optional_socket(websocket: WebSocket, user: str = Depends(optional_user)) -> None:
+    """Serve a socket without a required credential."""
     await websocket.accept()
     await websocket.send_text(user)
     await websocket.close()
@@ -118,7 +118,7 @@ async def perhaps_socket(websocket: WebSocket, user: str = Depends(perhaps)) -> 
 
 @pytest.fixture
 def client() -> Iterator[TestClient]:
-    """A client of the app."""
+    """Yield a client of the app."""
     with TestClient(app) as client:
         yield client
 
@@ -134,7 +134,7 @@ SOURCES: list[tuple[dict[str, str], str]] = [
 def test_credential_is_found_on_http_routes_and_sockets(
     client: TestClient, headers: dict[str, str], query: str
 ) -> None:
-    """A header, a cookie or a query parameter is found on an HTTP route and on a socket alike."""
+    """A header, a cookie or a query parameter is found on HTTP routes and on sockets."""
     assert client.get(f"/me{query}", headers=headers).json() == "ann"
     with client.websocket_connect(f"/ws{query}", headers=headers) as ws:
         assert ws.receive_text() == "ann"
@@ -142,21 +142,21 @@ def test_credential_is_found_on_http_routes_and_sockets(
 
 
 def test_marked_subprotocol_is_answered_with_marker_only(client: TestClient) -> None:
-    """A socket is told who it is, and its handshake is answered with the marker and never with the secret."""
+    """The handshake is answered with the marker, never with the secret."""
     with client.websocket_connect("/ws", subprotocols=["bearer", TOKEN]) as ws:
         assert ws.receive_text() == "ann"
         assert ws.accepted_subprotocol == "bearer"
 
 
 def test_credential_subprotocol_is_never_selected(client: TestClient) -> None:
-    """`stabilizer.auth.` selects nothing by itself."""
+    """A `stabilizer.auth.` subprotocol is never selected."""
     with client.websocket_connect("/ws", subprotocols=[offered(TOKEN)]) as ws:
         assert ws.receive_text() == "ann"
         assert ws.accepted_subprotocol is None
 
 
 def test_offered_marker_is_selected_with_credential_elsewhere(client: TestClient) -> None:
-    """A browser that sends a cookie by itself, and offers subprotocols, gives up if none of them is selected."""
+    """An offered marker is selected although a cookie is used, because a browser fails without a subprotocol."""
     headers = {"Cookie": f"session={TOKEN}"}
     with client.websocket_connect("/ws", subprotocols=["bearer", "x"], headers=headers) as ws:
         assert ws.receive_text() == "ann"
@@ -164,7 +164,7 @@ def test_offered_marker_is_selected_with_credential_elsewhere(client: TestClient
 
 
 def test_missing_credential_is_rejected_with_401(client: TestClient) -> None:
-    """HTTP gets 401, with the scheme where a bearer token is wanted, and all places."""
+    """A missing credential gets 401, with all sources in the detail and `WWW-Authenticate` for a bearer source."""
     answer = client.get("/me")
     assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
     for source in ("Authorization: Bearer", "'session'", "'token'", "`bearer, ...`"):
@@ -172,18 +172,18 @@ def test_missing_credential_is_rejected_with_401(client: TestClient) -> None:
 
 
 def test_optional_credential_may_be_missing(client: TestClient) -> None:
-    """Then there is `None`, on either kind of route, and what is there is found."""
+    """An optional credential is None if it is missing, on both kinds of routes."""
     headers = {"Authorization": f"Bearer {TOKEN}"}
-    assert client.get("/perhaps").json() == "nobody"
+    assert client.get("/perhaps").json() == "anonymous"
     assert client.get("/perhaps", headers=headers).json() == TOKEN
-    for sent, said in (({}, "nobody"), (headers, TOKEN)):
+    for sent, expected in (({}, "anonymous"), (headers, TOKEN)):
         with client.websocket_connect("/perhaps", headers=sent) as ws:
-            assert ws.receive_text() == said
+            assert ws.receive_text() == expected
 
 
 @pytest.mark.parametrize("source", [cookie("session"), query("token"), subprotocol("bearer"), first_message()], ids=str)
 async def test_www_authenticate_is_sent_only_for_bearer_source(source: CredentialSource) -> None:
-    """`WWW-Authenticate: Bearer` would be a lie elsewhere."""
+    """`WWW-Authenticate: Bearer` is sent only if a bearer token is a source."""
     for kind in ("http", "websocket"):
         with pytest.raises(HTTPException) as missing:
             await Credential(source)(connection(kind=kind))
@@ -196,7 +196,7 @@ async def test_www_authenticate_is_sent_only_for_bearer_source(source: Credentia
 
 @pytest.mark.parametrize("value", [f"Bearer {TOKEN}", f"bearer {TOKEN}", f"BEARER   {TOKEN}", f"Bearer {TOKEN} "])
 async def test_bearer_token_ignores_scheme_case_and_spaces(value: str) -> None:
-    """The scheme's case does not matter, nor do spaces around the token."""
+    """A bearer token ignores the case of its scheme and spaces around the token."""
     assert await Credential(bearer())(connection(("authorization", value))) == TOKEN
 
 
@@ -208,12 +208,12 @@ async def test_bearer_token_ignores_scheme_case_and_spaces(value: str) -> None:
     ],
 )
 async def test_invalid_bearer_header_is_ignored(value: str) -> None:
-    """Another scheme, no token, or more than one."""
+    """A header with another scheme, no token or several tokens is ignored."""
     assert await Credential(bearer(), required=False)(connection(("authorization", value))) is None
 
 
 async def test_repeated_authorization_header_is_ignored() -> None:
-    """A proxy may have looked at the other one."""
+    """A repeated header is ignored, because a proxy may have checked the other one."""
     twice = connection(("authorization", "Bearer a"), ("authorization", "Bearer b"))
     assert await Credential(bearer(), required=False)(twice) is None
 
@@ -223,12 +223,12 @@ async def test_repeated_authorization_header_is_ignored() -> None:
 
 @pytest.mark.parametrize("query_string", ["", "token=", "token", "Token=a", "token=a&token=b", "x=a"])
 async def test_repeated_or_empty_query_parameter_is_ignored(query_string: str) -> None:
-    """Which of two was meant nobody can tell, and an empty one is none."""
+    """A repeated or empty query parameter is ignored, because it is ambiguous or no credential."""
     assert await Credential(query("token"), required=False)(connection(query=query_string)) is None
 
 
 async def test_reconnect_token_in_query_is_ignored() -> None:
-    """`?token=` is where a plain client that comes back presents one; a credential may stand beside it."""
+    """A reconnect token in `?token=` is ignored, and a credential beside it is found."""
     token = ReconnectTokens([], 60).issue("ann")
     find = Credential(query("token"), required=False)
     assert await find(connection(query=f"token={token}")) is None
@@ -237,7 +237,7 @@ async def test_reconnect_token_in_query_is_ignored() -> None:
 
 @pytest.mark.parametrize("value", ["", "session=", "other=a", "Session=a"])
 async def test_missing_or_empty_cookie_is_ignored(value: str) -> None:
-    """It is missing, empty or another one."""
+    """A missing, empty or other cookie is ignored."""
     assert await Credential(cookie("session"), required=False)(connection(("cookie", value))) is None
 
 
@@ -265,28 +265,28 @@ async def test_missing_or_empty_cookie_is_ignored(value: str) -> None:
 async def test_subprotocol_carries_credential_and_selects_marker(
     offer: list[str], found: str | None, selected: str | None
 ) -> None:
-    """Either as ours or behind a marker; the marker is selected wherever it is offered, the credential never."""
+    """A credential follows `stabilizer.auth.` or a marker; an offered marker is selected, the credential never."""
     one = connection(subprotocols=offer)
     assert await Credential(subprotocol("bearer"), required=False)(one) == found
     assert one.scope.get(SUBPROTOCOL_KEY) == selected
 
 
 async def test_unconfigured_marker_carries_no_credential() -> None:
-    """What stands behind a word that nobody has agreed on is no credential."""
+    """A value after a marker that is not configured is no credential."""
     find = Credential(subprotocol(), required=False)
     assert await find(connection(subprotocols=["bearer", TOKEN])) is None
     assert await find(connection(subprotocols=[offered(TOKEN)])) == TOKEN
 
 
 async def test_subprotocol_source_is_empty_on_http_request() -> None:
-    """Such a place is as good as empty there."""
+    """A subprotocol source finds nothing in an HTTP request."""
     request = connection(kind="http")
     assert await Credential(subprotocol("bearer"), required=False)(request) is None
     assert SUBPROTOCOL_KEY not in request.scope
 
 
 async def test_first_requested_marker_is_selected() -> None:
-    """A dependency that runs later does not change what was chosen."""
+    """A later dependency does not change the selected marker."""
     one = connection(subprotocols=["token", "x", "bearer", "y"])
     assert await Credential(subprotocol("bearer"))(one) == "y"
     assert await Credential(subprotocol("token"))(one) == "x"
@@ -295,16 +295,16 @@ async def test_first_requested_marker_is_selected() -> None:
 
 @pytest.mark.parametrize("marker", ["", "two words", "a,b", "ä", V1, "stabilizer.auth.x"])
 def test_invalid_subprotocol_marker_raises(marker: str) -> None:
-    """A subprotocol is a word, and ours mean something else."""
+    """A marker is a valid subprotocol name, and names of the library raise."""
     with pytest.raises(ValueError, match="cannot mark a credential"):
         subprotocol(marker)
 
 
-# ── the first message ──
+# ── first message ──
 
 
 async def test_first_message_is_read_only_without_other_credential() -> None:
-    """Wherever it stands among the places, it is tried last: to hear it, the socket is accepted."""
+    """The first message is the last source in any order, because reading it accepts the socket."""
     fake_handshake = FakeHandshake("from the hello")
     find = Credential(first_message(), bearer())
     assert await find(connection(("authorization", "Bearer x"), **{HANDSHAKE_SCOPE_KEY: fake_handshake})) == "x"
@@ -313,21 +313,21 @@ async def test_first_message_is_read_only_without_other_credential() -> None:
     assert fake_handshake.asked == 1
 
 
-@pytest.mark.parametrize("said", [None, "", "x" * (MAX_CREDENTIAL_BYTES + 1)])
-async def test_first_message_without_credential_raises(said: str | None) -> None:
-    """A plain client, or a hello without a credential, is one that has none."""
+@pytest.mark.parametrize("credential", [None, "", "x" * (MAX_CREDENTIAL_BYTES + 1)])
+async def test_first_message_without_credential_raises(credential: str | None) -> None:
+    """A plain client, and a hello without a usable credential, has no credential."""
     with pytest.raises(HTTPException):
-        await Credential(first_message())(connection(**{HANDSHAKE_SCOPE_KEY: FakeHandshake(said)}))
+        await Credential(first_message())(connection(**{HANDSHAKE_SCOPE_KEY: FakeHandshake(credential)}))
 
 
 @pytest.mark.parametrize("kind", ["http", "websocket"])
 async def test_first_message_is_none_outside_handshake(kind: str) -> None:
-    """On an HTTP route, and on a socket that this library does not serve, nobody waits for it."""
+    """On an HTTP route, and on a socket of another library, the first message is None at once."""
     assert await Credential(first_message(), required=False)(connection(kind=kind)) is None
 
 
 async def test_unreadable_first_message_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
-    """A socket without a door is asked before its own, or is none of this library's; an HTTP request has none."""
+    """A socket without a handshake is reported once: its dependency runs too early, or the library does not own it."""
     find = Credential(first_message(), required=False)
     with caplog.at_level(logging.WARNING, "fastapi_ws_stabilizer"):
         await find(connection(kind="http"))
@@ -340,11 +340,11 @@ async def test_unreadable_first_message_is_reported_once(caplog: pytest.LogCaptu
     assert "put the socket first" in record.message
 
 
-# ── all of them ──
+# ── all sources ──
 
 
-def everywhere(credential: str) -> Iterator[tuple[Credential, HTTPConnection]]:
-    """The same credential in each of the places."""
+def all_sources(credential: str) -> Iterator[tuple[Credential, HTTPConnection]]:
+    """Yield the same credential in each source."""
     yield Credential(bearer(), required=False), connection(("authorization", f"Bearer {credential}"))
     yield Credential(cookie("c"), required=False), connection(("cookie", f"c={credential}"))
     yield Credential(query("q"), required=False), connection(query=f"q={credential}")
@@ -354,17 +354,17 @@ def everywhere(credential: str) -> Iterator[tuple[Credential, HTTPConnection]]:
 
 
 async def test_credential_over_8_kib_is_ignored() -> None:
-    """In whatever place it is, the limit is the same."""
-    for find, one in everywhere("x" * MAX_CREDENTIAL_BYTES):
+    """The limit is the same for each source."""
+    for find, one in all_sources("x" * MAX_CREDENTIAL_BYTES):
         assert await find(one) == "x" * MAX_CREDENTIAL_BYTES, repr(find)
-    for find, one in everywhere("x" * (MAX_CREDENTIAL_BYTES + 1)):
+    for find, one in all_sources("x" * (MAX_CREDENTIAL_BYTES + 1)):
         assert await find(one) is None, repr(find)
     wide = connection(subprotocols=[offered("ä" * (MAX_CREDENTIAL_BYTES // 2 + 1))])
     assert await Credential(subprotocol(), required=False)(wide) is None
 
 
 async def test_credential_sources_are_tried_in_order() -> None:
-    """The first place that has one wins; one that is too long, or empty, is passed over."""
+    """The first source with a credential is used, and a too long or empty one is skipped."""
     both = connection(("authorization", "Bearer a"), ("cookie", "c=b"))
     assert await Credential(bearer(), cookie("c"))(both) == "a"
     assert await Credential(cookie("c"), bearer())(both) == "b"
@@ -373,7 +373,7 @@ async def test_credential_sources_are_tried_in_order() -> None:
 
 
 async def test_custom_credential_source_is_used() -> None:
-    """Whatever has `find` can be given."""
+    """Any object with `find` can be a source."""
 
     class Header:
         def find(self, connection: HTTPConnection) -> str | None:
@@ -388,15 +388,15 @@ async def test_custom_credential_source_is_used() -> None:
 
 
 def test_credential_without_source_raises() -> None:
-    """Looking nowhere is a mistake that is told at once."""
+    """A credential without a source raises at once."""
     with pytest.raises(TypeError, match="at least one source"):
         Credential()
 
 
 async def test_credential_is_in_no_repr_log_or_error(caplog: pytest.LogCaptureFixture) -> None:
-    """What was found is told to nobody but who has asked."""
+    """A found credential is in no repr, log or error."""
     with caplog.at_level(logging.DEBUG):
-        for find, one in everywhere(TOKEN):
+        for find, one in all_sources(TOKEN):
             assert await find(one) is not None
             assert TOKEN not in repr(find)
         with pytest.raises(HTTPException) as missing:
@@ -414,7 +414,7 @@ async def test_credential_is_in_no_repr_log_or_error(caplog: pytest.LogCaptureFi
 async def test_arbitrary_request_raises_nothing(
     headers: list[tuple[str, str]], query_string: str, subprotocols: list[str]
 ) -> None:
-    """A credential is found or not: nothing that a stranger sends is an error of the server."""
+    """No request of a client is a server error: a credential is found or not."""
     one = connection(*headers, subprotocols=subprotocols, query=query_string)
     find = Credential(bearer(), cookie("c"), query("q"), subprotocol("m"), first_message(), required=False)
     assert isinstance(await find(one), (str, type(None)))

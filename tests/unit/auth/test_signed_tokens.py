@@ -1,4 +1,4 @@
-"""Tests of reconnect tokens: good once, for one client, for a while, and for who has the secret."""
+"""Tests of reconnect tokens: valid once, for one client, for a limited time, with the right secret."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fastapi_ws_stabilizer.wire.identifiers import is_name
 
 OLD, NEW = b"the key of last year", b"the key of this year"
 IDS = ["ann@example.com", "a.b.c", "🦊", "x" * 200, " ", "ü", "a-_=.b", "wsr1."]
-NO_IDS = ["", "a\x00b\x1f\n", "\ud800", "x" * 257, "a\u2028b"]
+INVALID_IDS = ["", "a\x00b\x1f\n", "\ud800", "x" * 257, "a\u2028b"]
 
 
 class WallClock:
-    """Wall time that passes when a test says so."""
+    """Wall clock that a test sets."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1_800_000_000.0
@@ -33,23 +33,23 @@ class WallClock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> WallClock:
-    """A fake wall clock."""
+    """Return a fake wall clock."""
     return WallClock(monkeypatch)
 
 
 def raw_of(token: str) -> bytes:
-    """The bytes in a token."""
+    """Return the bytes in a token."""
     text = token[len(PREFIX) :]
     return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
 
 
 def token_of(raw: bytes) -> str:
-    """A token of these bytes."""
+    """Return a token of these bytes."""
     return PREFIX + base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
 
 def problem_with(tokens: ReconnectTokens, token: str, client_id: str | None = None) -> str:
-    """What is wrong with a token."""
+    """Return the problem of an invalid token."""
     with pytest.raises(InvalidTokenError) as caught:
         tokens.consume(token, client_id)
     assert caught.value.__cause__ is None
@@ -57,9 +57,9 @@ def problem_with(tokens: ReconnectTokens, token: str, client_id: str | None = No
     return caught.value.problem
 
 
-@pytest.mark.parametrize("client_id", NO_IDS, ids=ascii)
+@pytest.mark.parametrize("client_id", INVALID_IDS, ids=ascii)
 def test_token_for_invalid_client_id_is_rejected(client_id: str) -> None:
-    """No token is issued for an id that no client may have, and one that another version has issued is malformed."""
+    """No token is issued for an invalid client id, and a signed token with one is malformed."""
     tokens = ReconnectTokens([NEW], 60.0)
     with pytest.raises(ValueError, match="client_id must"):
         tokens.issue(client_id)
@@ -72,34 +72,34 @@ def test_token_for_invalid_client_id_is_rejected(client_id: str) -> None:
 
 @pytest.mark.parametrize("client_id", IDS)
 def test_token_contains_its_client_id(client_id: str) -> None:
-    """What is issued for a client id is good for it, whatever characters are in it."""
+    """A token is valid for its client id, with any characters."""
     tokens = ReconnectTokens([NEW], 60)
     assert tokens.consume(tokens.issue(client_id), client_id).client_id == client_id
 
 
 @given(st.text(min_size=1, max_size=256).filter(is_name))
 def test_any_client_id_survives_round_trip(client_id: str) -> None:
-    """Whatever text a client id is, its token says exactly that."""
+    """The token of any valid client id contains exactly that id."""
     tokens = ReconnectTokens([NEW], 60)
     assert tokens.read(tokens.issue(client_id)).client_id == client_id
 
 
 def test_first_version_token_stays_valid(clock: WallClock) -> None:
-    """What workers and clients of an older release hold is read, byte by byte, as it was written."""
+    """A token of the first format version stays readable, for workers and clients of an older release."""
     token = "wsr1.AAABoxhcUAAAAAGjGF06YAABAgMEBQYHCAkKCwAAAANhbm4Qics_i7kSvClX2cd4VjX6ljxaLwo3LbTJ630pU0Jlkg"
     claim = ReconnectTokens([NEW], 60).consume(token, "ann")
     assert (claim.issued, claim.until, claim.number) == (1_800_000_000_000, 1_800_000_060_000, bytes(range(12)))
 
 
 def test_reading_token_does_not_consume_it() -> None:
-    """A token that was only read is good afterwards."""
+    """A token that was only read is still valid."""
     tokens = ReconnectTokens([NEW], 60)
     token = tokens.issue("ann")
     assert tokens.read(token) == tokens.read(token) == tokens.consume(token)
 
 
 def test_token_is_valid_once() -> None:
-    """The second use is told that there was a first."""
+    """A second use of a token is rejected as used."""
     tokens = ReconnectTokens([NEW], 60)
     token = tokens.issue("ann")
     tokens.consume(token)
@@ -108,14 +108,14 @@ def test_token_is_valid_once() -> None:
 
 
 def test_simultaneously_issued_tokens_differ(clock: WallClock) -> None:
-    """Two tokens of one client and one moment are two tokens, each good once."""
+    """Two tokens of one client and one moment differ, and each is valid once."""
     tokens = ReconnectTokens([NEW], 60)
     first, second = tokens.issue("ann"), tokens.issue("ann")
     assert tokens.consume(first).number != tokens.consume(second).number
 
 
 def test_token_of_other_client_is_rejected_unconsumed() -> None:
-    """Who presents somebody else's token gets nothing, and takes nothing from its owner."""
+    """A token that another client presents is rejected, and stays valid for its own client."""
     tokens = ReconnectTokens([NEW], 60)
     token = tokens.issue("ann")
     assert problem_with(tokens, token, "bob") == "other_client"
@@ -124,13 +124,13 @@ def test_token_of_other_client_is_rejected_unconsumed() -> None:
 
 @pytest.mark.parametrize("pair", [("ann", "ann "), ("a", "ab"), ("é", "e\u0301"), ("1", "\u0661")])
 def test_similar_client_ids_are_different(pair: tuple[str, str]) -> None:
-    """A token is bound to the id as it is, character by character."""
+    """A token is bound to the exact characters of its client id."""
     tokens = ReconnectTokens([NEW], 60)
     assert problem_with(tokens, tokens.issue(pair[0]), pair[1]) == "other_client"
 
 
 def test_truncated_token_is_rejected() -> None:
-    """No beginning of a token is a token."""
+    """No prefix of a token is a valid token."""
     tokens = ReconnectTokens([NEW], 60)
     token = tokens.issue("ann@example.com")
     problems = {problem_with(tokens, token[:length]) for length in range(len(token))}
@@ -139,64 +139,64 @@ def test_truncated_token_is_rejected() -> None:
 
 
 def test_token_with_altered_byte_is_rejected() -> None:
-    """Every byte of a token counts, those of the signature too."""
+    """A token with any altered byte is rejected, including its signature."""
     tokens = ReconnectTokens([NEW], 60)
     raw = raw_of(tokens.issue("ann@example.com"))
-    for place in range(len(raw)):
+    for index in range(len(raw)):
         for bit in (0x01, 0x80):
-            altered = raw[:place] + bytes([raw[place] ^ bit]) + raw[place + 1 :]
+            altered = raw[:index] + bytes([raw[index] ^ bit]) + raw[index + 1 :]
             assert problem_with(tokens, token_of(altered)) == "signature"
 
 
 def test_token_with_altered_character_is_rejected() -> None:
-    """Every character of a token counts, those of its prefix too."""
+    """A token with any altered character is rejected, including its prefix."""
     tokens = ReconnectTokens([NEW], 60)
     token = tokens.issue("ann")
-    for place in range(len(token)):
-        other = "B" if token[place] == "A" else "A"
-        altered = token[:place] + other + token[place + 1 :]
+    for index in range(len(token)):
+        other = "B" if token[index] == "A" else "A"
+        altered = token[:index] + other + token[index + 1 :]
         assert problem_with(tokens, altered) in ("malformed", "signature")
 
 
 def test_forged_token_is_rejected() -> None:
-    """Who does not know the secret cannot sign."""
+    """A token that is signed with another secret is rejected."""
     tokens, forger = ReconnectTokens([NEW], 60), ReconnectTokens([b"a guess, and a bad one"], 60)
     assert problem_with(tokens, forger.issue("ann"), "ann") == "signature"
 
 
 def test_plain_hmac_with_same_secret_is_rejected() -> None:
-    """A plain HMAC of a token's body with the right key is no signature: the purpose is part of it."""
+    """A plain HMAC with the right key is rejected, because the signature includes its purpose."""
     tokens = ReconnectTokens([NEW], 60)
     body = raw_of(tokens.issue("ann"))[:-32]
     assert problem_with(tokens, token_of(body + hmac.digest(NEW, body, hashlib.sha256))) == "signature"
 
 
 def test_token_of_other_secret_is_rejected() -> None:
-    """Tokens of two managers without a common secret are not good for each other."""
+    """Tokens of two managers without a shared secret are not valid for each other."""
     mine, yours = ReconnectTokens([], 60), ReconnectTokens([], 60)
     assert problem_with(yours, mine.issue("ann")) == "signature"
     assert mine.consume(mine.issue("ann")).client_id == "ann"
 
 
 def test_shared_secret_is_valid_in_every_process() -> None:
-    """A token is good wherever its secret is known."""
+    """A token is valid in each process with its secret."""
     assert ReconnectTokens([NEW], 60).consume(ReconnectTokens([NEW], 60).issue("ann")).client_id == "ann"
 
 
 def test_token_from_before_rotation_is_valid_with_old_key() -> None:
-    """The first key signs, and all of them verify."""
+    """The first key signs, and all keys verify."""
     before, after = ReconnectTokens([OLD], 60), ReconnectTokens([NEW, OLD], 60)
     assert after.consume(before.issue("ann")).client_id == "ann"
     assert ReconnectTokens([NEW], 60).consume(after.issue("ann")).client_id == "ann"
 
 
 def test_token_from_before_rotation_is_invalid_without_old_key() -> None:
-    """A key that is kept no longer signs nothing any more."""
+    """After the old key is removed, its tokens are rejected."""
     assert problem_with(ReconnectTokens([NEW], 60), ReconnectTokens([OLD], 60).issue("ann")) == "signature"
 
 
 def test_token_expires_after_ttl(clock: WallClock) -> None:
-    """A token is good for its time and not a millisecond longer."""
+    """A token is valid for its ttl and not a millisecond longer."""
     tokens = ReconnectTokens([NEW], 60)
     token = tokens.issue("ann")
     clock.now += 59.999
@@ -209,14 +209,14 @@ def test_token_expires_after_ttl(clock: WallClock) -> None:
 
 
 def test_expired_forged_token_is_reported_as_forged(clock: WallClock) -> None:
-    """Nothing of a token is believed before its signature: a bad one is not told that it has expired."""
+    """The signature is checked first, so that an expired forgery is reported as a bad signature."""
     token = ReconnectTokens([OLD], 60).issue("ann")
     clock.now += 1000
     assert problem_with(ReconnectTokens([NEW], 60), token) == "signature"
 
 
 def test_consumed_expired_token_is_reported_as_expired(clock: WallClock) -> None:
-    """Used tokens are remembered only as long as they would be good."""
+    """Used tokens are stored only until they expire."""
     tokens = ReconnectTokens([NEW], 60)
     token = tokens.issue("ann")
     tokens.consume(token)
@@ -228,13 +228,13 @@ def test_consumed_expired_token_is_reported_as_expired(clock: WallClock) -> None
 
 
 def test_second_spelling_of_token_is_rejected() -> None:
-    """A token has one spelling: padding, another alphabet, spaces and loose bits are not good."""
+    """A token has one spelling: padding, another alphabet, spaces and altered unused bits are rejected."""
     tokens = ReconnectTokens([NEW], 60)
     while not {"-", "_"} <= set(token := tokens.issue("ann")):
         pass
     text = token[len(PREFIX) :]
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
-    assert len(text) % 4, "the last character of this token has bits that mean nothing"
+    assert len(text) % 4, "the last character of this token has unused bits"
     loose = text[:-1] + alphabet[alphabet.index(text[-1]) ^ 1]
     spellings = [
         text + "=" * (-len(text) % 4),
@@ -255,7 +255,7 @@ def test_second_spelling_of_token_is_rejected() -> None:
 
 
 def test_wrong_client_id_length_is_rejected() -> None:
-    """Even what is signed is refused if it does not say how long its client id is."""
+    """A signed token with a wrong length of its client id is rejected."""
     tokens = ReconnectTokens([NEW], 60)
     body = raw_of(tokens.issue("ann"))[:-32] + b"a"
     assert problem_with(tokens, token_of(body + tokens_module._sign(NEW, body))) == "malformed"
@@ -265,13 +265,13 @@ def test_wrong_client_id_length_is_rejected() -> None:
     "junk", ["", "x", PREFIX, PREFIX + "!", PREFIX + "é", PREFIX + "A" * 9000, "a.b.c", "wsr2.AAAA"]
 )
 def test_junk_is_malformed_token(junk: str) -> None:
-    """Junk is told from tokens that were altered."""
+    """Text that is no token is reported as malformed."""
     assert problem_with(ReconnectTokens([NEW], 60), junk) == "malformed"
 
 
 @pytest.mark.parametrize("junk", [None, 7, b"wsr1.AAAA", ["wsr1."]])
 def test_non_text_is_malformed_token(junk: object) -> None:
-    """What JSON brought in place of a text is an error of a token, and not of a type."""
+    """A value that is not a text raises the error of a malformed token, not a type error."""
     with pytest.raises(InvalidTokenError) as caught:
         ReconnectTokens([NEW], 60).consume(junk)  # type: ignore[arg-type]
     assert caught.value.problem == "malformed"
@@ -279,7 +279,7 @@ def test_non_text_is_malformed_token(junk: object) -> None:
 
 @given(st.one_of(st.text(), st.text().map(PREFIX.__add__), st.binary(max_size=200).map(token_of)))
 def test_random_text_is_rejected_and_not_stored(text: str) -> None:
-    """Whatever comes in is refused with the error for it, and nothing of it is kept."""
+    """Random text raises the error for invalid tokens, and is not stored."""
     tokens = ReconnectTokens([NEW], 60)
     with pytest.raises(InvalidTokenError):
         tokens.consume(text)
@@ -287,7 +287,7 @@ def test_random_text_is_rejected_and_not_stored(text: str) -> None:
 
 
 def test_invalid_tokens_use_no_memory() -> None:
-    """Twenty thousand bogus tokens leave nothing behind: only good tokens are remembered."""
+    """20,000 invalid tokens leave nothing in memory, because only valid ones are stored."""
     tokens = ReconnectTokens([NEW], 60)
     raw = raw_of(tokens.issue("ann"))
     for number in range(20_000):
@@ -300,13 +300,13 @@ def test_invalid_tokens_use_no_memory() -> None:
 
 
 def test_oversized_token_is_rejected_undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is too long is refused before any work is done for it."""
+    """An oversized token is rejected before it is decoded."""
     monkeypatch.setattr(tokens_module.base64, "b64decode", lambda *_, **__: pytest.fail("decoded"))
     assert problem_with(ReconnectTokens([NEW], 60), PREFIX + "A" * MAX_SIGNED_TOKEN_CHARS) == "malformed"
 
 
 def test_forgotten_consumed_token_stays_invalid(clock: WallClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When too many were used the oldest are forgotten, and whatever was issued before them is refused from then on."""
+    """When the oldest used tokens are forgotten, all tokens that were issued earlier are rejected."""
     monkeypatch.setattr(tokens_module, "MAX_USED", 3)
     tokens = ReconnectTokens([NEW], 60)
     issued = []
@@ -326,7 +326,7 @@ def test_forgotten_consumed_token_stays_invalid(clock: WallClock, monkeypatch: p
 
 
 def test_out_of_order_consumed_tokens_stay_invalid(clock: WallClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The floor rises to the newest token that was forgotten, whenever it was used."""
+    """The floor rises to the newest forgotten token, in any order of use."""
     monkeypatch.setattr(tokens_module, "MAX_USED", 2)
     tokens = ReconnectTokens([NEW], 60)
     issued = []
@@ -350,7 +350,7 @@ def test_out_of_order_consumed_tokens_stay_invalid(clock: WallClock, monkeypatch
 
 
 def test_expired_consumed_tokens_free_room_without_floor(clock: WallClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens that have expired are forgotten at no cost to those that have not."""
+    """Expired used tokens are forgotten without a rise of the floor."""
     monkeypatch.setattr(tokens_module, "MAX_USED", 2)
     tokens = ReconnectTokens([NEW], 60)
     for _ in range(2):
@@ -363,11 +363,11 @@ def test_expired_consumed_tokens_free_room_without_floor(clock: WallClock, monke
     assert tokens.consume(waiting).client_id == "bob"
 
 
-# ── revoking ──
+# ── revocation ──
 
 
 def test_token_issued_before_revocation_is_rejected() -> None:
-    """Every token of the client, whichever process has issued it, and only that client's."""
+    """All earlier tokens of the client are rejected, from any process, and tokens of other clients stay valid."""
     tokens, other_worker = ReconnectTokens([NEW], 60), ReconnectTokens([NEW], 60)
     before = [tokens.issue("ann"), tokens.issue("ann"), other_worker.issue("ann")]
     bob = tokens.issue("bob")
@@ -377,7 +377,7 @@ def test_token_issued_before_revocation_is_rejected() -> None:
 
 
 def test_token_issued_after_revocation_is_valid(clock: WallClock) -> None:
-    """Also in the same millisecond, in which what was issued before is refused."""
+    """A token that is issued after the revocation is valid, even in the same millisecond."""
     tokens = ReconnectTokens([NEW], 60)
     before = tokens.issue("ann")
     tokens.revoke("ann")
@@ -387,7 +387,7 @@ def test_token_issued_after_revocation_is_valid(clock: WallClock) -> None:
 
 
 def test_second_revocation_in_same_millisecond_applies(clock: WallClock) -> None:
-    """Revoked, issued, revoked: nothing of it is good, and the next one is."""
+    """With several revocations in a millisecond, only a token issued after the last one is valid."""
     tokens = ReconnectTokens([NEW], 60)
     issued = []
     for _ in range(3):
@@ -398,7 +398,7 @@ def test_second_revocation_in_same_millisecond_applies(clock: WallClock) -> None
 
 
 def test_clock_set_back_does_not_undo_revocation(clock: WallClock) -> None:
-    """What was issued before a revocation is refused, whatever the time is said to be since; what is new is good."""
+    """A revocation rejects earlier tokens after the clock is set back too, and new tokens are valid."""
     tokens = ReconnectTokens([NEW], 60)
     before = tokens.issue("ann")
     clock.now -= 3600
@@ -413,7 +413,7 @@ def test_clock_set_back_does_not_undo_revocation(clock: WallClock) -> None:
 
 
 def test_latest_revocation_applies(clock: WallClock) -> None:
-    """Revoking once more refuses what was issued in between."""
+    """A second revocation rejects the tokens that were issued since the first."""
     tokens = ReconnectTokens([NEW], 60)
     tokens.revoke("ann")
     clock.now += 1
@@ -424,7 +424,7 @@ def test_latest_revocation_applies(clock: WallClock) -> None:
 
 
 def test_revocation_covers_consumed_and_unused_tokens() -> None:
-    """A refusal keeps nothing."""
+    """A revocation rejects used and unused tokens, and a rejection stores nothing."""
     tokens = ReconnectTokens([NEW], 60)
     used, unused = tokens.issue("ann"), tokens.issue("ann")
     tokens.consume(used)
@@ -434,7 +434,7 @@ def test_revocation_covers_consumed_and_unused_tokens() -> None:
 
 
 def test_revocation_is_forgotten_after_revoked_tokens_expire(clock: WallClock) -> None:
-    """That costs nobody a token."""
+    """A revocation is forgotten after its tokens have expired, and other clients' tokens stay valid."""
     tokens = ReconnectTokens([NEW], 60)
     revoked = tokens.issue("ann")
     tokens.revoke("ann")
@@ -452,7 +452,7 @@ def test_revocation_is_forgotten_after_revoked_tokens_expire(clock: WallClock) -
 
 
 def test_forgotten_revocation_rejects_longer_lived_token(clock: WallClock) -> None:
-    """What a worker with a longer ttl has issued is refused, though the revocation is forgotten."""
+    """A token with a longer ttl from another worker is rejected after the revocation is forgotten."""
     tokens = ReconnectTokens([NEW], 60)
     long = ReconnectTokens([NEW], 3600).issue("ann")
     tokens.revoke("ann")
@@ -464,7 +464,7 @@ def test_forgotten_revocation_rejects_longer_lived_token(clock: WallClock) -> No
 
 
 def test_revoked_token_stays_invalid_above_revocation_limit(clock: WallClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When too many clients were revoked, all tokens are refused that were issued before the one that is forgotten."""
+    """Above MAX_REVOKED, all tokens are rejected that were issued before the forgotten revocation."""
     monkeypatch.setattr(tokens_module, "MAX_REVOKED", 3)
     tokens = ReconnectTokens([NEW], 60)
     issued = {}
@@ -482,7 +482,7 @@ def test_revoked_token_stays_invalid_above_revocation_limit(clock: WallClock, mo
 
 
 def test_repeated_revocation_uses_one_entry(clock: WallClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It pushes nobody else's revocation out, and a newer one is kept longer."""
+    """A repeated revocation renews one entry and does not evict others."""
     monkeypatch.setattr(tokens_module, "MAX_REVOKED", 2)
     tokens = ReconnectTokens([NEW], 60)
     for client_id in ("ann", "bob", "ann", "ann"):
@@ -493,7 +493,7 @@ def test_repeated_revocation_uses_one_entry(clock: WallClock, monkeypatch: pytes
 
 
 async def test_logs_and_reprs_contain_no_token_or_secret(caplog: pytest.LogCaptureFixture) -> None:
-    """Neither a token nor a secret appears in a log, a repr or the text of an error or a config."""
+    """No token and no secret is in a log, a repr, an error or a config."""
     secret = "a secret of at least sixteen bytes"
     config = WebSocketConfig(reconnect_secret=secret)
     with caplog.at_level(logging.DEBUG):
@@ -503,15 +503,15 @@ async def test_logs_and_reprs_contain_no_token_or_secret(caplog: pytest.LogCaptu
         with pytest.raises(InvalidTokenError) as caught:
             await manager.validate_reconnect_token(token)
     claim = ReconnectTokens([secret.encode()], 60).read(token)
-    told = [caplog.text, repr(manager), str(manager), repr(config), str(config), repr(manager._tokens)]
-    told += [str(caught.value), repr(caught.value), repr(claim), str(caught.value.args)]
-    for text in told:
+    texts = [caplog.text, repr(manager), str(manager), repr(config), str(config), repr(manager._tokens)]
+    texts += [str(caught.value), repr(caught.value), repr(claim), str(caught.value.args)]
+    for text in texts:
         assert token not in text
         assert secret not in text
 
 
 def test_token_is_distinguished_from_credential() -> None:
-    """Only what begins as a token is taken for one."""
+    """Only a text with the prefix of a token is recognized as one."""
     assert looks_like_token(ReconnectTokens([NEW], 60).issue("ann"))
     assert not looks_like_token("eyJhbGciOi.J9.x")
     assert not looks_like_token(None)

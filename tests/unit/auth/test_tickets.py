@@ -1,4 +1,4 @@
-"""Tests of tickets: good once, for a moment, and for nothing else."""
+"""Tests of tickets: valid once, for a short time, and as tickets only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SECRET = b"the key of this year"
 
 
 def problem_with(tickets: Tickets, ticket: str) -> str:
-    """What is wrong with a ticket."""
+    """Return the problem of an invalid ticket."""
     with pytest.raises(InvalidTokenError) as caught:
         tickets.redeem(ticket)
     assert caught.value.kind == "ticket"
@@ -23,20 +23,20 @@ def problem_with(tickets: Tickets, ticket: str) -> str:
 
 @pytest.mark.parametrize("client_id", ["ann", "ann@example.com", "🦊", "x" * 200, "wst1."])
 def test_ticket_redeems_to_its_client_id(client_id: str) -> None:
-    """Who redeems a ticket is who it was issued for."""
+    """A redeemed ticket returns the client id that it was issued for."""
     tickets = Tickets([SECRET], 30)
     assert tickets.redeem(tickets.issue(client_id)) == client_id
 
 
 @pytest.mark.parametrize("client_id", ["", None, 7])
 def test_ticket_for_empty_client_id_raises(client_id: object) -> None:
-    """An id that says nothing is an error of who issues, and no stranger's ticket."""
+    """An empty or invalid client id raises where the ticket is issued."""
     with pytest.raises(ValueError, match="not empty"):
         Tickets([SECRET], 30).issue(client_id)  # type: ignore[arg-type]
 
 
 def test_ticket_is_redeemed_only_once() -> None:
-    """The second one who comes with it stays out."""
+    """A second redemption of a ticket is rejected."""
     tickets = Tickets([SECRET], 30)
     ticket = tickets.issue("ann")
     tickets.redeem(ticket)
@@ -44,7 +44,7 @@ def test_ticket_is_redeemed_only_once() -> None:
 
 
 def test_ticket_expires_after_ticket_ttl(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ticket is good for its time, and what is said then names its option."""
+    """A ticket is valid for its ttl, and the error after that names the option."""
     now = [1_800_000_000.0]
     monkeypatch.setattr(tokens_module, "wall", lambda: now[0])
     tickets = Tickets([SECRET], 30)
@@ -58,14 +58,14 @@ def test_ticket_expires_after_ticket_ttl(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_ticket_is_valid_on_workers_with_same_secret() -> None:
-    """And at none that does not."""
+    """A ticket is valid on workers with the same secret, and on no others."""
     ticket = Tickets([SECRET], 30).issue("ann")
     assert Tickets([SECRET], 30).redeem(ticket) == "ann"
     assert problem_with(Tickets([], 30), ticket) == "signature"
 
 
 def test_ticket_and_reconnect_token_are_not_interchangeable() -> None:
-    """The same secret signs both, and neither is good as the other, whatever it is made to begin with."""
+    """The same secret signs both, but neither is valid as the other, whatever its prefix is."""
     tickets, tokens = Tickets([SECRET], 30), ReconnectTokens([SECRET], 30)
     ticket, token = tickets.issue("ann"), tokens.issue("ann")
     assert not looks_like_token(ticket)
@@ -78,7 +78,7 @@ def test_ticket_and_reconnect_token_are_not_interchangeable() -> None:
 
 
 def test_revoke_invalidates_earlier_tickets_of_client() -> None:
-    """What was issued before is refused, for that client alone; what is issued after is good."""
+    """Earlier tickets of the client are rejected; later ones, and those of other clients, are valid."""
     tickets = Tickets([SECRET], 30)
     ann, bob = tickets.issue("ann"), tickets.issue("bob")
     tickets.revoke("ann")
@@ -88,6 +88,6 @@ def test_revoke_invalidates_earlier_tickets_of_client() -> None:
 
 
 def test_secret_is_not_in_repr_of_tickets() -> None:
-    """Printing the part shows nothing."""
+    """The repr of the object does not contain the secret."""
     tickets = Tickets([SECRET], 30)
     assert SECRET.decode() not in repr(tickets)

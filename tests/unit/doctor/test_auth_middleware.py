@@ -1,4 +1,4 @@
-"""Tests of how the doctor sees that HTTP middleware looks like a login, and that a socket beside it is open."""
+"""Tests of D17: HTTP middleware that looks like a login beside WebSocket routes without authentication."""
 
 from __future__ import annotations
 
@@ -30,36 +30,36 @@ manager = WebSocketConnectionManager()
 
 
 class CheckToken(BaseHTTPMiddleware):
-    """Is one by its name."""
+    """Login by its name."""
 
     async def dispatch(self, request: Request, call_next: Callable[..., Any]) -> Response:
         return await call_next(request)
 
 
 class Gate(BaseHTTPMiddleware):
-    """Is one by what a method of it answers."""
+    """Login by the status that one of its methods answers."""
 
     async def dispatch(self, request: Request, call_next: Callable[..., Any]) -> Response:
         return self._refusal() if "x-user" not in request.headers else await call_next(request)
 
     def _refusal(self) -> Response:
-        return PlainTextResponse("who are you?", 401)
+        return PlainTextResponse("no user", 401)
 
 
 class Latch(Gate):
-    """Is one by what it inherits."""
+    """Login by inheritance."""
 
 
 class Timing(BaseHTTPMiddleware):
-    """Is none, though its documentation speaks of authorization and of 401."""
+    """No login, though a docstring mentions authorization and 401."""
 
     async def dispatch(self, request: Request, call_next: Callable[..., Any]) -> Response:
-        """Authorization is somebody else's: no 401 comes from here."""
+        """Pass each request on; authorization is not checked, and no 401 is answered."""
         return await call_next(request)
 
 
 class AuthInAsgi:
-    """Speaks ASGI, and may look at sockets too."""
+    """ASGI middleware, which may check sockets too."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -69,27 +69,27 @@ class AuthInAsgi:
 
 
 async def require_login(request: Request, call_next: Callable[..., Any]) -> Response:
-    """By its name."""
+    """Pass on; a login by name."""
     return await call_next(request)
 
 
 async def api_key(request: Request, call_next: Callable[..., Any]) -> Response:
-    """By its name, whatever stands between the words."""
+    """Pass on; a login by name, with an underscore between the words."""
     return await call_next(request)
 
 
-async def looks_at_the_header(request: Request, call_next: Callable[..., Any]) -> Response:
-    """By the header that it reads."""
+async def read_header(request: Request, call_next: Callable[..., Any]) -> Response:
+    """Answer by the header; a login by the header that it reads."""
     return await call_next(request) if request.headers.get("Authorization") else PlainTextResponse("no")
 
 
-async def answers_by_name(request: Request, call_next: Callable[..., Any]) -> Response:
-    """By the name of a status."""
+async def answer_constant(request: Request, call_next: Callable[..., Any]) -> Response:
+    """Answer 403; a login by the name of the status."""
     return PlainTextResponse("no", status.HTTP_403_FORBIDDEN)
 
 
-async def answers_one_of_two(request: Request, call_next: Callable[..., Any]) -> Response:
-    """By a status in a tuple, in a function of its own."""
+async def compare_status(request: Request, call_next: Callable[..., Any]) -> Response:
+    """Compare a status; a login by a status in a tuple of an inner function."""
 
     async def inner() -> bool:
         return (await call_next(request)).status_code in (401, 500)
@@ -98,40 +98,40 @@ async def answers_one_of_two(request: Request, call_next: Callable[..., Any]) ->
 
 
 async def timing(request: Request, call_next: Callable[..., Any]) -> Response:
-    """Is none."""
+    """Measure; no login."""
     response = await call_next(request)
     response.headers["x-time"] = "404"
     return response
 
 
 def by_function(dispatch: Callable[..., Any]) -> Middleware:
-    """What `@app.middleware("http")` adds."""
+    """Return the middleware that `@app.middleware("http")` adds."""
     return Middleware(BaseHTTPMiddleware, dispatch=dispatch)
 
 
 def app_with(*middleware: Middleware, endpoint: Any = None) -> FastAPI:
-    """An app with middleware and one socket."""
+    """Return an app with middleware and one socket."""
     app = FastAPI(middleware=list(middleware))
     app.add_api_websocket_route("/ws", stable if endpoint is None else endpoint)
     return app
 
 
 async def stable(ws: StableSocketDep) -> None:
-    """Takes everybody."""
+    """Accept each client."""
 
 
 LOGINS = [
     *((Middleware(kind), kind.__name__) for kind in (CheckToken, Gate, Latch)),
-    *((by_function(one), one.__name__) for one in (require_login, api_key, looks_at_the_header, answers_by_name)),
-    (by_function(answers_one_of_two), "answers_one_of_two"),
-    (by_function(functools.partial(functools.partial(looks_at_the_header))), "looks_at_the_header"),
-    (Middleware(BaseHTTPMiddleware, answers_by_name), "answers_by_name"),
+    *((by_function(one), one.__name__) for one in (require_login, api_key, read_header, answer_constant)),
+    (by_function(compare_status), "compare_status"),
+    (by_function(functools.partial(functools.partial(read_header))), "read_header"),
+    (Middleware(BaseHTTPMiddleware, answer_constant), "answer_constant"),
 ]
 
 
 @pytest.mark.parametrize(("middleware", "name"), LOGINS, ids=[name for _, name in LOGINS])
 def test_login_middleware_is_recognised(middleware: Middleware, name: str) -> None:
-    """By its name, by the header that it reads, or by the status that it answers."""
+    """A login is recognised by its name, by the header that it reads, or by the status that it answers."""
     assert unguarded_routes(app_with(middleware)) == ((name,), ("/ws",))
 
 
@@ -146,12 +146,12 @@ def test_login_middleware_is_recognised(middleware: Middleware, name: str) -> No
     ids=["Timing", "timing", "timing by place", "AuthInAsgi", "GZipMiddleware"],
 )
 def test_other_middleware_is_not_recognised(middleware: Middleware) -> None:
-    """What only measures, and what speaks ASGI itself, is no login that leaves sockets out."""
+    """Middleware without such a sign, and ASGI middleware, is no login."""
     assert unguarded_routes(app_with(middleware)) == ((), ())
 
 
 def test_http_middleware_decorator_is_recognised() -> None:
-    """`@app.middleware("http")` makes the same middleware."""
+    """Middleware of `@app.middleware("http")` is recognised as well."""
     app = app_with()
     app.middleware("http")(require_login)
     assert unguarded_routes(app) == (("require_login",), ("/ws",))
@@ -159,7 +159,7 @@ def test_http_middleware_decorator_is_recognised() -> None:
 
 @pytest.mark.parametrize("app", [None, object(), FastAPI(), app_with()])
 def test_app_without_login_has_no_finding(app: Any) -> None:
-    """Whoever has no login for HTTP needs none for sockets."""
+    """An app without a login for HTTP has no finding."""
     assert unguarded_routes(app) == ((), ())
 
 
@@ -167,67 +167,67 @@ def test_app_without_login_has_no_finding(app: Any) -> None:
 
 
 def user(session: str = Cookie("")) -> str:
-    """Who it is."""
+    """Return the user of a session cookie, or reject the client."""
     if not session:
         raise HTTPException(401)
     return session
 
 
-def anybody() -> str:
-    """An identity that lets everybody in: that is for its author to know."""
+def fixed_user() -> str:
+    """Return a fixed identity, which the doctor does not question."""
     return "ann"
 
 
 async def raw(websocket: WebSocket) -> None:
-    """Takes everybody, by itself."""
+    """Accept each client, without the library."""
     await websocket.accept()
 
 
 async def named(ws: Any = Depends(manager.socket)) -> None:
-    """Names its manager, and takes everybody."""
+    """Accept each client, by the dependency of a manager."""
 
 
 async def identified(ws: Any = Depends(manager.socket_for(user))) -> None:
-    """Has its client id from a dependency."""
+    """Take the client id from a dependency."""
 
 
-async def identified_as_anybody(ws: Any = Depends(manager.socket_for(anybody))) -> None:
-    """Has its client id from a dependency that asks nothing."""
+async def identified_as_fixed_user(ws: Any = Depends(manager.socket_for(fixed_user))) -> None:
+    """Take the client id from a dependency without a check."""
 
 
-async def with_dependency(ws: StableSocketDep, who: str = Depends(user)) -> None:
-    """Looks somebody up."""
+async def with_dependency(ws: StableSocketDep, user_id: str = Depends(user)) -> None:
+    """Take a user from a dependency."""
 
 
-async def with_credential(ws: StableSocketDep, who: str = Depends(Credential(bearer()))) -> None:
-    """Wants a credential."""
+async def with_credential(ws: StableSocketDep, user_id: str = Depends(Credential(bearer()))) -> None:
+    """Take a credential."""
 
 
-async def by_hand(ws: StableSocketDep) -> None:
-    """Looks for itself."""
+async def with_own_code(ws: StableSocketDep) -> None:
+    """Reject clients without a cookie."""
     if "session" not in ws.cookies:
         await ws.close(4401)
 
 
-async def raw_by_hand(websocket: WebSocket) -> None:
-    """Looks for itself, without the library."""
+async def raw_with_own_code(websocket: WebSocket) -> None:
+    """Reject clients without a header, without the library."""
     if not websocket.headers.get("authorization"):
         raise HTTPException(status.HTTP_401_UNAUTHORIZED)
 
 
 class Reader(WebSocketEndpoint):
-    """A class of Starlette that takes everybody."""
+    """Endpoint class of Starlette that accepts each client."""
 
 
 class Guard(WebSocketEndpoint):
-    """A class of Starlette that does not."""
+    """Endpoint class of Starlette that rejects clients."""
 
     async def on_connect(self, websocket: WebSocket) -> None:
         await websocket.close(status.WS_1008_POLICY_VIOLATION)
 
 
 def read_database(fails: bool = False) -> Iterator[str]:
-    """Opens something, looks at a parameter, and hands on what goes wrong."""
+    """Yield a database, with a parameter, and raise errors again."""
     try:
         yield "database"
     except ValueError:
@@ -235,68 +235,68 @@ def read_database(fails: bool = False) -> Iterator[str]:
 
 
 def find_pool(connection: HTTPConnection) -> object:
-    """Looks at the connection, but not at who has made it."""
+    """Return a pool of the app; it reads the connection, but not its credentials."""
     return connection.app.state
 
 
 def ensure_ready() -> None:
-    """May refuse, but everybody or nobody."""
+    """Raise an error for all clients or for none."""
     if not manager:
         raise RuntimeError("not ready")
 
 
 async def with_database(ws: StableSocketDep, database: str = Depends(read_database)) -> None:
-    """Opens a database."""
+    """Take a database."""
 
 
 async def with_pool(ws: StableSocketDep, pool: Any = Depends(find_pool)) -> None:
-    """Takes a pool of the app."""
+    """Take a pool of the app."""
 
 
 async def with_readiness(ws: StableSocketDep, _: None = Depends(ensure_ready)) -> None:
-    """Is not there yet."""
+    """Take a readiness check."""
 
 
 async def with_both(ws: StableSocketDep, pool: Any = Depends(find_pool), _: None = Depends(ensure_ready)) -> None:
-    """One looks, another may refuse: neither does both."""
+    """Take one dependency that reads the connection and another that raises."""
 
 
 @pytest.mark.parametrize("endpoint", [with_database, with_pool, with_readiness, with_both])
 def test_dependency_without_check_is_no_guard(endpoint: Any) -> None:
-    """One is an identity if it looks at who comes and can refuse, not by being there."""
+    """A dependency is a guard only if it reads the client's data and can reject it."""
     assert unguarded_routes(app_with(Middleware(CheckToken), endpoint=endpoint)) == (("CheckToken",), ("/ws",))
 
 
 def by_header(authorization: str = Header("")) -> str:
-    """Hands on what stands there."""
+    """Return a header."""
     return authorization
 
 
 def above(found: str = Depends(by_header)) -> str:
-    """Refuses by what another has found."""
+    """Reject by the value of another dependency."""
     if found != "good":
         raise KeyError(found)
     return found
 
 
 def by_name(token: str = Query("")) -> Any:
-    """Leaves the refusal to somebody else, but says what it is about."""
+    """Pass a token to another function."""
     return manager.verify_jwt(token)  # type: ignore[attr-defined]
 
 
 class Guardian:
-    """An object that is a dependency."""
+    """Object that is a dependency."""
 
     def __call__(self, websocket: WebSocket) -> None:
         if "x" not in websocket.cookies:
             raise PermissionError
 
 
-Guardian.__call__.__annotations__ = {"websocket": WebSocket}  # older FastAPI cannot read those of this module there
+Guardian.__call__.__annotations__ = {"websocket": WebSocket}  # older FastAPI cannot read this module's annotations
 
 
 def nested(_: Any = Depends(user)) -> None:
-    """Is one by what is beneath it."""
+    """Depend on a guard."""
 
 
 @pytest.mark.parametrize(
@@ -305,11 +305,11 @@ def nested(_: Any = Depends(user)) -> None:
     ids=["user", "above", "by_name", "Guardian", "nested", "partial", "HTTPBearer", "Credential"],
 )
 def test_dependency_that_checks_and_rejects_is_guard(dependency: Any) -> None:
-    """By itself or with what is beneath it, however it refuses; beside the socket, or before all of a router."""
+    """A dependency that checks and rejects is a guard, directly or by its own dependencies, on a route or a router."""
 
-    async def beside(ws: StableSocketDep, who: Any = Depends(dependency)) -> None: ...
+    async def beside(ws: StableSocketDep, checked: Any = Depends(dependency)) -> None: ...
 
-    beside.__annotations__ = {"ws": StableSocketDep, "who": Any}  # those of this module are texts
+    beside.__annotations__ = {"ws": StableSocketDep, "who": Any}  # annotations of this module are strings
     app = app_with(Middleware(CheckToken), endpoint=beside)
     app.add_api_websocket_route("/before", stable, dependencies=[Depends(dependency)])
     router = APIRouter()
@@ -319,7 +319,7 @@ def test_dependency_that_checks_and_rejects_is_guard(dependency: Any) -> None:
 
 
 def test_router_inclusion_dependencies_are_inspected() -> None:
-    """A database that is opened for all routes of a router guards none of them."""
+    """A dependency of a router that opens a database guards none of its routes."""
     app, router, outer = FastAPI(middleware=[Middleware(CheckToken)]), APIRouter(), APIRouter()
     router.add_api_websocket_route("/ws", stable)
     outer.include_router(router, prefix="/b", dependencies=[Depends(read_database)])
@@ -329,20 +329,21 @@ def test_router_inclusion_dependencies_are_inspected() -> None:
 
 @pytest.mark.parametrize("endpoint", [stable, raw, named])
 def test_unauthenticated_route_is_found(endpoint: Any) -> None:
-    """Our sockets take a client at its word, and Starlette's are given to everybody."""
+    """Sockets of the library without an identity, and those of Starlette, are found."""
     assert unguarded_routes(app_with(Middleware(CheckToken), endpoint=endpoint)) == (("CheckToken",), ("/ws",))
 
 
 @pytest.mark.parametrize(
-    "endpoint", [identified, identified_as_anybody, with_dependency, with_credential, by_hand, raw_by_hand]
+    "endpoint",
+    [identified, identified_as_fixed_user, with_dependency, with_credential, with_own_code, raw_with_own_code],
 )
 def test_authenticated_route_is_not_found(endpoint: Any) -> None:
-    """With `socket_for`, with another dependency that does, or with code that refuses somebody."""
+    """A route with `socket_for`, a dependency that checks, or code that rejects is not found."""
     assert unguarded_routes(app_with(Middleware(CheckToken), endpoint=endpoint)) == ((), ())
 
 
 def test_route_router_and_inclusion_dependencies_count() -> None:
-    """Wherever FastAPI takes `dependencies=`, they run for sockets too."""
+    """Dependencies of routes, routers and inclusions count for sockets too."""
     app = FastAPI(middleware=[Middleware(CheckToken)])
     app.add_api_websocket_route("/route", stable, dependencies=[Depends(user)])
     router, included, bare = APIRouter(dependencies=[Depends(user)]), APIRouter(), APIRouter()
@@ -356,7 +357,7 @@ def test_route_router_and_inclusion_dependencies_count() -> None:
 
 
 def test_app_dependencies_count() -> None:
-    """They run before every route, those of included routers too."""
+    """Dependencies of the app count for all routes, including those of routers."""
     app, router = FastAPI(middleware=[Middleware(CheckToken)], dependencies=[Depends(user)]), APIRouter()
     router.add_api_websocket_route("/included", stable)
     app.add_api_websocket_route("/ws", stable)
@@ -365,7 +366,7 @@ def test_app_dependencies_count() -> None:
 
 
 def test_starlette_and_mounted_routes_are_inspected() -> None:
-    """Middleware stands before what is mounted; that of a mounted app before its own routes alone."""
+    """Middleware counts for mounted routes too, but middleware of a mounted app only for its own routes."""
     app = FastAPI()
     app.add_api_websocket_route("/outside", stable)
     inner = app_with(Middleware(Gate))
@@ -380,18 +381,18 @@ def test_starlette_and_mounted_routes_are_inspected() -> None:
     assert paths == ("/app/outside", "/app/sub/ws", "/app/sub/plain", "/app/sub/class")
 
 
-# ── a manager ──
+# ── manager ──
 
 
 class Deny(BaseHTTPMiddleware):
-    """Lets nobody in, as its author thinks."""
+    """Middleware that rejects each HTTP request."""
 
     async def dispatch(self, request: Request, call_next: Callable[..., Any]) -> Response:
         return PlainTextResponse("no", 403)
 
 
 def test_http_middleware_does_not_block_sockets_and_is_warned(manager_with: Any) -> None:
-    """Middleware that denies everything lets every socket in; a start says so, once, as a warning."""
+    """Middleware that rejects each HTTP request does not affect sockets, and a start warns about that once."""
     own, heard = manager_with()
     app = FastAPI(lifespan=own.lifespan, middleware=[Middleware(Deny)])
     app.add_api_websocket_route("/ws/{client_id}", stable)
@@ -400,27 +401,27 @@ def test_http_middleware_does_not_block_sockets_and_is_warned(manager_with: Any)
             assert client.get("/").status_code == 403
             with client.websocket_connect("/ws/mallory"):
                 pass
-    (report,) = [report for report in heard.of("doctor_finding") if report.fields["code"] == "D17"]
-    assert (report.level, report.fields["severity"]) == (logging.WARNING, "warning")
-    assert "Deny" in report.fields["problem"]
-    assert "/ws/{client_id}" in report.fields["problem"]
-    assert "on_handshake" in report.fields["advice"]
+    (event,) = [event for event in heard.of("doctor_finding") if event.fields["code"] == "D17"]
+    assert (event.level, event.fields["severity"]) == (logging.WARNING, "warning")
+    assert "Deny" in event.fields["problem"]
+    assert "/ws/{client_id}" in event.fields["problem"]
+    assert "on_handshake" in event.fields["advice"]
 
 
 @pytest.mark.parametrize("hook", ["on_handshake", "on_auth"])
 def test_handshake_hook_clears_login_finding(manager_with: Any, hook: str) -> None:
-    """Who has one has thought of sockets: neither a start nor the command says anything."""
+    """With a handshake or auth hook there is no finding, at a start and in `check`."""
     own, heard = manager_with()
     getattr(own, hook)(lambda ws: None)
     app = FastAPI(lifespan=own.lifespan, middleware=[Middleware(Deny)])
     app.add_api_websocket_route("/ws", stable)
     with TestClient(app):
         assert "D17" not in {finding.code for finding in own.check()}
-    assert [report for report in heard.of("doctor_finding") if report.fields["code"] == "D17"] == []
+    assert [event for event in heard.of("doctor_finding") if event.fields["code"] == "D17"] == []
 
 
 def test_manager_check_finds_unauthenticated_route() -> None:
-    """`check` looks at the app, without a server and without a start."""
+    """`check` inspects the app without a server and without a start."""
     own = WebSocketConnectionManager()
     found = own.check(app_with(Middleware(Deny)))
     assert [finding.code for finding in found if finding.code == "D17"] == ["D17"]

@@ -1,4 +1,4 @@
-"""Tests of what the doctor looks at: routes, servers, the way to them, and what a manager tells when it starts."""
+"""Tests of what the doctor inspects: routes, servers, network paths, and a starting manager."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from starlette.routing import Mount, WebSocketRoute
 
 from fastapi_ws_stabilizer import StableSocketDep, WebSocketConnectionManager, stats_router
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.doctor import collect as survey_module
+from fastapi_ws_stabilizer.doctor import collect as collect_module
 from fastapi_ws_stabilizer.doctor.collect import collect_context
 from fastapi_ws_stabilizer.doctor.context import unmanaged_routes, version_of
 from fastapi_ws_stabilizer.doctor.network_path import path_through
@@ -31,7 +31,7 @@ MODULES = {module for server in SERVERS.values() for module in server.modules}
 
 @pytest.fixture
 def under(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Let the process look as if it ran under a server, or under none."""
+    """Return a function that makes the process look as if these servers were loaded."""
 
     def pretend(*modules: str) -> None:
         for module in MODULES:
@@ -48,23 +48,23 @@ manager = WebSocketConnectionManager()
 
 
 async def raw(websocket: WebSocket) -> None:
-    """Reads and writes by itself."""
+    """Accept and send, without the library."""
     await websocket.accept()
     await websocket.send_text("hi")
 
 
 async def stable(ws: StableSocketDep) -> None:
-    """Takes a socket of the library."""
+    """Take a socket of the library."""
 
 
-async def by_hand(websocket: WebSocket) -> None:
-    """Registers what it has accepted."""
+async def connect_explicitly(websocket: WebSocket) -> None:
+    """Connect an accepted WebSocket explicitly."""
     await websocket.accept()
     await manager.connect("ann", websocket)
 
 
 async def served(websocket: WebSocket) -> None:
-    """Serves in a function of its own."""
+    """Serve in an inner function."""
 
     async def inner() -> None:
         async with manager.serve(websocket):
@@ -73,53 +73,53 @@ async def served(websocket: WebSocket) -> None:
     await inner()
 
 
-class Taken:
-    """A dependency that is an object."""
+class SocketDependency:
+    """Object that is a dependency."""
 
     async def __call__(self, websocket: WebSocket) -> Any:
         return await manager.connect("ann", websocket)
 
 
-# FastAPI of old looks for the names in an object's annotations nowhere, so this one is the type itself.
-Taken.__call__.__annotations__["websocket"] = WebSocket
+# Older FastAPI does not resolve names in the annotations of an object, so the annotation is the type itself.
+SocketDependency.__call__.__annotations__["websocket"] = WebSocket
 
 
 def user() -> str:
-    """Who it is."""
+    """Return an identity."""
     return "ann"
 
 
 async def named(ws: Any = Depends(manager.socket)) -> None:
-    """Names its manager."""
+    """Take the socket of a manager."""
 
 
 async def identified(ws: Any = Depends(manager.socket_for(user))) -> None:
-    """Has its client id from a dependency."""
+    """Take the client id from a dependency."""
 
 
-async def through_object(ws: Any = Depends(Taken())) -> None:
-    """Has its socket from an object."""
+async def through_object(ws: Any = Depends(SocketDependency())) -> None:
+    """Take the socket from an object."""
 
 
-async def looked_up(websocket: WebSocket, who: str = Depends(user)) -> None:
-    """Has dependencies, none of them a socket's."""
+async def looked_up(websocket: WebSocket, user_id: str = Depends(user)) -> None:
+    """Take a dependency that is no socket."""
     await websocket.accept()
 
 
 class Reader(WebSocketEndpoint):
-    """A class of Starlette, which always reads."""
+    """Endpoint class of Starlette, which always reads."""
 
 
-@pytest.mark.parametrize("endpoint", [stable, by_hand, served, named, identified, through_object])
+@pytest.mark.parametrize("endpoint", [stable, connect_explicitly, served, named, identified, through_object])
 def test_managed_route_is_recognised(endpoint: Any) -> None:
-    """Dependencies of the library, and code that calls a manager, are recognised."""
+    """A route is managed if it has a dependency of the library or calls a manager."""
     app = FastAPI()
     app.add_api_websocket_route("/ws", endpoint)
     assert unmanaged_routes(app) == ()
 
 
 def test_unmanaged_routes_are_found_everywhere() -> None:
-    """Plain endpoints are found in routers and mounted apps, those of Starlette too; a class always reads."""
+    """Unmanaged routes are found in routers and mounts, also those of Starlette; an endpoint class always reads."""
     app, router = FastAPI(), APIRouter()
     app.add_api_websocket_route("/raw", raw)
     app.add_api_websocket_route("/fine", stable)
@@ -132,7 +132,7 @@ def test_unmanaged_routes_are_found_everywhere() -> None:
 
 
 def test_missing_app_has_no_routes() -> None:
-    """What is no app is not looked into."""
+    """A missing app has no routes."""
     assert unmanaged_routes(None) == ()
 
 
@@ -153,14 +153,14 @@ def test_missing_app_has_no_routes() -> None:
     ],
 )
 def test_running_server_is_detected_by_loaded_module(under: Any, modules: tuple[str, ...], name: str | None) -> None:
-    """An app may import uvicorn for other reasons, so the others are looked for first."""
+    """The other servers take precedence over uvicorn, which an app may import for other reasons."""
     under(*modules)
     server = running_server()
     assert (server and server.name) == name
 
 
 def test_server_options_are_normalised() -> None:
-    """Names may be those of the command line; what no check looks at is left out; classes have their names."""
+    """Option names may be those of the command line, unchecked options are removed, and classes become names."""
     uvicorn = find_server("uvicorn")
     options = with_defaults(
         uvicorn, {"--timeout-graceful-shutdown": 5, "ws": WebSocket, "limit_max_requests_jitter": 1}
@@ -176,13 +176,13 @@ def test_server_options_are_normalised() -> None:
     ],
 )
 def test_invalid_server_option_is_rejected(given: dict[str, Any], message: str) -> None:
-    """A misspelt option, and a value that is no number, are errors that say so."""
+    """A misspelt option, and a value that is not a number, raise."""
     with pytest.raises(ValueError, match=message):
         with_defaults(find_server("uvicorn"), given)
 
 
 def test_unknown_server_is_rejected() -> None:
-    """The error lists the servers that there are."""
+    """An unknown server raises with the list of known ones."""
     with pytest.raises(
         ValueError, match="known servers: daphne, granian, gunicorn, hypercorn, uvicorn, uvicorn-worker"
     ):
@@ -190,31 +190,31 @@ def test_unknown_server_is_rejected() -> None:
 
 
 def test_server_version_is_installed_version() -> None:
-    """A server that is not installed has none."""
+    """The version is that of the installed server, and is empty without one."""
     assert version_of(find_server("uvicorn")) > (0, 20)
     assert version_of(SERVERS["daphne"]) == ()
 
 
-# ── the way ──
+# ── network path ──
 
 
 def test_smallest_hop_limit_applies() -> None:
-    """Each kind of limit is that of the hop where it is smallest; there may be none."""
-    way = path_through(["nginx", "heroku", "fly"])
-    assert str(way.smallest("idle_timeout")) == "55 s of heroku"
-    assert str(way.smallest("grace")) == "5 s of fly"
-    assert way.smallest("max_lifetime") is None
+    """The smallest limit of all hops applies for each kind, and may be missing."""
+    network_path = path_through(["nginx", "heroku", "fly"])
+    assert str(network_path.smallest("idle_timeout")) == "55 s of heroku"
+    assert str(network_path.smallest("grace")) == "5 s of fly"
+    assert network_path.smallest("max_lifetime") is None
 
 
 def test_given_limit_replaces_platform_limit_of_same_kind() -> None:
-    """A limit that is told takes the place of the platforms', and only limits of its kind."""
-    way = path_through(["nginx", "heroku"], idle_timeout=3600)
-    assert str(way.smallest("idle_timeout")) == "3600 s, as given"
-    assert str(way.smallest("grace")) == "30 s of heroku"
+    """A given limit replaces the platforms' limits of its kind only."""
+    network_path = path_through(["nginx", "heroku"], idle_timeout=3600)
+    assert str(network_path.smallest("idle_timeout")) == "3600 s, as given"
+    assert str(network_path.smallest("grace")) == "30 s of heroku"
 
 
 def test_unknown_platform_in_path_is_rejected() -> None:
-    """An unknown platform is an error."""
+    """An unknown platform raises."""
     with pytest.raises(ValueError, match="did you mean 'nginx'"):
         path_through(["ngimx"])
 
@@ -222,7 +222,7 @@ def test_unknown_platform_in_path_is_rejected() -> None:
 @pytest.mark.parametrize("seconds", [math.nan, 0, -1, math.inf, -math.inf])
 @pytest.mark.parametrize("limit", ["idle_timeout", "max_lifetime", "grace"])
 def test_invalid_hop_limit_is_rejected(limit: str, seconds: float) -> None:
-    """By the way, and by a manager that checks itself."""
+    """A limit that is not a finite number above zero raises, in a path and in `check`."""
     message = f"{limit} must be a number of seconds above zero, not {seconds:g}"
     for look in (functools.partial(path_through, []), WebSocketConnectionManager().check):
         with pytest.raises(ValueError, match=message):
@@ -231,24 +231,24 @@ def test_invalid_hop_limit_is_rejected(limit: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("seconds", [math.nan, -1, math.inf])
 def test_invalid_pre_stop_is_rejected(seconds: float) -> None:
-    """None at all is 0."""
+    """A `pre_stop` that is negative or not finite raises."""
     with pytest.raises(ValueError, match="pre_stop must be a number of seconds, not"):
         WebSocketConnectionManager().check(pre_stop=seconds)
 
 
 def test_options_without_server_are_rejected() -> None:
-    """Nobody knows whose options these are."""
+    """Server options without a known server raise."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(survey_module, "running_server", lambda: None)
+        patch.setattr(collect_module, "running_server", lambda: None)
         with pytest.raises(ValueError, match="name of their server"):
             collect_context(WebSocketConfig(), None, refuses=False, server_options={"reload": True})
 
 
-# ── a manager ──
+# ── manager ──
 
 
 def test_manager_check_inspects_own_deployment(under: Any) -> None:
-    """`check` looks at its own options, its app, what is told, and the server that is loaded."""
+    """`check` inspects the options, the app, the given platform and the loaded server."""
     under()
     own = WebSocketConnectionManager(WebSocketConfig(heartbeat_interval=100))
     app = FastAPI()
@@ -293,7 +293,7 @@ def test_unguarded_stats_router_is_found() -> None:
 
 
 def test_guarded_stats_router_is_not_found() -> None:
-    """A dependency of the router, of a router around it, or of the app, that can reject a caller is a guard."""
+    """A dependency that can reject a caller guards the stats router, on it, an outer router or the app."""
     assert open_stats_routers(app_with_stats(dependencies=[Depends(admin)])) == ()
     router = APIRouter()
     router.include_router(stats_router)
@@ -315,46 +315,46 @@ def test_non_rejecting_dependency_is_no_stats_guard() -> None:
 
 
 async def test_start_warns_about_unsuitable_server_once(manager_with: Any, under: Any) -> None:
-    """A manager that starts under a server that does not go with it says so, each once, as a warning."""
+    """A start under an unsuitable server warns once."""
     under("granian")
     own, heard = manager_with()
     await own.start()
     own._loop = None
     await own.start()
-    (report,) = heard.of("doctor_finding")
-    assert report.level == logging.WARNING
-    assert (report.fields["code"], report.fields["severity"]) == ("D10", "warning")
-    assert "granian" in report.fields["problem"]
-    assert "preStop" in report.fields["advice"]
+    (event,) = heard.of("doctor_finding")
+    assert event.level == logging.WARNING
+    assert (event.fields["code"], event.fields["severity"]) == ("D10", "warning")
+    assert "granian" in event.fields["problem"]
+    assert "preStop" in event.fields["advice"]
 
 
 @pytest.mark.parametrize(("in_worker", "codes"), [(True, ["D09"]), (False, [])])
 async def test_start_under_hypercorn_detects_worker_process(
     manager_with: Any, under: Any, monkeypatch: pytest.MonkeyPatch, in_worker: bool, codes: list[str]
 ) -> None:
-    """Worker processes of hypercorn get no signal; without any the drain begins."""
+    """In a worker process of hypercorn, which gets no signal, a start warns; otherwise it does not."""
     under("hypercorn")
     monkeypatch.setattr(multiprocessing, "parent_process", lambda: object() if in_worker else None)
     own, heard = manager_with()
     await own.start()
-    assert [report.fields["code"] for report in heard.of("doctor_finding")] == codes
+    assert [event.fields["code"] for event in heard.of("doctor_finding")] == codes
 
 
 async def test_drain_secret_counts_as_drain_in_pre_stop(
     manager_with: Any, under: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process cannot see `preStop`; who has set a secret can drain there."""
+    """A drain secret counts as a drain in `preStop`, which a process cannot see."""
     monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
     for server in ("hypercorn", "granian"):
         under(server)
-        own, heard = manager_with(drain_secret="drained-by-nobody-else")
+        own, heard = manager_with(drain_secret="a-secret-for-the-drain")
         await own.start()
         assert heard.of("doctor_finding") == []
 
 
 @pytest.mark.parametrize("modules", [(), ("uvicorn",)])
 async def test_clean_start_logs_nothing(manager_with: Any, under: Any, modules: tuple[str, ...]) -> None:
-    """Under uvicorn, and where nobody knows the server, a start is silent."""
+    """Under uvicorn, and under an unknown server, a start logs no finding."""
     under(*modules)
     own, heard = manager_with()
     await own.start()
@@ -364,28 +364,28 @@ async def test_clean_start_logs_nothing(manager_with: Any, under: Any, modules: 
 async def test_failing_doctor_does_not_fail_start(
     manager_with: Any, under: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bug in a check is told, and the manager starts."""
+    """A bug in a check is reported, and the manager still starts."""
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise ZeroDivisionError
 
     under("uvicorn")
-    monkeypatch.setattr(survey_module, "run_checks", fail)
+    monkeypatch.setattr(collect_module, "run_checks", fail)
     own, heard = manager_with()
     await own.start()
     assert own.running
-    (report,) = heard.of("doctor_failed")
-    assert isinstance(report.error, ZeroDivisionError)
+    (event,) = heard.of("doctor_failed")
+    assert isinstance(event.error, ZeroDivisionError)
 
 
 @pytest.mark.alone
 async def test_start_checks_take_less_than_10_ms(manager_with: Any, under: Any) -> None:
-    """They cost a start less than 10 ms, in the best of five."""
+    """The checks at a start take less than 10 ms, in the best of five runs."""
     under("granian")
     own, _ = manager_with()
     spent = []
     for _ in range(5):
         begun = time.perf_counter()
-        survey_module.report_at_start(own.events, own.config, refuses=True, reported=set())
+        collect_module.report_at_start(own.events, own.config, refuses=True, reported=set())
         spent.append(time.perf_counter() - begun)
     assert min(spent) < 0.01

@@ -1,4 +1,4 @@
-"""Tests of how the doctor sees that somebody is asked who it is before there is a door to hear the refusal."""
+"""Tests of D19: an identity dependency that runs before the socket dependency."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ find = Credential(bearer(), first_message())
 
 
 def get_database() -> str:
-    """Asks nobody anything."""
+    """Return a database, without a check."""
     return "database"
 
 
 def current_user(token: Annotated[str, Depends(find)], database: Annotated[str, Depends(get_database)]) -> str:
-    """Who it is."""
+    """Return the user of a credential, or reject the client."""
     if token != "good":
         raise HTTPException(401, "log in again")
     return "ann"
 
 
 def admin(user: Annotated[str, Depends(current_user)]) -> str:
-    """Who it is, if that is somebody."""
+    """Return the user, as a second dependency."""
     return user
 
 
@@ -41,44 +41,44 @@ Socket = Depends(manager.socket_for(current_user))
 
 
 def through(ws: Any = Socket) -> Any:
-    """A dependency with the socket in it."""
+    """Depend on the socket."""
     return ws
 
 
 async def before(me: str = Depends(current_user), ws: Any = Socket) -> None:
-    """Asks first, and finds the socket then."""
+    """Take the identity, then the socket."""
 
 
 async def before_by_another(me: str = Depends(admin), ws: Any = Depends(through)) -> None:
-    """Asks first by what is above the identity; the socket is beneath something, too."""
+    """Take a dependency of the identity first, and the socket by another dependency."""
 
 
 async def before_by_its_part(token: str = Depends(find), ws: Any = Socket) -> None:
-    """Looks first for the credential that the identity wants."""
+    """Take the credential of the identity first."""
 
 
 async def after(ws: Any = Socket, me: str = Depends(current_user), token: str = Depends(find)) -> None:
-    """Finds the socket first."""
+    """Take the socket first."""
 
 
 async def only(ws: Any = Socket) -> None:
-    """Has its identity from the socket."""
+    """Take the socket only."""
 
 
 async def beside_a_database(database: str = Depends(get_database), ws: Any = Socket) -> None:
-    """Opens first what the identity needs too."""
+    """Take a database first, which the identity needs too."""
 
 
 async def another(session: str = Cookie(""), ws: Any = Socket) -> None:
-    """Looks at something else."""
+    """Take a cookie first."""
 
 
 async def unnamed(ws: StableSocketDep, me: str = Depends(current_user)) -> None:
-    """Is a socket that takes everybody, and asks by itself."""
+    """Take a socket without an identity, then the user."""
 
 
 def app_with(endpoint: Any, **options: Any) -> FastAPI:
-    """An app with one socket."""
+    """Return an app with one socket."""
     app = FastAPI(**options)
     app.add_api_websocket_route("/ws", endpoint)
     return app
@@ -86,25 +86,25 @@ def app_with(endpoint: Any, **options: Any) -> FastAPI:
 
 @pytest.mark.parametrize("endpoint", [before, before_by_another, before_by_its_part])
 def test_identity_before_socket_is_found(endpoint: Any) -> None:
-    """Itself, what is above it, or the part of it that asks."""
+    """The identity, a dependency on it, and its credential are found before the socket."""
     assert routes_with_early_identity(app_with(endpoint)) == ("/ws",)
 
 
 @pytest.mark.parametrize("endpoint", [after, only, beside_a_database, another, unnamed])
 def test_other_dependency_orders_are_not_found(endpoint: Any) -> None:
-    """Behind the socket all is well, and what is no identity may stand before it."""
+    """A dependency after the socket, or one that is no identity, is not found."""
     assert routes_with_early_identity(app_with(endpoint)) == ()
 
 
 @pytest.mark.parametrize("app", [None, object(), FastAPI()])
 def test_app_without_sockets_has_no_finding(app: Any) -> None:
-    """No app, or none of ours, is no mistake."""
+    """An app without sockets of the library has no finding."""
     assert routes_with_early_identity(app) == ()
 
 
 @pytest.mark.parametrize("dependency", [current_user, admin, find])
 def test_dependencies_argument_runs_before_socket(dependency: Any) -> None:
-    """Wherever FastAPI takes `dependencies=`, they run before the endpoint's own, the socket among them."""
+    """`dependencies=` of routes, routers and mounts run before the socket of the endpoint."""
     early = [Depends(dependency)]
     app, included, deep, outer = FastAPI(), APIRouter(), APIRouter(), APIRouter()
     router = APIRouter(dependencies=early)
@@ -124,8 +124,8 @@ def test_dependencies_argument_runs_before_socket(dependency: Any) -> None:
 BROWSER = [(b"host", b"a.example"), (b"origin", b"https://a.example")]
 
 
-async def told(endpoint: Any) -> list[int]:
-    """The codes with which a browser without a credential is closed; none if it is answered by HTTP."""
+async def close_codes(endpoint: Any) -> list[int]:
+    """Return the close codes for a browser without a credential; none if the answer is an HTTP status."""
     app = app_with(endpoint)
     manager.install(app)
     server = FakeServer(headers=BROWSER)
@@ -134,16 +134,16 @@ async def told(endpoint: Any) -> list[int]:
 
 
 async def test_browser_reads_rejection_only_behind_socket() -> None:
-    """Behind the socket a browser reads why it is refused; before it, it gets an HTTP status that it cannot read."""
-    assert await told(after) == [4401]
+    """A browser can read a rejection after the socket dependency, but not the HTTP status before it."""
+    assert await close_codes(after) == [4401]
     counted = dict(manager.counters.refusals)
     assert counted == {"4401": 1}
-    assert await told(before) == []
+    assert await close_codes(before) == []
     assert manager.counters.refusals == counted
 
 
 def test_start_warns_about_early_identity_once(manager_with: Any) -> None:
-    """As a warning that names the route and says what to do; the command finds it too."""
+    """A start warns once about the route, with what to do, and `check` finds it too."""
     own, heard = manager_with()
 
     async def endpoint(me: Any, ws: Any) -> None: ...
@@ -156,7 +156,7 @@ def test_start_warns_about_early_identity_once(manager_with: Any) -> None:
     for _ in range(2):
         with TestClient(app):
             assert "D19" in {finding.code for finding in own.check()}
-    (report,) = [report for report in heard.of("doctor_finding") if report.fields["code"] == "D19"]
-    assert report.level == logging.WARNING
-    assert "/ws" in report.fields["problem"]
-    assert "first" in report.fields["advice"]
+    (event,) = [event for event in heard.of("doctor_finding") if event.fields["code"] == "D19"]
+    assert event.level == logging.WARNING
+    assert "/ws" in event.fields["problem"]
+    assert "first" in event.fields["advice"]

@@ -1,4 +1,4 @@
-"""Tests of the way from the messages of one connection to the handlers."""
+"""Tests of the dispatch of one connection's messages to the handlers."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from tests.support.fake_websocket import eventually, settle, with_deadline
 
 
 class Chat(BaseModel):
-    """A message of an application."""
+    """Message of an application."""
 
     text: str
 
 
 def chat(number: int) -> str:
-    """A message of type chat."""
+    """Return a message of type chat."""
     return f'{{"type":"chat","text":"{number}"}}'
 
 
 class Run:
-    """A run of the dispatcher over one connection."""
+    """Run of the dispatcher over one connection."""
 
     def __init__(self, b: Any, handlers: HandlerRegistry, concurrency: int = 1) -> None:
         self.b = b
@@ -35,13 +35,13 @@ class Run:
         self.task = asyncio.ensure_future(dispatcher.run(b.connection, concurrency))
 
     async def end(self) -> None:
-        """Let the client go and wait for the end of the run."""
+        """Disconnect the client, and wait until the run has ended."""
         self.b.server.feed_disconnect()
         await with_deadline(self.task)
 
 
 async def test_messages_are_handled_one_at_a_time_in_order(bench: Any) -> None:
-    """Per connection one message is handled at a time, however long each takes."""
+    """Each connection handles one message at a time, in order, regardless of the time that a handler takes."""
     b = bench()
     await b.open()
     handlers = HandlerRegistry()
@@ -60,7 +60,7 @@ async def test_messages_are_handled_one_at_a_time_in_order(bench: Any) -> None:
 
 
 async def test_concurrency_limits_parallel_handlers(bench: Any) -> None:
-    """With `concurrency=3` three messages are handled at the same time, and never more."""
+    """With `concurrency=3` at most three messages are handled concurrently."""
     b = bench()
     await b.open()
     handlers = HandlerRegistry()
@@ -86,7 +86,7 @@ async def test_concurrency_limits_parallel_handlers(bench: Any) -> None:
 
 
 async def test_messages_before_disconnect_are_still_handled(bench: Any) -> None:
-    """A client that sends and leaves at once has its messages handled."""
+    """Messages that arrive before the disconnect are handled."""
     b = bench()
     await b.open()
     handlers = HandlerRegistry()
@@ -100,7 +100,7 @@ async def test_messages_before_disconnect_are_still_handled(bench: Any) -> None:
 
 
 async def test_all_handlers_of_message_type_are_called(bench: Any) -> None:
-    """Several handlers of one type each get the message as they want it."""
+    """Each handler of a type gets the message as its annotation says."""
     b = bench()
     await b.open()
     handlers = HandlerRegistry()
@@ -125,7 +125,7 @@ async def test_all_handlers_of_message_type_are_called(bench: Any) -> None:
     [("{", "bad_json"), ('{"type":"x"}', "unknown_type"), ("[]", "no_type"), ('{"type":"chat"}', "invalid_message")],
 )
 async def test_bad_message_gets_error_reply_without_close(bench: Any, message: str, code: str) -> None:
-    """Bad JSON, an unknown type and an invalid model are answered, counted and told, and the next message is taken."""
+    """A bad message is answered, counted and reported, and the next message is handled."""
     b = bench()
     await b.open()
     handlers = HandlerRegistry()
@@ -149,7 +149,7 @@ async def test_bad_message_gets_error_reply_without_close(bench: Any, message: s
 
 
 async def test_message_invalid_for_one_handler_calls_none(bench: Any) -> None:
-    """A message that does not fit one of its handlers is handed to none, so nothing is half done."""
+    """A message that is invalid for one of its handlers calls none of them."""
     b = bench()
     await b.open()
     handlers = HandlerRegistry()
@@ -183,7 +183,7 @@ async def test_bad_messages_over_limit_close_with_1008(bench: Any) -> None:
 
 
 async def test_bad_messages_without_limit_never_close(bench: Any) -> None:
-    """`max_bad_messages=None` answers each of them."""
+    """With `max_bad_messages=None` each bad message is answered and none closes."""
     b = bench(max_bad_messages=None)
     await b.open()
     handlers = HandlerRegistry()
@@ -197,7 +197,7 @@ async def test_bad_messages_without_limit_never_close(bench: Any) -> None:
 
 @pytest.mark.parametrize("concurrency", [1, 4])
 async def test_handler_exception_ends_run_immediately(bench: Any, concurrency: int) -> None:
-    """A bug in a handler goes to the endpoint at once, not at the next message, and the other handlers are stopped."""
+    """A bug in a handler reaches the endpoint at once, and the concurrent handlers are cancelled."""
     b = bench()
     await b.open()
     handlers = HandlerRegistry()
@@ -226,7 +226,7 @@ async def test_handler_exception_ends_run_immediately(bench: Any, concurrency: i
 
 
 async def test_handler_sending_to_closed_client_does_not_stop_run(bench: Any) -> None:
-    """A handler that gets `SocketClosed` is over, and what else its client has sent is still handled."""
+    """A handler that gets `SocketClosed` ends, but the remaining messages of its client are handled."""
     b = bench()
     _, socket = await b.open()
     handlers = HandlerRegistry()
@@ -245,15 +245,15 @@ async def test_handler_sending_to_closed_client_does_not_stop_run(bench: Any) ->
 
 
 async def test_handler_sending_to_other_closed_client_ends_run(bench: Any) -> None:
-    """`SocketClosed` of somebody else's socket is not taken for the end of this one."""
+    """`SocketClosed` of another socket is an error of the handler, and ends the run."""
     b, other = bench(), bench()
     await b.open()
-    _, gone = await other.open()
-    await with_deadline(gone.close())
+    _, closed = await other.open()
+    await with_deadline(closed.close())
     handlers = HandlerRegistry()
 
     async def forward(ws: Any) -> None:
-        await gone.send("forwarded")
+        await closed.send("forwarded")
 
     handlers.add("chat", forward)
     run = Run(b, handlers)
@@ -263,20 +263,20 @@ async def test_handler_sending_to_other_closed_client_ends_run(bench: Any) -> No
 
 
 async def test_run_without_handlers_emits_warning(bench: Any) -> None:
-    """A manager whose messages go nowhere is warned about once per run."""
+    """A manager that has no handlers for its messages emits one warning per run."""
     b = bench()
     await b.open()
     run = Run(b, HandlerRegistry())
     b.server.feed_text("1", "2")
     await run.end()
-    (report,) = b.heard.of("no_message_handlers")
-    assert report.level == logging.WARNING
+    (event,) = b.heard.of("no_message_handlers")
+    assert event.level == logging.WARNING
     assert b.server.data == []
 
 
 @pytest.mark.parametrize("concurrency", [0, -1])
 async def test_concurrency_below_one_raises(bench: Any, concurrency: int) -> None:
-    """Nothing can be handled by nobody."""
+    """A concurrency below 1 raises."""
     b = bench()
     await b.open()
     with pytest.raises(ValueError, match="concurrency must be at least 1"):
@@ -284,7 +284,7 @@ async def test_concurrency_below_one_raises(bench: Any, concurrency: int) -> Non
 
 
 async def test_cancelled_run_cancels_its_handlers(bench: Any) -> None:
-    """Cancelling a run with several handlers at work leaves none of them behind."""
+    """Cancelling a run cancels all of its running handlers."""
     b = bench()
     await b.open()
     handlers = HandlerRegistry()

@@ -1,4 +1,4 @@
-"""Tests of the functions that users register for events."""
+"""Tests of hooks that an application registers for events."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ SOCKET: Any = SimpleNamespace(client_id="ann", connection_id="5f3a")
 
 
 async def coroutine_function(ws: Any) -> None:
-    """Async."""
+    """Do nothing."""
 
 
 def plain_function(ws: Any) -> None:
-    """Not async."""
+    """Do nothing."""
 
 
 class AsyncCallable:
-    """An object whose call is async."""
+    """Object with an async `__call__`."""
 
     async def __call__(self, ws: Any) -> None:
-        """Async."""
+        """Do nothing."""
 
     async def method(self, ws: Any) -> None:
-        """Async."""
+        """Do nothing."""
 
 
 class PlainCallable:
-    """An object whose call is not async."""
+    """Object with a sync `__call__`."""
 
     def __call__(self, ws: Any) -> None:
-        """Not async."""
+        """Do nothing."""
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ class PlainCallable:
     ],
 )
 def test_async_functions_are_recognized(function: Any, expected: bool) -> None:
-    """Partials and callable objects are looked through."""
+    """An async function is recognized through partials and callable objects."""
     assert is_async(function) is expected
 
 
@@ -78,35 +78,35 @@ def test_async_functions_are_recognized(function: Any, expected: bool) -> None:
     ],
 )
 def test_hook_receives_as_many_arguments_as_it_takes(function: Any, arguments: int) -> None:
-    """A function that takes fewer arguments gets the first ones, and defaults beyond them stay."""
+    """A function with fewer parameters gets the first arguments, and its defaults beyond them stay."""
     assert Signature(function, "on_disconnect", ("the socket", "the reason")).arguments == arguments
 
 
 def test_hook_with_too_many_parameters_raises() -> None:
-    """A function that could not be called is refused when it is registered, by name."""
+    """A function that cannot be called with the arguments of its event raises at registration."""
     with pytest.raises(TypeError, match=r"cannot be an on_connect function: it must take the socket"):
         HookRegistry(EventBus()).add("connect", lambda ws, more: None)
 
 
 def test_hook_with_required_keyword_raises() -> None:
-    """Nobody would give the keyword argument."""
+    """A required keyword parameter raises, because no event passes keyword arguments."""
 
-    def needs(ws: Any, *, db: Any) -> None:
-        """Cannot be called with a socket."""
+    def need_keyword(ws: Any, *, db: Any) -> None:
+        """Require a keyword argument."""
 
     with pytest.raises(TypeError, match="needs the keyword argument 'db'"):
-        HookRegistry(EventBus()).add("connect", needs)
+        HookRegistry(EventBus()).add("connect", need_keyword)
 
 
 async def test_sync_hook_runs_in_thread_pool() -> None:
-    """Blocking user code does not block the event loop."""
+    """A sync hook runs in the thread pool, so that it does not block the event loop."""
     threads: list[int] = []
     await Hook(lambda ws: threads.append(threading.get_ident()), 1)(SOCKET)
     assert threads != [threading.get_ident()]
 
 
 async def test_async_hook_runs_on_event_loop() -> None:
-    """An async hook is awaited where it is called."""
+    """An async hook is awaited on the event loop."""
     threads: list[int] = []
 
     async def hook(ws: Any) -> None:
@@ -117,7 +117,7 @@ async def test_async_hook_runs_on_event_loop() -> None:
 
 
 async def test_coroutine_returned_by_sync_hook_is_awaited() -> None:
-    """`manager.on_connect(lambda ws: ws.send("hi"))` does what it says."""
+    """`manager.on_connect(lambda ws: ws.send("hi"))` sends the message."""
     sent: list[str] = []
 
     async def send(text: str) -> None:
@@ -137,7 +137,7 @@ async def test_coroutine_returned_by_sync_hook_is_awaited() -> None:
 
 @pytest.mark.parametrize(("event", "args"), [("handshake", ()), ("connect", ())])
 async def test_hooks_run_in_registration_order_until_one_raises(event: str, args: tuple[Any, ...]) -> None:
-    """Several hooks of one event run one after the other, and the first that raises stops them."""
+    """Hooks of one event run in order, and the first that raises stops the rest."""
     hooks = HookRegistry(EventBus())
     order: list[int] = []
     hooks.add(event, lambda ws: order.append(1))
@@ -158,7 +158,7 @@ async def test_hooks_run_in_registration_order_until_one_raises(event: str, args
 
 
 async def test_failing_disconnect_hook_does_not_stop_others() -> None:
-    """A failing disconnect hook is reported and told to the error hooks; the others run."""
+    """A failing disconnect hook emits an event and calls the error hooks, and the other hooks run."""
     events, heard = EventBus(), EventRecorder()
     events.subscribe(heard)
     hooks = HookRegistry(events)
@@ -173,13 +173,13 @@ async def test_failing_disconnect_hook_does_not_stop_others() -> None:
     hooks.add("error", lambda ws, error: calls.append(error))
     await hooks.disconnect(SOCKET, DisconnectReason.CLIENT_CLOSE)
     assert calls == [error, DisconnectReason.CLIENT_CLOSE]
-    (report,) = heard.all
-    assert (report.event, report.error) == ("disconnect_hook_failed", error)
-    assert report.fields == {"client_id": "ann", "connection_id": "5f3a"}
+    (event,) = heard.all
+    assert (event.event, event.error) == ("disconnect_hook_failed", error)
+    assert event.fields == {"client_id": "ann", "connection_id": "5f3a"}
 
 
 async def test_failing_error_hook_does_not_stop_others() -> None:
-    """A failing error hook is reported, and does not call the error hooks again."""
+    """A failing error hook emits an event, and the error hooks are not called for it."""
     events, heard = EventBus(), EventRecorder()
     events.subscribe(heard)
     hooks = HookRegistry(events)
@@ -193,14 +193,14 @@ async def test_failing_error_hook_does_not_stop_others() -> None:
     hooks.add("error", lambda ws, error: calls.append(error))
     await hooks.error(SOCKET, first)
     assert calls == [first]
-    assert [(report.event, report.error) for report in heard.all] == [("error_hook_failed", second)]
+    assert [(event.event, event.error) for event in heard.all] == [("error_hook_failed", second)]
 
 
 async def test_hanging_disconnect_hook_is_cancelled_at_limit() -> None:
-    """Each disconnect hook has its own limit; the one that passes it is cancelled and told, and the next is called."""
+    """A disconnect hook that exceeds its own limit is cancelled and reported, and the next one is called."""
     events = EventBus()
-    told: list[str] = []
-    events.subscribe(lambda report: told.append(report.event))
+    recorded: list[str] = []
+    events.subscribe(lambda event: recorded.append(event.event))
     hooks = HookRegistry(events, limit=0.02)
     called: list[str] = []
 
@@ -216,24 +216,22 @@ async def test_hanging_disconnect_hook_is_cancelled_at_limit() -> None:
     socket: Any = SimpleNamespace(client_id="ann", connection_id="1")
     await asyncio.wait_for(hooks.disconnect(socket, DisconnectReason.COMPLETED), 5)
     assert sorted(called) == ["cancelled", "second"]
-    assert told == ["disconnect_hook_failed"]
+    assert recorded == ["disconnect_hook_failed"]
 
 
 @pytest.mark.parametrize("event", ["disconnect", "session_end", "slow", "error"])
 async def test_socket_closed_in_hook_is_logged_at_debug(event: str) -> None:
-    """`SocketClosed` that a hook lets escape is a debug line, and the other hooks of the event are still called."""
+    """`SocketClosed` from a hook is logged at DEBUG, and the other hooks of the event are called."""
     events, heard, called = EventBus(), EventRecorder(), []
     events.subscribe(heard)
     hooks = HookRegistry(events)
 
-    async def sends_too_late(*_: Any) -> None:
+    async def send_too_late(*_: Any) -> None:
         raise closed_error_for(local_close(DisconnectReason.CLIENT_CLOSE))
 
-    hooks.add(event, sends_too_late)
+    hooks.add(event, send_too_late)
     hooks.add(event, lambda _: called.append("second"))
     socket: Any = SimpleNamespace(client_id="ann", connection_id="1")
     await getattr(hooks, event)(socket, DisconnectReason.COMPLETED)
     assert called == ["second"]
-    assert [(report.event, report.level, report.error) for report in heard.all] == [
-        ("hook_stopped", logging.DEBUG, None)
-    ]
+    assert [(event.event, event.level, event.error) for event in heard.all] == [("hook_stopped", logging.DEBUG, None)]

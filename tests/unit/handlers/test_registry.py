@@ -1,4 +1,4 @@
-"""Tests of message handlers: which messages they take, and as what."""
+"""Tests of message handlers: the messages that they get, and the types."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from fastapi_ws_stabilizer.handlers.registry import (
 
 
 class Chat(BaseModel):
-    """A message of an application."""
+    """Message of an application."""
 
     type: str = "chat"
     text: str = Field(max_length=5)
 
 
 class Many(BaseModel):
-    """A message with many fields."""
+    """Message with many fields."""
 
     a: int
     b: int
@@ -40,39 +40,39 @@ class Many(BaseModel):
 
 
 class Move(BaseModel):
-    """A message of a union."""
+    """Message of a union."""
 
     kind: Literal["move"]
     x: int
 
 
 class Say(BaseModel):
-    """Another message of that union."""
+    """Other message of that union."""
 
     kind: Literal["say"]
     text: str
 
 
 class Loose(BaseModel):
-    """A message whose field may be anything."""
+    """Message with a field of any type."""
 
     type: str
     x: Any = None
 
 
 class Strict(BaseModel, extra="forbid"):
-    """A message that knows all its fields."""
+    """Message without unknown fields."""
 
 
 class Inside:
-    """A class of the application."""
+    """Class of the application."""
 
 
 IsInside = Annotated[InstanceOf[Inside], BeforeValidator(lambda value: value)]
 
 
 class Room:
-    """An object with handlers."""
+    """Object with handlers."""
 
     def __call__(self, ws: Any, message: Chat) -> None:
         """Take a message."""
@@ -82,12 +82,12 @@ class Room:
 
 
 def prepare(function: Any, raw: str | bytes, *, typed: bool = True) -> Any:
-    """What `function` would be given for a message."""
+    """Return the argument that `function` gets for a message."""
     return MessageHandler(function, typed=typed).validate(ReceivedMessage(raw))
 
 
 def takes_loose(ws: Any, message: Loose) -> None:
-    """Take a model with a field for anything."""
+    """Take a model with a field of any type."""
 
 
 def takes_chat(ws: Any, message: Chat) -> None:
@@ -95,7 +95,7 @@ def takes_chat(ws: Any, message: Chat) -> None:
 
 
 def takes_dict(ws: Any, message: dict[str, Any]) -> None:
-    """Take an object."""
+    """Take a dict."""
 
 
 def takes_str(ws: Any, message: str) -> None:
@@ -107,19 +107,19 @@ def takes_bytes(ws: Any, message: bytes) -> None:
 
 
 def takes_either(ws: Any, message: str | bytes) -> None:
-    """Take a message as it came."""
+    """Take text or bytes."""
 
 
-def takes_either_in_words(ws: Any, message: Union[str, bytes]) -> None:  # noqa: UP007 (both spellings are tested)
-    """Take a message as it came."""
+def takes_union_syntax(ws: Any, message: Union[str, bytes]) -> None:  # noqa: UP007 (both spellings are tested)
+    """Take text or bytes."""
 
 
 def takes_any(ws: Any, message: Any) -> None:
-    """Take anything."""
+    """Take any value."""
 
 
-def takes_something(ws, message):  # type: ignore[no-untyped-def]
-    """Take anything, without a word about it."""
+def takes_unannotated(ws, message):  # type: ignore[no-untyped-def]
+    """Take a message without an annotation."""
 
 
 def takes_union(ws: Any, message: Annotated[Move | Say, Field(discriminator="kind")]) -> None:
@@ -127,11 +127,11 @@ def takes_union(ws: Any, message: Annotated[Move | Say, Field(discriminator="kin
 
 
 def takes_with_db(db: Any, ws: Any, message: Chat) -> None:
-    """Take a model, with something bound before."""
+    """Take a model after a bound argument."""
 
 
 def takes_all(*args: Any) -> None:
-    """Take whatever there is."""
+    """Take all arguments."""
 
 
 def takes_socket(ws: Any) -> None:
@@ -155,7 +155,7 @@ TEXT = '{"type":"chat","text":"hi"}'
 @pytest.mark.parametrize("raw", [TEXT, TEXT.encode()], ids=["text", "bytes"])
 @pytest.mark.parametrize("typed", [True, False])
 def test_message_is_validated_as_model(function: Any, raw: str | bytes, typed: bool) -> None:
-    """A handler that wants a model gets it, however the function is made and whether text or bytes came."""
+    """A model annotation validates text and bytes, for every kind of callable."""
     assert prepare(function, raw, typed=typed) == Chat(text="hi")
 
 
@@ -165,30 +165,30 @@ def test_message_is_validated_as_model(function: Any, raw: str | bytes, typed: b
         (takes_dict, True, {"type": "chat", "text": "hi"}),
         (takes_str, True, TEXT),
         (takes_either, True, TEXT),
-        (takes_either_in_words, True, TEXT),
+        (takes_union_syntax, True, TEXT),
         (takes_any, True, {"type": "chat", "text": "hi"}),
-        (takes_something, True, {"type": "chat", "text": "hi"}),
+        (takes_unannotated, True, {"type": "chat", "text": "hi"}),
         (takes_all, True, {"type": "chat", "text": "hi"}),
         (takes_dict, False, {"type": "chat", "text": "hi"}),
         (takes_str, False, TEXT),
         (takes_any, False, TEXT),
-        (takes_something, False, TEXT),
+        (takes_unannotated, False, TEXT),
         (takes_all, False, TEXT),
     ],
 )
 def test_annotation_determines_message_type(function: Any, typed: bool, expected: Any) -> None:
-    """Without an annotation a typed handler gets the JSON value, and one that takes all the message as it came."""
+    """The annotation selects the value; without one a typed handler gets parsed JSON, a catch-all the raw message."""
     assert prepare(function, TEXT, typed=typed) == expected
 
 
 def test_bytes_annotation_receives_raw_bytes() -> None:
-    """A handler of bytes gets them untouched."""
+    """A handler of bytes gets the raw bytes."""
     assert prepare(takes_bytes, b"\x00\xff", typed=False) == b"\x00\xff"
     assert prepare(takes_either, b"\x00\xff", typed=False) == b"\x00\xff"
 
 
 def test_union_annotation_uses_discriminator() -> None:
-    """Anything that pydantic validates can be an annotation."""
+    """An annotation can be any type that pydantic validates."""
     assert prepare(takes_union, '{"kind":"move","x":1}', typed=False) == Move(kind="move", x=1)
     assert prepare(takes_union, '{"kind":"say","text":"a"}', typed=False) == Say(kind="say", text="a")
 
@@ -209,7 +209,7 @@ def test_union_annotation_uses_discriminator() -> None:
     ],
 )
 def test_invalid_message_has_error_code(function: Any, raw: str | bytes, code: str) -> None:
-    """What is wrong with a message is a fixed word and a sentence for the client."""
+    """An invalid message has a fixed error code and a sentence for the client."""
     with pytest.raises(InvalidMessageError) as caught:
         prepare(function, raw)
     assert caught.value.code == code
@@ -218,7 +218,7 @@ def test_invalid_message_has_error_code(function: Any, raw: str | bytes, code: s
 
 
 def test_validation_error_names_invalid_fields() -> None:
-    """The reply says which field is wrong and why, and nothing of the input or the inside."""
+    """The error names the invalid field and its problem, but not the input or the class."""
     with pytest.raises(InvalidMessageError) as caught:
         prepare(takes_chat, '{"type":"chat","text":"much too long secret"}')
     assert caught.value.message == "text: String should have at most 5 characters"
@@ -228,10 +228,10 @@ def test_validation_error_names_invalid_fields() -> None:
 
 
 def test_validation_error_lists_at_most_max_problems() -> None:
-    """Of many wrong fields a few are named, and the rest is counted."""
+    """The error lists at most MAX_PROBLEMS fields and counts the rest."""
 
     def takes_many(ws: Any, message: Many) -> None:
-        """Take many."""
+        """Take a model."""
 
     with pytest.raises(InvalidMessageError, match=r"and 2 more$") as caught:
         prepare(takes_many, "{}")
@@ -239,12 +239,12 @@ def test_validation_error_lists_at_most_max_problems() -> None:
 
 
 def test_handler_with_socket_only_accepts_any_message() -> None:
-    """A handler without a message is called for it all the same."""
+    """A handler without a message parameter is called for any message."""
     assert MessageHandler(takes_socket, typed=True).validate(ReceivedMessage("anything")) == "anything"
 
 
 async def test_handler_is_called_with_its_parameters() -> None:
-    """The function gets socket and message, or the socket only if it takes no more."""
+    """A handler gets the socket and the message, or only the socket."""
     calls: list[Any] = []
     await MessageHandler(lambda ws, message: calls.append((ws, message)), typed=True)("socket", "message")  # type: ignore[arg-type]
     await MessageHandler(lambda ws: calls.append(ws), typed=True)("socket", "message")  # type: ignore[arg-type]
@@ -252,13 +252,13 @@ async def test_handler_is_called_with_its_parameters() -> None:
 
 
 def test_handler_with_too_many_parameters_raises() -> None:
-    """A function that wants more than a socket and a message is an error at once."""
+    """A function with more than two required parameters raises at registration."""
     with pytest.raises(TypeError, match="cannot be an on_message function"):
         HandlerRegistry().add("chat", lambda ws, message, more: None)
 
 
 def test_message_is_parsed_once_for_all_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many handlers look at a message, its JSON is read once."""
+    """A message is parsed once, for any number of handlers."""
     parsed: list[Any] = []
     real = messages_module.read_json
 
@@ -277,16 +277,16 @@ def test_message_is_parsed_once_for_all_handlers(monkeypatch: pytest.MonkeyPatch
     assert len(parsed) == 1
 
 
-# ── what a client is told, and what not ──
+# ── contents of errors ──
 
 
-def no_insider(text: str) -> str:
-    """A validator whose name is nobody's business."""
+def inside_validator(text: str) -> str:
+    """Reject each value; the name must not reach a client."""
     raise ValueError("not that")
 
 
 def inside_tag(value: Any) -> str:
-    """A discriminator whose name is nobody's business."""
+    """Return the tag of a value; the name must not reach a client."""
     return str(value.get("kind"))
 
 
@@ -294,12 +294,12 @@ def takes_plain_union(ws: Any, message: Union[Say, Move]) -> None:  # noqa: UP00
     """Take one of two models."""
 
 
-def takes_validated(ws: Any, message: Annotated[str, AfterValidator(no_insider)] | int) -> None:
-    """Take what a function looks at."""
+def takes_validated(ws: Any, message: Annotated[str, AfterValidator(inside_validator)] | int) -> None:
+    """Take a value with a validator function."""
 
 
 def takes_instance(ws: Any, message: dict[str, IsInside]) -> None:
-    """Take what no JSON can be."""
+    """Take an instance that no JSON can be."""
 
 
 def takes_tagged(
@@ -309,15 +309,15 @@ def takes_tagged(
         Discriminator(inside_tag),
     ],
 ) -> None:
-    """Take what a function tells apart."""
+    """Take a union with a discriminator function."""
 
 
 def takes_strict(ws: Any, message: Strict) -> None:
-    """Take a model that knows all its fields."""
+    """Take a model without unknown fields."""
 
 
 def validation_error(function: Any, raw: str) -> str:
-    """What the client is told."""
+    """Return the error for the client."""
     with pytest.raises(InvalidMessageError) as caught:
         prepare(function, raw, typed=False)
     assert caught.value.code == "invalid_message"
@@ -325,9 +325,9 @@ def validation_error(function: Any, raw: str) -> str:
 
 
 def test_validation_error_does_not_name_union_members() -> None:
-    """A place is a place in the message: no class that pydantic has tried stands in it."""
-    told = validation_error(takes_plain_union, '{"kind":"x"}')
-    assert told == (
+    """A location in an error has message fields only, without the classes that pydantic tried."""
+    error_text = validation_error(takes_plain_union, '{"kind":"x"}')
+    assert error_text == (
         "kind: Input should be 'say'; text: Field required; kind: Input should be 'move'; x: Field required"
     )
 
@@ -338,23 +338,23 @@ def test_validation_error_does_not_name_union_members() -> None:
     ids=["validator", "class", "discriminator"],
 )
 def test_validation_error_does_not_name_functions_or_classes(function: Any, raw: str) -> None:
-    """No name of the application's code reaches a client by way of pydantic."""
-    told = validation_error(function, raw).lower()
-    assert told
-    assert not any(word in told for word in ("inside", "function", "instance of", "class", "()"))
+    """An error contains no name of the application's code."""
+    error_text = validation_error(function, raw).lower()
+    assert error_text
+    assert not any(word in error_text for word in ("inside", "function", "instance of", "class", "()"))
 
 
 def test_validation_error_truncates_unknown_member_names() -> None:
-    """A member that is not known is named as far as it is short: a reply is never as long as its message."""
+    """An unknown field name is truncated, so that a reply is shorter than its message."""
     assert validation_error(takes_strict, '{"unknown":1}') == "unknown: Extra inputs are not permitted"
     many = ",".join(f'"{number}{"x" * 100_000}":1' for number in range(9))
-    told = validation_error(takes_strict, f"{{{many}}}")
-    assert len(told) <= MAX_PROBLEMS * (MAX_PROBLEM_CHARS + 2) + len("and 9 more")
-    assert told.endswith("and 4 more")
+    error_text = validation_error(takes_strict, f"{{{many}}}")
+    assert len(error_text) <= MAX_PROBLEMS * (MAX_PROBLEM_CHARS + 2) + len("and 9 more")
+    assert error_text.endswith("and 4 more")
 
 
 def test_unknown_type_is_escaped_and_truncated_in_error() -> None:
-    """The type that nobody handles is quoted, escaped, and cut."""
+    """An unknown type is quoted, escaped and truncated in the error."""
     handlers = HandlerRegistry()
     handlers.add("chat", takes_any)
     with pytest.raises(InvalidMessageError) as caught:
@@ -363,7 +363,7 @@ def test_unknown_type_is_escaped_and_truncated_in_error() -> None:
     assert len(caught.value.message) < 200
 
 
-# ── limits of what is read ──
+# ── limits of JSON ──
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def test_unknown_type_is_escaped_and_truncated_in_error() -> None:
     ids=["nan", "infinity", "huge", "many digits", "endless digits", "deep", "deepest", "lone surrogate"],
 )
 def test_json_limits_apply_to_every_handler(function: Any, typed: bool, value: str, what: str) -> None:
-    """What the router would refuse, pydantic is not given either, whether the handler has a type or not."""
+    """JSON limits apply before pydantic, to handlers with a type and without."""
     raw = f'{{"type":"chat","text":"hi","x":{value}}}'
     for message in (raw, raw.encode()):
         with pytest.raises(InvalidMessageError, match=what) as caught:
@@ -394,7 +394,7 @@ def test_json_limits_apply_to_every_handler(function: Any, typed: bool, value: s
 
 
 def test_last_of_duplicate_types_selects_handler_and_model() -> None:
-    """No message is routed as one type and validated as another."""
+    """With duplicate `type` keys, the last one selects both handler and model."""
     handlers = HandlerRegistry()
     handlers.add("a", takes_loose)
     handlers.add("b", takes_loose)
@@ -404,23 +404,23 @@ def test_last_of_duplicate_types_selects_handler_and_model() -> None:
     assert handler.validate(received).type == "b"
 
 
-# ── finding ──
+# ── matching ──
 
 
 def found(handlers: HandlerRegistry, raw: str | bytes) -> list[Any]:
-    """The functions that would be called for a message."""
+    """Return the functions that are called for a message."""
     return [handler.function for handler in handlers.match(ReceivedMessage(raw))]
 
 
 def test_registry_without_handlers_matches_nothing() -> None:
-    """A manager without handlers takes every message and does nothing."""
+    """A registry without handlers is false and matches nothing."""
     handlers = HandlerRegistry()
     assert not handlers
     assert found(handlers, "anything") == []
 
 
 def test_message_type_selects_its_handler() -> None:
-    """The handler of a type is called, and no other."""
+    """A message type selects its handler alone."""
     handlers = HandlerRegistry()
     handlers.add("chat", takes_chat)
     handlers.add("move", takes_any)
@@ -431,7 +431,7 @@ def test_message_type_selects_its_handler() -> None:
 
 @pytest.mark.parametrize("raw", ["plain text", b"\xff", '{"type":"other"}', '{"a":1}', '{"type":7}', "[]"])
 def test_unmatched_message_goes_to_catch_all_handler(raw: str | bytes) -> None:
-    """A handler without a type gets every message that has no handler of its own, JSON or not."""
+    """A catch-all handler gets each message without a handler of its own, JSON or not."""
     handlers = HandlerRegistry()
     handlers.add("chat", takes_chat)
     handlers.add(None, takes_any)
@@ -440,7 +440,7 @@ def test_unmatched_message_goes_to_catch_all_handler(raw: str | bytes) -> None:
 
 
 def test_catch_all_handler_alone_receives_unparsed_message() -> None:
-    """Without typed handlers nothing is parsed to find them."""
+    """Without typed handlers a message is matched unparsed."""
     handlers = HandlerRegistry()
     handlers.add(None, takes_any)
     assert handlers
@@ -459,7 +459,7 @@ def test_catch_all_handler_alone_receives_unparsed_message() -> None:
     ],
 )
 def test_message_without_matching_handler_is_invalid(raw: str | bytes, code: str) -> None:
-    """Where all handlers are typed, a message without one of their types is a bad message."""
+    """If all handlers have a type, a message without a matching type is a bad message."""
     handlers = HandlerRegistry()
     handlers.add("chat", takes_chat)
     with pytest.raises(InvalidMessageError) as caught:
@@ -468,7 +468,7 @@ def test_message_without_matching_handler_is_invalid(raw: str | bytes, code: str
 
 
 def test_long_unknown_type_is_truncated_in_error() -> None:
-    """A reply does not send back as much as came in."""
+    """A long unknown type is truncated, so that a reply is shorter than its message."""
     handlers = HandlerRegistry()
     handlers.add("chat", takes_chat)
     with pytest.raises(InvalidMessageError) as caught:

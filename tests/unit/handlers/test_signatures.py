@@ -1,4 +1,4 @@
-"""Tests of what a function must take to be registered for messages and events."""
+"""Tests of the signatures that handlers and hooks may have."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ SOCKET_HOOKS = HOOKS[:-2]
 
 
 class Say(BaseModel):
-    """A message."""
+    """Message of an application."""
 
     text: str
 
 
 class Session:
-    """A database session, which is nothing that a message can be."""
+    """Database session, which no message can become."""
 
 
 def get_db() -> Session:
-    """A dependency."""
+    """Return a session, as a dependency."""
     return Session()
 
 
@@ -49,12 +49,12 @@ TEXT = '{"type":"say","text":"hi"}'
 
 
 def line_of(function: Callable[..., Any]) -> str:
-    """Where a function begins, as a refusal names it."""
+    """Return the file and line of a function, as an error names it."""
     return f"{__file__}:{inspect.unwrap(function).__code__.co_firstlineno}"
 
 
 def register_message(function: Any) -> None:
-    """Register a handler of messages."""
+    """Register a message handler."""
     WebSocketConnectionManager().on_message("say")(function)
 
 
@@ -64,45 +64,45 @@ def register_hook(event: str, function: Any) -> None:
 
 
 def registration_error(function: Any, event: str = "message") -> str:
-    """Why a function cannot be registered."""
+    """Return the error that the registration of a function raises."""
     with pytest.raises(TypeError) as caught:
         register_message(function) if event == "message" else register_hook(event, function)
     return str(caught.value)
 
 
-# ── what FastAPI gives to endpoints ──
+# ── parameters of FastAPI endpoints ──
 
 
 async def default_dependency(ws: StableSocket, message: Say, db: Session = Depends(get_db)) -> None:
-    """Want a dependency by its default."""
+    """Take a dependency by default."""
 
 
 async def annotated_dependency(ws: StableSocket, message: Say, db: SessionDep) -> None:
-    """Want a dependency by its annotation."""
+    """Take a dependency by annotation."""
 
 
 async def annotated_with_default(ws: StableSocket, message: Say, db: SessionDep = None) -> None:  # type: ignore[assignment]
-    """Want a dependency by its annotation, and have a default."""
+    """Take a dependency by annotation, with a default."""
 
 
 async def dependency_for_message(ws: StableSocket, db: Session = Depends(get_db)) -> None:
-    """Want a dependency where the message comes."""
+    """Take a dependency instead of the message."""
 
 
 async def keyword_dependency(ws: StableSocket, message: Say, *, db: Session = Depends(get_db)) -> None:
-    """Want a dependency by keyword."""
+    """Take a dependency by keyword."""
 
 
 async def security(ws: StableSocket, message: Say, user: Any = Security(get_db)) -> None:
-    """Want a user."""
+    """Take a user by `Security`."""
 
 
 async def header(ws: StableSocket, message: Say, agent: Annotated[str, Header()] = "") -> None:
-    """Want a header."""
+    """Take a header."""
 
 
 async def query(ws: StableSocket, message: Say, q: str = Query("")) -> None:
-    """Want a query parameter."""
+    """Take a query parameter."""
 
 
 @pytest.mark.parametrize(
@@ -120,52 +120,52 @@ async def query(ws: StableSocket, message: Say, q: str = Query("")) -> None:
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_message_handler_with_fastapi_parameter_raises(function: Any, parameter: str) -> None:
-    """A handler with `Depends`, `Header` or the like is refused with its place, its parameter and what to do."""
-    told = registration_error(function)
-    assert function.__name__ in told
-    assert line_of(function) in told
-    assert repr(parameter) in told
-    assert "later version" in told
-    assert "functools.wraps" in told
+    """A handler with `Depends`, `Header` or the like raises with its location, the parameter and advice."""
+    error_text = registration_error(function)
+    assert function.__name__ in error_text
+    assert line_of(function) in error_text
+    assert repr(parameter) in error_text
+    assert "later version" in error_text
+    assert "functools.wraps" in error_text
 
 
-class Wants:
-    """An object that wants a dependency, however it is called."""
+class Dependent:
+    """Object with methods that take a dependency."""
 
     def __call__(self, ws: StableSocket, message: Say, db: Session = Depends(get_db)) -> None:
-        """Want a dependency."""
+        """Take a dependency."""
 
     async def method(self, ws: StableSocket, message: Say, db: SessionDep) -> None:
-        """Want a dependency."""
+        """Take a dependency."""
 
     @classmethod
     def of_class(cls, ws: StableSocket, message: Say, db: SessionDep) -> None:
-        """Want a dependency."""
+        """Take a dependency."""
 
     @staticmethod
     def static(ws: StableSocket, message: Say, db: SessionDep) -> None:
-        """Want a dependency."""
+        """Take a dependency."""
 
 
 @pytest.mark.parametrize(
     "function",
     [
-        Wants(),
-        Wants().method,
-        Wants.of_class,
-        Wants.static,
+        Dependent(),
+        Dependent().method,
+        Dependent.of_class,
+        Dependent.static,
         functools.partial(default_dependency),
-        functools.partial(Wants().method),
-        functools.lru_cache(Wants.static),
+        functools.partial(Dependent().method),
+        functools.lru_cache(Dependent.static),
         lambda ws, message, db=Depends(get_db): None,
     ],
 )
 @pytest.mark.parametrize("event", ["message", "connect", "disconnect"])
 def test_callable_of_any_kind_with_dependency_raises(function: Any, event: str) -> None:
-    """Objects, methods, partials and functions that are not async are held to the same rule, with their place."""
-    told = registration_error(function, event)
-    assert "'db'" in told
-    assert re.search(r"test_signatures\.py:\d+\)", told)
+    """The rule applies to objects, methods, partials and sync functions, and the error has their location."""
+    error_text = registration_error(function, event)
+    assert "'db'" in error_text
+    assert re.search(r"test_signatures\.py:\d+\)", error_text)
 
 
 @pytest.mark.parametrize(
@@ -179,51 +179,51 @@ def test_callable_of_any_kind_with_dependency_raises(function: Any, event: str) 
     ],
 )
 def test_message_handler_with_starlette_parameter_raises(annotation: Any, advice: str) -> None:
-    """A handler that wants an object of the request is told where a socket has it."""
+    """A handler that takes a request object raises with the attribute of the socket to use instead."""
 
     async def third(ws: StableSocket, message: Say, more: Any) -> None:
-        """Want it beside the message."""
+        """Take it after the message."""
 
     async def second(ws: StableSocket, more: Any = None) -> None:
-        """Want it in the place of the message."""
+        """Take it instead of the message."""
 
     for function in (third, second):
         function.__annotations__["more"] = annotation
-        told = registration_error(function)
-        assert annotation.__name__ in told
-        assert advice in told
-        assert line_of(function) in told
+        error_text = registration_error(function)
+        assert annotation.__name__ in error_text
+        assert advice in error_text
+        assert line_of(function) in error_text
 
 
 @pytest.mark.parametrize("event", HOOKS)
 def test_hook_with_dependency_raises(event: str) -> None:
-    """Hooks are held to the same rule as handlers of messages."""
+    """The rule for message handlers applies to hooks too."""
 
     async def by_default(first: Any, db: Session = Depends(get_db)) -> None:
-        """Want a dependency."""
+        """Take a dependency."""
 
     async def annotated(first: Any, second: Any, db: SessionDep) -> None:
-        """Want a dependency."""
+        """Take a dependency."""
 
     for function in (by_default, annotated):
-        told = registration_error(function, event)
-        assert f"on_{event}" in told
-        assert "'db'" in told
-        assert line_of(function) in told
+        error_text = registration_error(function, event)
+        assert f"on_{event}" in error_text
+        assert "'db'" in error_text
+        assert line_of(function) in error_text
 
 
 def test_websocket_as_first_parameter_raises() -> None:
-    """The first parameter is a `StableSocket`, and not the WebSocket that FastAPI gives to endpoints."""
+    """The first parameter is a `StableSocket`; a FastAPI `WebSocket` there raises."""
 
     async def takes_websocket(ws: WebSocket, message: Say) -> None:
-        """Want the wrong class."""
+        """Take the wrong class."""
 
     assert "ws: StableSocket" in registration_error(takes_websocket)
     assert "ws.websocket" in registration_error(takes_websocket, "disconnect")
 
 
 def test_stable_socket_dep_annotation_is_accepted() -> None:
-    """`ws: StableSocketDep` names what the function gets, so it stays allowed."""
+    """`ws: StableSocketDep` is accepted, because it names the type that the function gets."""
 
     async def dep(ws: StableSocketDep, message: Say) -> None:
         """Take the socket."""
@@ -236,54 +236,54 @@ def test_stable_socket_dep_annotation_is_accepted() -> None:
     register_hook("connect", default)
 
 
-# ── the order of parameters ──
+# ── order of parameters ──
 
 
 async def message_only(message: Say) -> None:
-    """Want the message only."""
+    """Take the message only."""
 
 
 async def message_first(message: Say, ws: StableSocket) -> None:
-    """Want the message first."""
+    """Take the message first."""
 
 
 async def bare_message_only(message) -> None:  # type: ignore[no-untyped-def]
-    """Want the message only, without an annotation."""
+    """Take the message only, without an annotation."""
 
 
 def bare_event_only(event) -> None:  # type: ignore[no-untyped-def]
-    """Want the message only, by another name."""
+    """Take the message only, under another name."""
 
 
 async def bare_message_first(message, ws) -> None:  # type: ignore[no-untyped-def]
-    """Want the message first, without annotations."""
+    """Take the message first, without annotations."""
 
 
 async def dict_only(event: dict[str, Any]) -> None:
-    """Want an object."""
+    """Take a dict only."""
 
 
 async def text_or_bytes_only(event: str | bytes) -> None:
-    """Want the message as it came."""
+    """Take the raw message only."""
 
 
 async def socket_second(anything: Any, ws: StableSocket) -> None:
-    """Want the socket second."""
+    """Take the socket second, by annotation."""
 
 
 async def bare_socket_second(d, ws) -> None:  # type: ignore[no-untyped-def]
-    """Want the socket second, as its name says."""
+    """Take the socket second, by name."""
 
 
 async def keywords_only(**kw: Any) -> None:
-    """Want keyword arguments."""
+    """Take keyword arguments."""
 
 
 class Unbound:
-    """A class with a method."""
+    """Class with a method."""
 
     async def method(self, ws) -> None:  # type: ignore[no-untyped-def]
-        """Want an object first."""
+        """Take an object first."""
 
 
 @pytest.mark.parametrize(
@@ -305,15 +305,15 @@ class Unbound:
     ids=lambda value: getattr(value, "__name__", "partial"),
 )
 def test_message_handler_without_socket_first_raises(function: Any) -> None:
-    """A handler whose first parameter is not the socket is refused with what to write."""
-    told = registration_error(function)
-    assert re.search(r"\(ws: StableSocket, message: \w+", told), told
+    """A handler without the socket as its first parameter raises with the signature to write."""
+    error_text = registration_error(function)
+    assert re.search(r"\(ws: StableSocket, message: \w+", error_text), error_text
     target = function.func if isinstance(function, functools.partial) else function
-    assert line_of(target) in told
+    assert line_of(target) in error_text
 
 
 def test_unbound_method_raises_with_hint() -> None:
-    """A function with `self` is registered on an object."""
+    """An unbound method raises with the advice to register a bound method."""
     assert "bound method" in registration_error(Unbound.method)
 
 
@@ -338,25 +338,25 @@ def test_unbound_method_raises_with_hint() -> None:
     ],
 )
 def test_hook_with_parameters_in_other_order_raises(event: str, parameters: dict[str, Any]) -> None:
-    """A hook whose first parameter is not what it gets first is refused with what it gets."""
+    """A hook with another first parameter than its event passes raises with the right parameter."""
     names = ", ".join(parameters)
     namespace: dict[str, Any] = {}
     exec(f"def hook({names}): pass", namespace)
     hook = namespace["hook"]
     hook.__annotations__ = {name: kind for name, kind in parameters.items() if kind is not inspect.Parameter.empty}
-    told = registration_error(hook, event)
-    assert ("room: Room" if event in ("join", "leave") else "ws: StableSocket") in told
+    error_text = registration_error(hook, event)
+    assert ("room: Room" if event in ("join", "leave") else "ws: StableSocket") in error_text
 
 
 @pytest.mark.parametrize("event", SOCKET_HOOKS)
 def test_hook_with_event_parameters_is_accepted(event: str) -> None:
-    """A hook that takes what its event gives, with or without annotations, is registered."""
+    """A hook that takes the arguments of its event, with or without annotations, is accepted."""
 
     def annotated(ws: StableSocket) -> None:
         """Take the socket."""
 
     def any_of_it(*args: Any) -> None:
-        """Take all."""
+        """Take all arguments."""
 
     def union(ws: StableSocket | None) -> None:
         """Take the socket."""
@@ -365,7 +365,7 @@ def test_hook_with_event_parameters_is_accepted(event: str) -> None:
         register_hook(event, function)
 
 
-# ── generators, and what is no function ──
+# ── generators and objects that are not functions ──
 
 
 async def async_generator(ws: StableSocket) -> Any:
@@ -379,7 +379,7 @@ def generator(ws: StableSocket) -> Any:
 
 
 class GeneratorCall:
-    """An object whose call yields."""
+    """Object with a `__call__` that yields."""
 
     async def __call__(self, ws: StableSocket) -> Any:
         """Yield."""
@@ -388,7 +388,7 @@ class GeneratorCall:
 
 @pytest.mark.parametrize("function", [async_generator, generator, functools.partial(generator), GeneratorCall()])
 def test_registering_generator_function_raises(function: Any) -> None:
-    """A function that yields would never run: it is refused for messages and events."""
+    """A generator function raises for messages and events, because its body would never run."""
     assert "yield" in registration_error(function)
     assert "yield" in registration_error(function, "connect")
 
@@ -400,26 +400,26 @@ async def context_manager(ws: StableSocket) -> Any:
 
 
 def test_registering_context_manager_raises() -> None:
-    """A function that makes a context manager would never be entered."""
+    """A context manager function raises, because its body would never run."""
     assert "yield" in registration_error(context_manager)
     assert "yield" in registration_error(context_manager, "connect")
 
 
 @pytest.mark.parametrize("wrong", [5, b"say", ["say"], object()])
 def test_on_message_with_invalid_type_raises(wrong: Any) -> None:
-    """A type of message is a text."""
+    """A message type that is not a text raises."""
     with pytest.raises(TypeError, match=r'write @manager\.on_message\("chat"\)'):
         WebSocketConnectionManager().on_message(wrong)
 
 
 def test_on_message_with_model_raises() -> None:
-    """A model is the annotation of the message, and the decorator takes its type."""
+    """A model as the type raises with the type name to use."""
     with pytest.raises(TypeError, match=r'write @manager\.on_message\("say"\)'):
         WebSocketConnectionManager().on_message(Say)
 
 
 def test_hook_without_function_raises() -> None:
-    """An event is a decorator of its own, which takes a function."""
+    """A hook decorator without a function raises."""
     with pytest.raises(TypeError, match="on_connect takes a function, not 'lobby'"):
         register_hook("connect", "lobby")
 
@@ -428,7 +428,7 @@ def test_hook_without_function_raises() -> None:
 
 
 def with_db(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Open a session for each message."""
+    """Pass a session last."""
 
     @functools.wraps(handler)
     async def wrapper(ws: StableSocket, message: Any) -> Any:
@@ -438,7 +438,7 @@ def with_db(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_db_first(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Put the session before the socket, with other names."""
+    """Pass a session before the socket, with other parameter names."""
 
     @functools.wraps(handler)
     async def wrapper(socket, content):  # type: ignore[no-untyped-def]
@@ -448,7 +448,7 @@ def with_db_first(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_db_by_keyword(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Take what comes."""
+    """Pass a session by keyword, with all arguments."""
 
     @functools.wraps(handler)
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -458,7 +458,7 @@ def with_db_by_keyword(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_db_before(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Put the session before what comes."""
+    """Pass a session before all arguments."""
 
     @functools.wraps(handler)
     async def wrapper(*args: Any) -> Any:
@@ -467,7 +467,7 @@ def with_db_before(handler: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def passes_on(handler: Callable[..., Any]) -> Callable[..., Any]:
+def pass_through(handler: Callable[..., Any]) -> Callable[..., Any]:
     """Change nothing."""
 
     @functools.wraps(handler)
@@ -478,7 +478,7 @@ def passes_on(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def message_alone(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Give the message only."""
+    """Pass the message only."""
 
     @functools.wraps(handler)
     async def wrapper(ws: StableSocket, message: Any) -> Any:
@@ -488,7 +488,7 @@ def message_alone(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class WithDb:
-    """A decorator that is a class."""
+    """Decorator class."""
 
     def __init__(self, handler: Callable[..., Any]) -> None:
         functools.update_wrapper(self, handler)
@@ -500,53 +500,53 @@ class WithDb:
 
 @with_db
 async def decorated(ws: StableSocket, message: Say, db: Session) -> Any:
-    """Get a session last."""
+    """Take a session last."""
     return ws, message, db
 
 
 @with_db_first
 async def decorated_first(db: Session, ws: StableSocket, message: Say) -> Any:
-    """Get a session first."""
+    """Take a session first."""
     return ws, message, db
 
 
 @with_db_by_keyword
 async def decorated_keyword(ws: StableSocket, message: Say, *, db: Session) -> Any:
-    """Get a session by keyword."""
+    """Take a session by keyword."""
     return ws, message, db
 
 
 @with_db_by_keyword
 async def decorated_last(ws: StableSocket, message: Say, db: Session) -> Any:
-    """Get a session by name."""
+    """Take a session by name."""
     return ws, message, db
 
 
 @with_db_before
 async def decorated_before(db: Session, ws: StableSocket, message: Say) -> Any:
-    """Get a session before what comes."""
+    """Take a session before the other arguments."""
     return ws, message, db
 
 
-@passes_on
+@pass_through
 @with_db
 async def decorated_twice(ws: StableSocket, message: Say, db: Session) -> Any:
-    """Get a session through two decorators."""
+    """Take a session through two decorators."""
     return ws, message, db
 
 
 @WithDb
 async def decorated_by_class(ws: StableSocket, message: Say, db: Session) -> Any:
-    """Get a session from an object."""
+    """Take a session from a decorator class."""
     return ws, message, db
 
 
 class Handlers:
-    """An object with a decorated method."""
+    """Object with a decorated method."""
 
     @staticmethod
     def opened(method: Callable[..., Any]) -> Callable[..., Any]:
-        """Open a session for a method."""
+        """Pass a session to a method."""
 
         @functools.wraps(method)
         async def wrapper(self: Any, ws: StableSocket, message: Any) -> Any:
@@ -578,7 +578,7 @@ Handlers.method = Handlers.opened(_method)  # type: ignore[attr-defined]
     ids=lambda value: getattr(value, "__name__", "partial"),
 )
 async def test_decorated_handler_receives_arguments_of_decorator(function: Any) -> None:
-    """A `functools.wraps` decorator is called by its own parameters, and the message is what the handler wants."""
+    """A `functools.wraps` decorator is called with its own parameters; the handler's annotation types the message."""
     register_message(function)
     handler = MessageHandler(function, typed=True)
     socket: Any = object()
@@ -589,39 +589,39 @@ async def test_decorated_handler_receives_arguments_of_decorator(function: Any) 
 
 
 async def test_decorator_dropping_socket_is_accepted() -> None:
-    """What counts is what the decorator takes."""
+    """The signature of the decorator counts, even if it does not pass on the socket."""
 
     @message_alone
     async def only(message: Say) -> Any:
-        """Get the message only."""
+        """Take the message only."""
         return message
 
     handler = MessageHandler(only, typed=True)
     assert await handler(None, handler.validate(ReceivedMessage(TEXT))) == Say(text="hi")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("decorator", [passes_on, with_db])
+@pytest.mark.parametrize("decorator", [pass_through, with_db])
 def test_decorated_handler_with_dependency_raises(decorator: Any) -> None:
-    """A decorator does not solve the dependencies of the function that it wraps."""
+    """A decorator does not resolve dependencies of the function that it wraps."""
     wrapped = decorator(default_dependency)
-    told = registration_error(wrapped)
-    assert "'db'" in told
-    assert line_of(default_dependency) in told
+    error_text = registration_error(wrapped)
+    assert "'db'" in error_text
+    assert line_of(default_dependency) in error_text
 
 
 async def test_decorated_handler_may_annotate_decorator_arguments() -> None:
-    """A decorator that takes socket and message may give the function below what only FastAPI gives to endpoints."""
+    """A decorator with socket and message may pass the wrapped function types that only FastAPI gives to endpoints."""
 
-    def gives(handler: Callable[..., Any]) -> Callable[..., Any]:
+    def give(handler: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(handler)
         async def wrapper(ws: Any, message: Any) -> Any:
             return await handler(ws, message, Session())
 
         return wrapper
 
-    @gives
+    @give
     async def with_alias(websocket: WebSocket, message: Say, db: SessionDep) -> Any:
-        """Name the type by the alias that endpoints use."""
+        """Use the annotations of endpoints."""
         return message, db
 
     handler = MessageHandler(with_alias, typed=True)
@@ -631,23 +631,23 @@ async def test_decorated_handler_may_annotate_decorator_arguments() -> None:
 
 
 def test_decorated_handler_without_socket_raises() -> None:
-    """A decorator that changes nothing gives the socket first."""
-    assert "ws: StableSocket" in registration_error(passes_on(message_only))
+    """A decorator that changes nothing passes the socket first."""
+    assert "ws: StableSocket" in registration_error(pass_through(message_only))
 
 
 def test_decorator_with_extra_parameter_raises() -> None:
-    """A decorator that needs a third argument cannot be called, whatever it wraps."""
+    """A decorator that requires a third argument raises."""
 
     @functools.wraps(message_only)
     async def wrapper(ws: StableSocket, message: Any, db: Session) -> None:
-        """Want too much."""
+        """Require a third argument."""
 
     assert "'db'" in registration_error(wrapper)
 
 
 @pytest.mark.parametrize("event", ["connect", "disconnect"])
 async def test_decorated_hook_receives_arguments_of_decorator(event: str) -> None:
-    """Hooks with a decorator are called by the decorator's own parameters."""
+    """A decorated hook is called with the decorator's own parameters."""
     seen: list[Any] = []
 
     def opened(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -658,21 +658,21 @@ async def test_decorated_hook_receives_arguments_of_decorator(event: str) -> Non
         return wrapper
 
     @opened
-    async def came(ws: StableSocket, db: Session) -> None:
+    async def on_event(ws: StableSocket, db: Session) -> None:
         seen.append((ws, type(db)))
 
     manager = WebSocketConnectionManager()
-    getattr(manager, f"on_{event}")(came)
+    getattr(manager, f"on_{event}")(on_event)
     (hook,) = manager._hooks._hooks[event]
     await hook("socket", "reason")
     assert seen == [("socket", Session)]
 
 
 def test_explicit_signature_is_used_unchanged() -> None:
-    """A decorator that states its signature is not looked through."""
+    """An explicit `__signature__` takes precedence over the wrapped function."""
 
     async def injected(*args: Any, **kwargs: Any) -> None:
-        """Be called."""
+        """Do nothing."""
 
     injected.__wrapped__ = default_dependency  # type: ignore[attr-defined]
     injected.__signature__ = inspect.signature(decorated, follow_wrapped=False)  # type: ignore[attr-defined]
@@ -683,53 +683,53 @@ def test_explicit_signature_is_used_unchanged() -> None:
 
 
 def test_unresolvable_socket_annotation_is_ignored() -> None:
-    """Only the annotation of the message is needed at run time."""
+    """Only the annotation of the message has to be resolvable."""
 
     async def hinted(ws: OnlyForTypeCheckers, message: Say, more: OnlyForTypeCheckers | None = None) -> None:
-        """Have annotations that cannot be evaluated."""
+        """Have annotations that cannot be resolved."""
 
     assert isinstance(MessageHandler(hinted, typed=True).validate(ReceivedMessage(TEXT)), Say)
 
 
 def test_unresolvable_message_annotation_raises() -> None:
-    """An annotation of the message that cannot be evaluated is refused with the handler's place and a cure."""
+    """An unresolvable annotation of the message raises with the handler's location and advice."""
 
     async def hinted(ws: StableSocket, message: OnlyForTypeCheckers) -> None:
-        """Have an annotation that cannot be evaluated."""
+        """Have an annotation that cannot be resolved."""
 
-    told = registration_error(hinted)
-    assert "hinted" in told
-    assert line_of(hinted) in told
-    assert "OnlyForTypeCheckers" in told
-    assert "TYPE_CHECKING" in told
-    assert "module level" in told
+    error_text = registration_error(hinted)
+    assert "hinted" in error_text
+    assert line_of(hinted) in error_text
+    assert "OnlyForTypeCheckers" in error_text
+    assert "TYPE_CHECKING" in error_text
+    assert "module level" in error_text
 
 
 def test_model_of_enclosing_function_is_resolved() -> None:
-    """A model that is defined beside its handler, in a function, is found although annotations are texts."""
+    """A model defined beside its handler in a function is resolved from its string annotation."""
 
     class Move(BaseModel):
-        """A message of this test."""
+        """Message of this test."""
 
         x: int
 
     async def move(ws: StableSocket, message: Move) -> None:
-        """Take it."""
+        """Take the message."""
 
     assert MessageHandler(move, typed=True).validate(ReceivedMessage('{"x":1}')) == Move(x=1)
 
 
 def test_model_of_outer_enclosing_function_is_resolved() -> None:
-    """A model of the function around the function around is found too."""
+    """A model of an outer enclosing function is resolved too."""
 
     class Move(BaseModel):
-        """A message of this test."""
+        """Message of this test."""
 
         x: int
 
     def build() -> MessageHandler:
         async def move(ws: StableSocket, message: Move) -> None:
-            """Take it."""
+            """Take the message."""
 
         return MessageHandler(move, typed=True)
 
@@ -737,14 +737,14 @@ def test_model_of_outer_enclosing_function_is_resolved() -> None:
 
 
 def test_model_of_returned_function_raises() -> None:
-    """A handler that is registered after its function has returned is told to have its model at module level."""
+    """A handler registered after the function of its model has returned raises with the advice to use module level."""
 
     def build() -> Any:
         class Move(BaseModel):
-            """A message."""
+            """Message of this test."""
 
         async def move(ws: StableSocket, message: Move) -> None:
-            """Take it."""
+            """Take the message."""
 
         return move
 
@@ -752,33 +752,33 @@ def test_model_of_returned_function_raises() -> None:
 
 
 def test_message_annotation_unknown_to_pydantic_raises() -> None:
-    """What no message can become is refused with the place, and not at the first message."""
+    """An annotation that no message can become raises at registration with the handler's location."""
 
     async def impossible(ws: StableSocket, message: Session) -> None:
-        """Want what no message can be."""
+        """Take a type that no message can become."""
 
-    told = registration_error(impossible)
-    assert "impossible" in told
-    assert line_of(impossible) in told
-    assert "Session" in told
+    error_text = registration_error(impossible)
+    assert "impossible" in error_text
+    assert line_of(impossible) in error_text
+    assert "Session" in error_text
 
 
-# ── the same type twice ──
+# ── duplicate types ──
 
 
 def test_second_handler_of_message_type_raises() -> None:
-    """A type has one handler: a second one is refused with the places of both."""
+    """A second handler of a type raises with the locations of both."""
     manager = WebSocketConnectionManager()
 
     @manager.on_message("say")
     async def first(ws: StableSocket) -> None:
-        """Take it."""
+        """Take the message."""
 
     async def second(ws: StableSocket) -> None:
-        """Take it too."""
+        """Take the message too."""
 
     with pytest.raises(ValueError, match="'say'") as caught:
         manager.on_message("say")(second)
-    told = str(caught.value)
+    error_text = str(caught.value)
     for function in (first, second):
-        assert f"{function.__qualname__} ({line_of(function)})" in told
+        assert f"{function.__qualname__} ({line_of(function)})" in error_text

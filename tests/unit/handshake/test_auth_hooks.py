@@ -1,4 +1,4 @@
-"""Tests of the credentials of `stabilizer.v1.json` clients, and of how they are asked for new ones."""
+"""Tests of the credentials of `stabilizer.v1.json` clients, and of their renewal."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.support.stage import Peer, Stage
 
 
 class Guarded(Stage):
-    """A stage whose clients need the credential `good`.
+    """Stage that requires the credential `good`.
 
     Attributes:
-        shown: The credentials that were looked at.
-        expires_in: For how many seconds one is good.
-        verdict: What the hook raises instead.
+        shown: The credentials that the hook was called with.
+        expires_in: The lifetime in seconds that the hook returns.
+        verdict: The exception that the hook raises instead.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -41,13 +41,13 @@ class Guarded(Stage):
 
 
 def offered(credential: str) -> str:
-    """A credential as a subprotocol."""
+    """Return a credential as a subprotocol."""
     return "stabilizer.auth." + base64.urlsafe_b64encode(credential.encode()).decode().rstrip("=")
 
 
 @virtually
 async def test_credential_in_hello_is_checked_before_other_hooks() -> None:
-    """It is looked at before there is a session, and before any other hook."""
+    """The credential in the hello is checked before any other hook is called."""
     async with Guarded() as stage:
         line = await Peer(stage).dial(auth="good")
         assert (stage.shown, line.outcome, stage.events) == (["good"], "none", ["connect ann"])
@@ -55,7 +55,7 @@ async def test_credential_in_hello_is_checked_before_other_hooks() -> None:
 
 @virtually
 async def test_credential_in_subprotocol_is_not_selected() -> None:
-    """It is decoded, and never answered as the subprotocol that was chosen."""
+    """The credential in a subprotocol is decoded, but never selected as the subprotocol."""
     async with Guarded() as stage:
         line = await Peer(stage).dial(subprotocols=(offered("good"), SUBPROTOCOL))
         assert (stage.shown, line.outcome) == (["good"], "none")
@@ -64,7 +64,7 @@ async def test_credential_in_subprotocol_is_not_selected() -> None:
 
 @virtually
 async def test_credential_in_hello_precedes_subprotocol() -> None:
-    """A credential in the first frame is newer than one in the handshake."""
+    """A credential in the hello takes precedence over one in the handshake, because it is newer."""
     async with Guarded() as stage:
         await Peer(stage).dial(auth="good", subprotocols=(SUBPROTOCOL, offered("stale")))
         assert stage.shown == ["good"]
@@ -76,7 +76,7 @@ async def test_credential_in_hello_precedes_subprotocol() -> None:
 )
 @virtually
 async def test_undecodable_credential_in_subprotocol_closes_4401(subprotocol: str) -> None:
-    """What cannot be read is no good credential, and no traceback either."""
+    """A credential that cannot be decoded closes with 4401, without a traceback."""
     async with Guarded() as stage:
         line = await Peer(stage).dial(subprotocols=(SUBPROTOCOL, subprotocol))
         assert line.close_code == 4401
@@ -87,7 +87,7 @@ async def test_undecodable_credential_in_subprotocol_closes_4401(subprotocol: st
 
 @virtually
 async def test_missing_credential_closes_with_4401() -> None:
-    """The hook is asked all the same; what it refuses is closed 4401, and nothing is kept of it."""
+    """The hook is called without a credential too; its rejection closes with 4401 and leaves no session."""
     async with Guarded() as stage:
         line = await Peer(stage).dial()
         assert (stage.shown, line.close_code, line.of("welcome")) == ([None], 4401, [])
@@ -96,7 +96,7 @@ async def test_missing_credential_closes_with_4401() -> None:
 
 @virtually
 async def test_auth_rejection_with_retry_after_sends_retry_hint() -> None:
-    """The Retry-After of an HTTPException(429) is the hint in the close reason."""
+    """The Retry-After of an HTTPException(429) is the retry hint in the close reason."""
     async with Guarded() as stage:
         stage.verdict = HTTPException(429, headers={"Retry-After": "7"})
         line = await Peer(stage).dial(auth="good")
@@ -107,7 +107,7 @@ async def test_auth_rejection_with_retry_after_sends_retry_hint() -> None:
 
 @virtually
 async def test_failing_auth_hook_closes_with_1011() -> None:
-    """It lets nobody in: 1011, reported as auth_hook_failed, once."""
+    """A failing auth hook closes with 1011, is reported once, and creates no session."""
     async with Guarded() as stage:
         stage.verdict = RuntimeError("bug")
         line = await Peer(stage).dial(auth="good")
@@ -117,7 +117,7 @@ async def test_failing_auth_hook_closes_with_1011() -> None:
 
 @virtually
 async def test_resume_checks_credential_again() -> None:
-    """A right that was taken away meanwhile is noticed: 4401, and the session waits for a better credential."""
+    """A resume checks the credential again: a bad one closes with 4401, and the session can still be resumed."""
     async with Guarded() as stage:
         peer = Peer(stage)
         await (await peer.dial(auth="good")).leaves()
@@ -130,7 +130,7 @@ async def test_resume_checks_credential_again() -> None:
 
 @virtually
 async def test_resume_with_bad_credential_leaves_open_connection() -> None:
-    """Who cannot show a good credential does not end the connection that has the session."""
+    """A resume with a bad credential does not close the connection that has the session."""
     async with Guarded() as stage:
         peer = Peer(stage)
         old = await peer.dial(auth="good")
@@ -141,7 +141,7 @@ async def test_resume_with_bad_credential_leaves_open_connection() -> None:
 
 @virtually
 async def test_expiring_credential_is_requested_before_expiry() -> None:
-    """A fifth of its life is left when the client is asked; a new one is confirmed, and asked for in its turn."""
+    """The client is asked when a fifth of the lifetime is left; a new credential is confirmed, and later renewed."""
     async with Guarded() as stage:
         stage.expires_in = 10.0
         line = await Peer(stage).dial(auth="good")
@@ -160,7 +160,7 @@ async def test_expiring_credential_is_requested_before_expiry() -> None:
 
 @virtually
 async def test_renewed_credential_without_expiry_ends_requests() -> None:
-    """The new one has no end: it is confirmed, and the client is not asked again."""
+    """After a renewal without an expiry the client is not asked again."""
     async with Guarded() as stage:
         stage.expires_in = 10.0
         line = await Peer(stage).dial(auth="good")
@@ -174,7 +174,7 @@ async def test_renewed_credential_without_expiry_ends_requests() -> None:
 
 @virtually
 async def test_unrenewed_credential_closes_with_4401() -> None:
-    """The connection is closed 4401 when its time is over, and the session waits for a better credential."""
+    """A credential that is not renewed closes the connection with 4401, and the session can still be resumed."""
     async with Guarded() as stage:
         stage.expires_in = 10.0
         peer = Peer(stage)
@@ -189,7 +189,7 @@ async def test_unrenewed_credential_closes_with_4401() -> None:
 
 @virtually
 async def test_rejected_renewal_closes_with_4401() -> None:
-    """The connection is closed as the hook says."""
+    """A renewal that the hook rejects closes the connection with the code of the hook."""
     async with Guarded() as stage:
         stage.expires_in = 10.0
         line = await Peer(stage).dial(auth="good")
@@ -199,7 +199,7 @@ async def test_rejected_renewal_closes_with_4401() -> None:
 
 @virtually
 async def test_failing_auth_hook_on_renewal_closes_with_1011() -> None:
-    """It is reported, and ends the connection with 1011."""
+    """An auth hook that fails during a renewal is reported and closes with 1011."""
     async with Guarded() as stage:
         line = await Peer(stage).dial(auth="good")
         stage.verdict = RuntimeError("bug")
@@ -209,7 +209,7 @@ async def test_failing_auth_hook_on_renewal_closes_with_1011() -> None:
 
 @virtually
 async def test_renewals_are_checked_one_at_a_time() -> None:
-    """A client that sends many of them does not start many hooks."""
+    """While one renewal is checked, further ones of the client start no hook."""
     async with Guarded() as stage:
 
         @stage.manager.on_auth
@@ -227,7 +227,7 @@ async def test_renewals_are_checked_one_at_a_time() -> None:
 
 @virtually
 async def test_renewal_timer_ends_with_connection() -> None:
-    """The timer of a credential ends with its connection, and does not touch the next one."""
+    """The renewal timer of a credential ends with its connection and does not affect the next one."""
     async with Guarded() as stage:
         stage.expires_in = 10.0
         peer = Peer(stage)
@@ -241,7 +241,7 @@ async def test_renewal_timer_ends_with_connection() -> None:
 
 @virtually
 async def test_shortest_expiry_of_several_auth_hooks_applies() -> None:
-    """All of them must agree, and the shortest time counts."""
+    """All auth hooks have to accept, and the shortest expiry applies."""
     async with Guarded() as stage:
         stage.expires_in = 100.0
 
@@ -256,7 +256,7 @@ async def test_shortest_expiry_of_several_auth_hooks_applies() -> None:
 
 @virtually
 async def test_credential_is_in_no_event() -> None:
-    """What a client shows is nobody's business but the hook's."""
+    """A credential is in no event."""
     async with Guarded() as stage:
         for credential in ("good", "secret-word"):
             await Peer(stage).dial(auth=credential, subprotocols=(SUBPROTOCOL, offered("secret-word")))
@@ -265,7 +265,7 @@ async def test_credential_is_in_no_event() -> None:
 
 @virtually
 async def test_newer_of_two_waiting_attempts_gets_session() -> None:
-    """The newer one has the session in the end, whichever is looked at first, and the older one is closed 4409."""
+    """The newer of two pending attempts gets the session, and the older one is closed with 4409."""
     async with Guarded() as stage:
         peer = Peer(stage)
         await (await peer.dial(auth="good")).leaves()

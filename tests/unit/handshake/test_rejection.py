@@ -1,4 +1,4 @@
-"""Tests of how a client is told that it may not come in."""
+"""Tests of rejections: HTTP statuses, close codes, counters and events."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ BROWSER = {"headers": [(b"host", b"testserver"), (b"origin", b"http://testserver
 PROGRAM: dict[str, Any] = {}
 
 
-async def refused(
+async def rejected(
     error: Exception, *, policy: str = "auto", accept: bool = False, **scope: Any
 ) -> tuple[FakeServer, Exception]:
-    """Turn a client away, and return what its server saw and what is to be raised."""
+    """Reject a client; return its server and the exception to raise."""
     server = FakeServer(**scope)
     if accept:
         await server.accepted()
-    told = await with_deadline(Rejector(RejectPolicy(policy), EventBus()).reject(server.websocket, error, "1.2.3.4"))
-    return server, told
+    raised = await with_deadline(Rejector(RejectPolicy(policy), EventBus()).reject(server.websocket, error, "1.2.3.4"))
+    return server, raised
 
 
 def kinds(server: FakeServer) -> list[str]:
-    """What the server was sent."""
+    """Return the types of the messages that the server was sent."""
     return [message["type"].removeprefix("websocket.") for message in server.taken]
 
 
@@ -81,7 +81,7 @@ STATUSES: dict[str, tuple[Any, int, str, str | None]] = {
 
 @pytest.mark.parametrize("what", STATUSES)
 def test_rejection_has_matching_http_status(what: str) -> None:
-    """A close code of 4400 on is 4000 + a status, and the others have one too; a bug tells nothing of itself."""
+    """Close codes from 4400 have the status code - 4000, others a fixed status; the answer to a bug has no details."""
     error, status, detail, retry = STATUSES[what]
     answer = to_http_exception(error)
     assert (answer.status_code, answer.detail) == (status, detail)
@@ -89,7 +89,7 @@ def test_rejection_has_matching_http_status(what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "policy", "who", "accepts"),
+    ("error", "policy", "scope", "accepts"),
     [
         (HTTPException(401), "auto", BROWSER, True),
         (HTTPException(401), "auto", PROGRAM, False),
@@ -108,16 +108,16 @@ def test_rejection_has_matching_http_status(what: str) -> None:
     ],
 )
 async def test_reject_policy_selects_close_code_or_http_status(
-    error: Exception, policy: str, who: dict[str, Any], accepts: bool
+    error: Exception, policy: str, scope: dict[str, Any], accepts: bool
 ) -> None:
-    """By `auto` a browser, by `close` everybody, by `http` nobody; and nobody of a foreign origin or a full server."""
-    server, told = await refused(error, policy=policy, **who)
+    """`auto` closes browsers, `close` all clients, `http` none; a full server or foreign origin always gets HTTP."""
+    server, raised = await rejected(error, policy=policy, **scope)
     if accepts:
         assert kinds(server) == ["accept", "close"]
-        assert isinstance(told, WebSocketException)
+        assert isinstance(raised, WebSocketException)
     else:
         assert kinds(server) == ["http.response.start", "http.response.body"]
-        assert isinstance(told, WebSocketException)
+        assert isinstance(raised, WebSocketException)
 
 
 ANSWERS: dict[str, tuple[Exception, int, bytes, dict[bytes, bytes]]] = {
@@ -131,16 +131,16 @@ ANSWERS: dict[str, tuple[Exception, int, bytes, dict[bytes, bytes]]] = {
 
 @pytest.mark.parametrize("what", ANSWERS)
 async def test_http_rejection_equals_fastapi_error_response(what: str) -> None:
-    """Status, body and headers are those that FastAPI gives an HTTP route, whatever the framework does with errors."""
+    """Status, body and headers equal those that FastAPI gives an HTTP route, also without its handler."""
     error, status, body, headers = ANSWERS[what]
-    server, _ = await refused(error, policy="http")
+    server, _ = await rejected(error, policy="http")
     start, sent = server.taken
     assert (start["status"], sent["body"]) == (status, body)
     assert headers.items() <= dict(start["headers"]).items()
 
 
 async def own(*_: object) -> None:
-    """An application's handler of errors."""
+    """Handle an error as an application does."""
 
 
 HANDLERS: dict[str, tuple[dict[Any, Any], dict[int, Any], bool]] = {
@@ -159,36 +159,36 @@ HANDLERS: dict[str, tuple[dict[Any, Any], dict[int, Any], bool]] = {
 async def test_app_handler_answers_rejection_where_supported(
     monkeypatch: pytest.MonkeyPatch, what: str, recent: bool
 ) -> None:
-    """It gets the error itself, unless Starlette is too old to send its answer."""
+    """An application's own handler gets the error itself, unless Starlette is too old to send its answer."""
     monkeypatch.setattr(module, "_STARLETTE", (0, 41) if recent else (0, 40))
     handlers, by_status, is_own = HANDLERS[what]
     error = HTTPException(401)
-    server, told = await refused(error, policy="http", **{"starlette.exception_handlers": (handlers, by_status)})
-    assert (told is error) == (is_own and recent)
+    server, raised = await rejected(error, policy="http", **{"starlette.exception_handlers": (handlers, by_status)})
+    assert (raised is error) == (is_own and recent)
     assert (kinds(server) == []) == (is_own and recent)
 
 
 @pytest.mark.parametrize("policy", ["auto", "close"])
 async def test_repeated_rejections_of_address_get_http_status(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
-    """Who dials again at once gets 429 over HTTP, and the code again later; other addresses and refusals go on."""
+    """A repeated rejection of an address gets 429 for some time; other addresses and errors still get a close code."""
     clock = Clock(monkeypatch)
     rejector = Rejector(RejectPolicy(policy), EventBus())
 
-    async def told(address: str, error: Exception = MANY) -> str:
+    async def first_answer(address: str, error: Exception = MANY) -> str:
         server = FakeServer(**BROWSER)
         await with_deadline(rejector.reject(server.websocket, error, address))
         return kinds(server)[0]
 
-    assert [await told("1.2.3.4") for _ in range(3)] == ["accept", "http.response.start", "http.response.start"]
-    assert await told("1.2.3.5") == "accept"
-    assert [await told("1.2.3.4", HTTPException(401)) for _ in range(2)] == ["accept", "accept"]
-    assert [await told(f"2001:db8::{number}") for number in (1, 2)] == ["accept", "http.response.start"]
+    assert [await first_answer("1.2.3.4") for _ in range(3)] == ["accept", "http.response.start", "http.response.start"]
+    assert await first_answer("1.2.3.5") == "accept"
+    assert [await first_answer("1.2.3.4", HTTPException(401)) for _ in range(2)] == ["accept", "accept"]
+    assert [await first_answer(f"2001:db8::{number}") for number in (1, 2)] == ["accept", "http.response.start"]
     clock.now += module.CLOSE_CODE_INTERVAL
-    assert [await told("1.2.3.4") for _ in range(2)] == ["accept", "http.response.start"]
+    assert [await first_answer("1.2.3.4") for _ in range(2)] == ["accept", "http.response.start"]
 
 
 async def test_accepted_rejections_over_rate_get_http_status(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An `Origin` is easily sent: beyond a rate those who send one get the HTTP answer, until time has passed."""
+    """Above a rate, browsers get the HTTP answer instead of a close code, because any client can send an `Origin`."""
     now = 1000.0
     monkeypatch.setattr(module, "monotonic", lambda: now)
     rejector = Rejector(RejectPolicy.AUTO, EventBus())
@@ -204,7 +204,7 @@ async def test_accepted_rejections_over_rate_get_http_status(monkeypatch: pytest
 
 
 async def test_http_rejections_do_not_use_up_accept_rate() -> None:
-    """Who gets the HTTP answer anyway is not counted, and `reject="close"` is what the application has chosen."""
+    """HTTP answers do not count for the accept rate, and `reject="close"` has no such rate."""
     rejector = Rejector(RejectPolicy.AUTO, EventBus())
     for _ in range(600):
         await rejector.reject(FakeServer().websocket, HTTPException(401), "1.2.3.4")
@@ -220,8 +220,8 @@ async def test_http_rejections_do_not_use_up_accept_rate() -> None:
 
 @pytest.mark.parametrize("policy", ["auto", "close", "http"])
 async def test_rejection_after_accept_closes_with_code(policy: str) -> None:
-    """After accept there is no HTTP status any more."""
-    server, _ = await refused(FULL, policy=policy, accept=True)
+    """After accept each policy closes with a code, because no HTTP status is possible."""
+    server, _ = await rejected(FULL, policy=policy, accept=True)
     assert kinds(server) == ["accept", "close"]
     code, reason = server.close_frames[0]
     assert (code, reason) == (4503, "the server is full; retry=4200")
@@ -245,8 +245,8 @@ async def test_rejection_after_accept_closes_with_code(policy: str) -> None:
     ids=str,
 )
 async def test_rejection_close_frame_has_code_and_reason(error: Exception, close: tuple[int, str]) -> None:
-    """The code is 4000 + the status, and the reason what was said, cut to what a close frame carries."""
-    server, _ = await refused(error, **BROWSER)
+    """The close code is 4000 + the status; the reason is the detail, cut to the size of a close frame."""
+    server, _ = await rejected(error, **BROWSER)
     assert server.close_frames == [close]
 
 
@@ -254,10 +254,10 @@ async def test_rejection_close_frame_has_code_and_reason(error: Exception, close
     "error", [HTTPException(401), FULL, OriginNotAllowedError("null"), WebSocketException(4401)], ids=str
 )
 async def test_server_without_http_extension_rejects_with_403(error: Exception) -> None:
-    """Where no HTTP answer can be given, the handshake is refused with the status that every server can give."""
-    server, told = await refused(error, policy="http", extensions={})
+    """A server without HTTP answers rejects by a close before accept, which is a 403."""
+    server, raised = await rejected(error, policy="http", extensions={})
     assert kinds(server) == ["close"]
-    assert isinstance(told, WebSocketException)
+    assert isinstance(raised, WebSocketException)
 
 
 @pytest.mark.parametrize("policy", ["auto", "close"])
@@ -268,9 +268,9 @@ async def test_server_without_http_extension_rejects_with_403(error: Exception) 
 async def test_rejected_browser_gets_non_secret_subprotocol(
     offered: list[str], marker: str | None, answered: str | None, policy: str
 ) -> None:
-    """Chrome takes no answer without one; it is one that is known to be no credential."""
+    """A rejected browser gets a subprotocol that is known not to be a credential, because Chrome requires one."""
     scope: dict[str, Any] = {} if marker is None else {SUBPROTOCOL_KEY: marker}
-    server, _ = await refused(HTTPException(401), policy=policy, subprotocols=offered, **BROWSER, **scope)
+    server, _ = await rejected(HTTPException(401), policy=policy, subprotocols=offered, **BROWSER, **scope)
     assert server.taken[0]["subprotocol"] == answered
 
 
@@ -285,19 +285,19 @@ async def test_rejected_browser_gets_non_secret_subprotocol(
     ],
 )
 async def test_possible_secret_in_subprotocol_is_not_echoed(offered: list[str], policy: str) -> None:
-    """Where no subprotocol is known to be none, the refusal is the HTTP answer: no log on the way has the secret."""
-    server, _ = await refused(HTTPException(401), policy=policy, subprotocols=offered, **BROWSER)
+    """If each offered subprotocol may be a secret, the client gets the HTTP answer, so that no log has the secret."""
+    server, _ = await rejected(HTTPException(401), policy=policy, subprotocols=offered, **BROWSER)
     assert kinds(server) == ["http.response.start", "http.response.body"]
     assert "secret" not in repr(server.taken).lower()
 
 
 def test_unoffered_marker_is_not_selected() -> None:
-    """A client that fails a handshake for a subprotocol that it has not offered is not given one."""
+    """A marker that the client did not offer is not selected, because a client fails such a handshake."""
     assert answered_subprotocol(FakeServer(subprotocols=["chat"], **{SUBPROTOCOL_KEY: "bearer"}).websocket) is None
 
 
 async def test_rejection_is_counted_and_emits_event(heard: tuple[EventBus, EventRecorder]) -> None:
-    """By the option that says so, else by the close code; with the address, and nothing of a credential."""
+    """A rejection is counted by its option or close code; its event has the address, but no credential."""
     events, ear = heard
     for error in (FULL, FULL, MANY, HTTPException(401, "no"), OriginNotAllowedError("foreign"), RoomLimitError("a", 3)):
         await Rejector(RejectPolicy.HTTP, events).reject(FakeServer(query="token=secret").websocket, error, "1.2.3.4")
@@ -309,7 +309,7 @@ async def test_rejection_is_counted_and_emits_event(heard: tuple[EventBus, Event
 
 
 class Clock:
-    """Time that a test moves."""
+    """Clock that a test sets."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
@@ -318,7 +318,7 @@ class Clock:
 
 
 def levels(ear: EventRecorder) -> list[tuple[str, int]]:
-    """At which level refusals were told, and how many others each says were left out."""
+    """Return the level of each rejection event, with the number of suppressed ones that it states."""
     return [(logging.getLevelName(one.level), one.fields.get("more", 0)) for one in ear.all]
 
 
@@ -326,7 +326,7 @@ def levels(ear: EventRecorder) -> list[tuple[str, int]]:
 def test_rejection_flood_logs_one_line_per_minute(
     monkeypatch: pytest.MonkeyPatch, heard: tuple[EventBus, EventRecorder], error: Exception, level: str
 ) -> None:
-    """One of a kind is told, the others at DEBUG; the next minute's says how many they were. By an option it warns."""
+    """In a minute one event of a kind is above DEBUG, with the number of suppressed ones; an option gives a WARNING."""
     clock, (events, ear) = Clock(monkeypatch), heard
     rejector = Rejector(RejectPolicy.AUTO, events)
 
@@ -352,7 +352,7 @@ def test_rejection_flood_logs_one_line_per_minute(
 def test_rejection_log_is_throttled_per_kind(
     monkeypatch: pytest.MonkeyPatch, heard: tuple[EventBus, EventRecorder]
 ) -> None:
-    """Each kind has its own minute; of the many that an application may make up, those too many share one."""
+    """Each kind is throttled separately, but kinds above MAX_THROTTLED_KINDS share one throttle."""
     Clock(monkeypatch)
     events, ear = heard
     rejector = Rejector(RejectPolicy.AUTO, events)
@@ -363,26 +363,30 @@ def test_rejection_log_is_throttled_per_kind(
 
 
 async def test_disconnect_during_rejection_raises_no_error() -> None:
-    """Nobody is left to be told, and nothing is raised but what ends the endpoint."""
+    """If the client disconnects during its rejection, only the exception that ends the endpoint is raised."""
     server = FakeServer(**BROWSER)
     server.fail(OSError("gone"))
-    told = await with_deadline(Rejector(RejectPolicy.AUTO, EventBus()).reject(server.websocket, HTTPException(401), ""))
-    assert isinstance(told, WebSocketException)
+    raised = await with_deadline(
+        Rejector(RejectPolicy.AUTO, EventBus()).reject(server.websocket, HTTPException(401), "")
+    )
+    assert isinstance(raised, WebSocketException)
 
 
 async def test_blocked_rejection_ends_after_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Telling it takes so long and no longer, and leaves no task behind."""
+    """A blocked rejection ends after REJECTION_TIMEOUT and leaves no task."""
     monkeypatch.setattr(module, "REJECTION_TIMEOUT", 0.02)
     server = FakeServer(**BROWSER)
     server.block()
-    told = await with_deadline(Rejector(RejectPolicy.AUTO, EventBus()).reject(server.websocket, HTTPException(401), ""))
-    assert isinstance(told, WebSocketException)
+    raised = await with_deadline(
+        Rejector(RejectPolicy.AUTO, EventBus()).reject(server.websocket, HTTPException(401), "")
+    )
+    assert isinstance(raised, WebSocketException)
     await asyncio.sleep(0)
     assert [task for task in asyncio.all_tasks() if task.get_name() == "ws-refusal"] == []
 
 
 async def test_websocket_marked_handled_sends_no_close() -> None:
-    """Starlette closes what an exception ends: of that nothing reaches a WebSocket that is closed already."""
+    """Starlette closes after an exception, but a WebSocket that is marked as handled sends no second close."""
     server = FakeServer()
     mark_handled(server.websocket)
     await server.websocket.close(1008)

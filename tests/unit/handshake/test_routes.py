@@ -1,4 +1,4 @@
-"""Tests of which WebSocket routes a path reaches, and which are never reached."""
+"""Tests of the WebSocket routes that a path reaches, and of shadowed routes."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ HERE = Path(__file__).parent
 
 
 async def endpoint(websocket: WebSocket) -> None:
-    """An endpoint."""
+    """Do nothing, as an endpoint."""
 
 
 async def other_app(scope: Any, receive: Any, send: Any) -> None:
-    """An app that shows no routes."""
+    """Do nothing, as an app without visible routes."""
 
 
 def page() -> str:
-    """An HTTP endpoint."""
+    """Return a page."""
     return "page"
 
 
 def files() -> StaticFiles:
-    """Files."""
+    """Return an app that serves files."""
     return StaticFiles(directory=HERE)
 
 
 def socket(path: str) -> WebSocketRoute:
-    """A WebSocket route."""
+    """Return a WebSocket route."""
     return WebSocketRoute(path, endpoint)
 
 
@@ -67,14 +67,14 @@ def socket(path: str) -> WebSocketRoute:
     ],
 )
 def test_shadowed_websocket_routes_are_found(routes: list[Any], expected: tuple[tuple[str, str], ...]) -> None:
-    """A WebSocket route behind something that takes all its paths is found with what that is, and no other route."""
+    """A WebSocket route is found with the earlier entry that takes all its paths, and no other route is found."""
     app = FastAPI(openapi_url=None)
     app.router.routes.extend(routes)
     assert shadowed_routes(app) == expected
 
 
 def test_shadowed_routes_of_router_and_mount_are_found() -> None:
-    """The routes of included routers and mounted apps are looked at where they stand."""
+    """The routes of included routers and mounted apps are checked at their position."""
     app, router, sub = FastAPI(), APIRouter(), FastAPI()
     router.add_api_websocket_route("/{room}", endpoint)
     sub.mount("/", files())
@@ -89,7 +89,7 @@ def test_shadowed_routes_of_router_and_mount_are_found() -> None:
 
 
 def test_doctor_reports_shadowed_route_as_d20() -> None:
-    """D20 is an error where files are mounted before a socket, and nothing where they are mounted last."""
+    """D20 is an error if files are mounted before a socket, and absent if they are mounted last."""
     manager = WebSocketConnectionManager()
     good, bad = FastAPI(), FastAPI()
     good.add_api_websocket_route("/ws", endpoint)
@@ -104,20 +104,20 @@ def test_doctor_reports_shadowed_route_as_d20() -> None:
 
 @pytest.mark.parametrize("app", [None, object(), FastAPI()])
 def test_app_without_websocket_routes_has_no_shadowed_route(app: Any) -> None:
-    """What shows no routes has none that are shadowed."""
+    """An app without visible routes has no shadowed routes."""
     assert shadowed_routes(app) == ()
 
 
 def test_path_is_matched_by_first_route() -> None:
-    """What takes a path is found as the router would find it, with the socket behind it that it hides."""
+    """The entry that takes a path is found as the router finds it, with the socket route that it hides."""
     routes = [socket("/ws"), Mount("/api", routes=[socket("/in")]), Mount("/", files()), socket("/late")]
 
-    def taken(path: str) -> tuple[str | None, str | None]:
+    def names_for(path: str) -> tuple[str | None, str | None]:
         first, behind = entries_for_path(routes, path)
         return (None if first is None else str(first), None if behind is None else str(behind))
 
-    assert taken("/ws") == ("the WebSocket route /ws", None)
-    assert taken("/api/in") == ("the WebSocket route /api/in", None)
-    assert taken("/api/no") == ("the mount at /api", None)
-    assert taken("/late") == ("the mount at /", "the WebSocket route /late")
+    assert names_for("/ws") == ("the WebSocket route /ws", None)
+    assert names_for("/api/in") == ("the WebSocket route /api/in", None)
+    assert names_for("/api/no") == ("the mount at /api", None)
+    assert names_for("/late") == ("the mount at /", "the WebSocket route /late")
     assert entries_for_path(routes[:2], "/no") == (None, None)

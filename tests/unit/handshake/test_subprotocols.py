@@ -1,4 +1,4 @@
-"""Tests of what the answer to a handshake says beside yes: a subprotocol, and headers."""
+"""Tests of the answer to a handshake: its subprotocol and its headers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OCPP = ("ocpp2.1", "ocpp1.6")
 
 
 def app_of(manager: WebSocketConnectionManager, dependency: Any, path: str = "/ws/{client_id}") -> FastAPI:
-    """An app whose endpoint says which subprotocol its socket has."""
+    """Return an app with an endpoint that sends the subprotocol of its socket."""
     app = FastAPI(lifespan=manager.lifespan)
 
     @app.websocket(path)
@@ -35,13 +35,13 @@ def app_of(manager: WebSocketConnectionManager, dependency: Any, path: str = "/w
 
 
 def answer(app: FastAPI, offered: list[str] | None, path: str = "/ws/ann") -> tuple[str | None, str]:
-    """The subprotocol that a client is answered, and what the endpoint knows of it."""
+    """Return the subprotocol of the answer, and the one that the endpoint sees."""
     with TestClient(app) as client, client.websocket_connect(path, subprotocols=offered) as ws:
         return ws.accepted_subprotocol, ws.receive_text()
 
 
 def user() -> str:
-    """An identity."""
+    """Return an identity."""
     return "ann"
 
 
@@ -49,7 +49,7 @@ def user() -> str:
 async def served(
     manager: WebSocketConnectionManager, spoken: tuple[str, ...] = (), offered: list[str] | None = None
 ) -> AsyncIterator[tuple[FakeServer, StableSocket]]:
-    """A connection of a manager, with the server's side of it."""
+    """Serve a connection, and yield its server and its socket."""
     server = FakeServer(subprotocols=offered or [])
     async with manager.serve(server.websocket, "ann", subprotocols=spoken) as ws:
         yield server, ws
@@ -74,20 +74,20 @@ async def served(
 def test_first_served_subprotocol_offered_is_selected(
     identify: Callable[[], str] | None, offered: list[str] | None, expected: str | None
 ) -> None:
-    """The first of the server's subprotocols that the client offers is the answer, and `ws.subprotocol` is that."""
+    """The first of the server's subprotocols that the client offers is selected, and is `ws.subprotocol`."""
     manager = WebSocketConnectionManager()
     app = app_of(manager, manager.socket_for(identify, subprotocols=OCPP))
     assert answer(app, offered) == (expected, expected or "none")
 
 
 def test_single_subprotocol_may_be_string() -> None:
-    """A single name needs no tuple."""
+    """A single subprotocol may be a string."""
     manager = WebSocketConnectionManager()
     assert answer(app_of(manager, manager.socket_for(subprotocols="ocpp1.6")), ["ocpp1.6"])[0] == "ocpp1.6"
 
 
 def test_identity_is_optional_with_subprotocols() -> None:
-    """Without an identity the client id is that of the path, as with `manager.socket`."""
+    """Without an identity the client id comes from the path, as with `manager.socket`."""
     manager, app = WebSocketConnectionManager(), FastAPI()
 
     @app.websocket("/ws/{client_id}")
@@ -99,14 +99,14 @@ def test_identity_is_optional_with_subprotocols() -> None:
 
 @pytest.mark.parametrize("options", [{"key": str}, {"expires_at": lambda _: None}])
 def test_identity_options_without_identity_raise(options: dict[str, Any]) -> None:
-    """`key` and `expires_at` read what the identity returned."""
+    """`key` and `expires_at` raise without an identity, because they read its result."""
     with pytest.raises(TypeError, match="needs a dependency that identifies the client"):
         WebSocketConnectionManager().socket_for(**options)
 
 
 @pytest.mark.parametrize("wrong", ["", "two words", "a,b", "caf\xe9", "stabilizer.v1.json", "stabilizer.auth.x"])
 def test_invalid_subprotocol_name_raises(wrong: str) -> None:
-    """A name that RFC 6455 does not allow, or that this library answers itself, is refused at once."""
+    """A name that RFC 6455 does not allow, or that the library reserves, raises at once."""
     manager = WebSocketConnectionManager()
     for make in (
         lambda: manager.socket_for(subprotocols=(wrong,)),
@@ -117,7 +117,7 @@ def test_invalid_subprotocol_name_raises(wrong: str) -> None:
 
 
 def test_stabilizer_subprotocol_precedes_app_subprotocols() -> None:
-    """A client that offers `stabilizer.v1.json` too speaks that."""
+    """`stabilizer.v1.json` takes precedence over the application's subprotocols."""
     manager = WebSocketConnectionManager()
     app = app_of(manager, manager.socket_for(subprotocols=OCPP))
     with TestClient(app) as client, client.websocket_connect("/ws/ann", subprotocols=["ocpp1.6", SUBPROTOCOL]) as ws:
@@ -128,7 +128,7 @@ def test_stabilizer_subprotocol_precedes_app_subprotocols() -> None:
 
 
 def test_app_subprotocol_precedes_credential_marker() -> None:
-    """A client that brings its token as a subprotocol is answered the one that the endpoint speaks."""
+    """A client that sends its token as a subprotocol gets the application's subprotocol instead of the marker."""
     manager = WebSocketConnectionManager()
     login = Credential(subprotocol("bearer"))
 
@@ -141,7 +141,7 @@ def test_app_subprotocol_precedes_credential_marker() -> None:
 
 
 def test_rejected_browser_gets_selected_subprotocol() -> None:
-    """A refusal by a close code can be read by a page that offers subprotocols."""
+    """A rejected page that offers subprotocols gets the selected one, so that it can read the close code."""
     manager = WebSocketConnectionManager()
 
     async def refuse() -> str:
@@ -155,7 +155,7 @@ def test_rejected_browser_gets_selected_subprotocol() -> None:
 
 
 async def test_subprotocol_is_readable_in_hooks() -> None:
-    """Connect and disconnect hooks see the subprotocol; before the accept there is none."""
+    """Connect and disconnect hooks see the subprotocol, but before accept it is None."""
     manager = WebSocketConnectionManager()
     seen: list[str | None] = []
     manager.on_handshake(lambda ws: seen.append(ws.subprotocol))
@@ -167,18 +167,18 @@ async def test_subprotocol_is_readable_in_hooks() -> None:
     assert seen == [None, "ocpp1.6", "ocpp1.6"]
 
 
-# ── offered and not answered ──
+# ── offered, but not answered ──
 
 
 def heard_by(manager: WebSocketConnectionManager) -> EventRecorder:
-    """What a manager reports."""
+    """Return the recorded events of a manager."""
     heard = EventRecorder()
     manager.events.subscribe(heard)
     return heard
 
 
 def test_unanswered_subprotocols_are_reported_once_per_route() -> None:
-    """A route whose clients offer subprotocols and are answered none is told once, without what they offer."""
+    """A route that answers none of the offered subprotocols is reported once, without their names."""
     manager = WebSocketConnectionManager()
     heard = heard_by(manager)
     app = app_of(manager, manager.socket)
@@ -186,7 +186,7 @@ def test_unanswered_subprotocols_are_reported_once_per_route() -> None:
 
     @router.websocket("/{client_id}")
     async def other(ws: StableSocket = Depends(manager.socket_for(subprotocols="chat.v2"))) -> None:
-        """Speak another one."""
+        """Serve another subprotocol."""
 
     app.include_router(router)
     with TestClient(app) as client:
@@ -204,11 +204,11 @@ def test_unanswered_subprotocols_are_reported_once_per_route() -> None:
     assert second.fields["route"].endswith("/{client_id}")
     assert second.fields["served"] == "chat.v2"
     assert "socket_for(subprotocols=" in first.fields["advice"]
-    assert "secret" not in repr([report.fields for report in heard.all])
+    assert "secret" not in repr([event.fields for event in heard.all])
 
 
 async def test_subprotocol_accepted_by_hook_is_not_reported() -> None:
-    """A handshake hook may still accept the WebSocket itself."""
+    """A subprotocol that a handshake hook accepts itself is not reported."""
     manager = WebSocketConnectionManager()
     heard = heard_by(manager)
 
@@ -226,7 +226,7 @@ async def test_subprotocol_accepted_by_hook_is_not_reported() -> None:
 
 
 async def test_accept_headers_of_handshake_hook_are_sent() -> None:
-    """What an `on_handshake` function sets in `ws.accept_headers` stands in the answer to the handshake."""
+    """Headers that `on_handshake` sets in `ws.accept_headers` are in the answer to the handshake."""
     manager = WebSocketConnectionManager()
 
     @manager.on_handshake
@@ -247,14 +247,14 @@ async def test_accept_headers_of_handshake_hook_are_sent() -> None:
 
 
 async def test_accept_without_headers_sends_none() -> None:
-    """Where nothing is set, nothing is sent."""
+    """Without `ws.accept_headers` the answer has no headers."""
     async with served(WebSocketConnectionManager()) as (server, _):
         assert server.taken[0] == {"type": "websocket.accept", "subprotocol": None, "headers": []}
 
 
 @pytest.mark.parametrize(("name", "value"), [("X-A", "1\r\nX-B: 2"), ("X\nA", "1"), ("X-A", "1\x00")])
 async def test_accept_header_with_line_break_fails_handshake(name: str, value: str) -> None:
-    """A line break in a header is a bug of the application, and never reaches the wire."""
+    """A line break in a header fails the handshake and is reported; the header is never sent."""
     manager = WebSocketConnectionManager()
     heard = heard_by(manager)
     manager.on_handshake(lambda ws: ws.accept_headers.append(name, value))
@@ -268,7 +268,7 @@ async def test_accept_header_with_line_break_fails_handshake(name: str, value: s
 
 
 def test_socket_of_plain_dependency_has_subprotocol() -> None:
-    """`StableSocketDep` gives a socket whose subprotocol can be read."""
+    """A socket of `StableSocketDep` has a readable subprotocol."""
     manager, app = WebSocketConnectionManager(), FastAPI()
     manager.install(app)
 

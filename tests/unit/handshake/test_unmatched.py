@@ -1,4 +1,4 @@
-"""Tests of saying why a WebSocket handshake got a 403."""
+"""Tests of events for WebSocket handshakes without a matching route."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tests.unit.conftest import EventRecorder
 
 
 async def endpoint(websocket: WebSocket) -> None:
-    """An endpoint."""
+    """Do nothing, as an endpoint."""
 
 
 def make_app() -> FastAPI:
-    """An app with WebSocket routes of all kinds."""
+    """Return an app with WebSocket routes of all kinds."""
     app = FastAPI()
     app.add_api_websocket_route("/ws/{client_id}", endpoint)
     router = APIRouter()
@@ -36,44 +36,44 @@ def make_app() -> FastAPI:
     return app
 
 
-async def knock(app: Any, path: str) -> FakeServer:
-    """Let a client try a path."""
+async def send_handshake(app: Any, path: str) -> FakeServer:
+    """Send a handshake for a path, and return its server."""
     server = FakeServer(path)
     await app(server.websocket.scope, server.receive, server.send)
     return server
 
 
 def test_all_websocket_paths_are_found() -> None:
-    """Those of included routers and mounted apps too, and no others."""
+    """The paths of included routers and mounted apps are found too, and no others."""
     assert sorted(websocket_paths(make_app().routes)) == ["/router/inner", "/sub/deep", "/ws/{client_id}"]
 
 
 async def test_unmatched_path_is_reported_with_known_paths() -> None:
-    """The bare 403 gets a warning that names the path and the known ones."""
+    """An unmatched path gets a warning with the path and the known paths."""
     app, events, heard = make_app(), EventBus(), EventRecorder()
     events.subscribe(heard)
     UnmatchedRouteLogger.watch(app, events)
-    server = await knock(app, "/wss/ann")
+    server = await send_handshake(app, "/wss/ann")
     assert server.taken[0]["type"] == "websocket.close"
-    (report,) = heard.all
-    assert (report.event, report.level) == ("no_websocket_route", logging.WARNING)
-    assert report.fields == {"path": "/wss/ann", "known": "/router/inner, /sub/deep, /ws/{client_id}"}
+    (event,) = heard.all
+    assert (event.event, event.level) == ("no_websocket_route", logging.WARNING)
+    assert event.fields == {"path": "/wss/ann", "known": "/router/inner, /sub/deep, /ws/{client_id}"}
 
 
 async def test_unmatched_path_is_reported_once_up_to_limit() -> None:
-    """A scanner does not fill the log."""
+    """Each unmatched path is reported once, up to MAX_LOGGED paths, so that a scanner cannot fill the log."""
     app, events, heard = FastAPI(), EventBus(), EventRecorder()
     events.subscribe(heard)
     UnmatchedRouteLogger.watch(app, events)
     for number in range(3 * MAX_LOGGED):
-        await knock(app, f"/{number}")
-        await knock(app, f"/{number}")
+        await send_handshake(app, f"/{number}")
+        await send_handshake(app, f"/{number}")
     assert len(heard.all) == MAX_LOGGED
     assert heard.all[0].fields["known"] == "none"
 
 
 async def test_unmatched_http_request_is_not_reported() -> None:
-    """A 404 of HTTP is no business of ours."""
+    """An HTTP request with a 404 is not reported."""
     app, events, heard = FastAPI(), EventBus(), EventRecorder()
     events.subscribe(heard)
     UnmatchedRouteLogger.watch(app, events)
@@ -91,7 +91,7 @@ async def test_unmatched_http_request_is_not_reported() -> None:
 
 
 def test_app_is_watched_once() -> None:
-    """Attaching a manager again puts no second watch before the first."""
+    """Watching an app again adds no second watch."""
     app, events = FastAPI(), EventBus()
     UnmatchedRouteLogger.watch(app, events)
     first = app.router.default
@@ -103,17 +103,17 @@ def test_app_is_watched_once() -> None:
     "app", [SimpleNamespace(), SimpleNamespace(router=None), SimpleNamespace(router=SimpleNamespace())]
 )
 def test_app_without_router_default_is_unchanged(app: Any) -> None:
-    """Where there is no router with a default, nothing is watched and nothing fails."""
+    """An app without a router or without its default is not watched, and nothing fails."""
     before = vars(app).copy()
     UnmatchedRouteLogger.watch(app, EventBus())
     assert vars(app) == before
 
 
-# ── behind mounts ──
+# ── mounts ──
 
 
 def watched(app: FastAPI) -> EventRecorder:
-    """Watch an app, and hear what is told."""
+    """Watch an app, and return its recorded events."""
     events, heard = EventBus(), EventRecorder()
     events.subscribe(heard)
     UnmatchedRouteLogger.watch(app, events)
@@ -121,14 +121,14 @@ def watched(app: FastAPI) -> EventRecorder:
 
 
 async def test_path_behind_static_files_is_reported_and_gets_403() -> None:
-    """Behind a mount of files, a WebSocket gets the 403 of the router and a line in the log, not an AssertionError."""
+    """A WebSocket behind a mount of files gets a 403 and a log line instead of an AssertionError."""
     app = FastAPI()
     app.add_api_websocket_route("/ws", endpoint)
     app.mount("/", StaticFiles(directory=Path(__file__).parent))
     app.add_api_websocket_route("/late", endpoint)
     heard = watched(app)
     for path in ("/wss", "/late"):
-        server = await knock(app, path)
+        server = await send_handshake(app, path)
         assert [message["type"] for message in server.taken] == ["websocket.close"]
     first, second = heard.of("no_websocket_route")
     assert first.fields == {"path": "/wss", "known": "/late, /ws", "taken_by": "the mount at /"}
@@ -136,29 +136,29 @@ async def test_path_behind_static_files_is_reported_and_gets_403() -> None:
 
 
 async def test_unmatched_path_in_mounted_app_is_reported() -> None:
-    """A path below a mounted app is told by the manager of the app around it."""
+    """A path below a mounted app is reported by the manager of the outer app."""
     app = make_app()
     heard = watched(app)
-    server = await knock(app, "/sub/no")
+    server = await send_handshake(app, "/sub/no")
     assert [message["type"] for message in server.taken] == ["websocket.close"]
-    (report,) = heard.of("no_websocket_route")
-    assert (report.fields["path"], report.fields["taken_by"]) == ("/sub/no", "the mount at /sub")
+    (event,) = heard.of("no_websocket_route")
+    assert (event.fields["path"], event.fields["taken_by"]) == ("/sub/no", "the mount at /sub")
 
 
 async def test_mounted_app_with_manager_reports_its_own_path() -> None:
-    """One line is written, by the manager of the mounted app."""
+    """A mounted app with its own manager reports its path alone."""
     app, sub = FastAPI(), FastAPI()
     app.mount("/sub", sub)
     outer, inner = watched(app), watched(sub)
-    await knock(app, "/sub/no")
+    await send_handshake(app, "/sub/no")
     assert (len(outer.all), len(inner.all)) == (0, 1)
 
 
 async def test_served_paths_are_not_reported() -> None:
-    """Routes, those of mounted apps and of apps that show no routes are left alone, and requests too."""
+    """Paths of routes, of mounted apps and of apps without visible routes are not reported."""
     served: list[str] = []
 
-    async def serves(websocket: WebSocket) -> None:
+    async def serve(websocket: WebSocket) -> None:
         served.append(websocket.scope["path"])
         await websocket.close()
 
@@ -167,9 +167,9 @@ async def test_served_paths_are_not_reported() -> None:
         await send({"type": "websocket.close", "code": 1000})
 
     app, sub, router = FastAPI(), FastAPI(), APIRouter()
-    app.add_api_websocket_route("/ws", serves)
-    sub.add_api_websocket_route("/deep", serves)
-    router.add_api_websocket_route("/{room}", serves)
+    app.add_api_websocket_route("/ws", serve)
+    sub.add_api_websocket_route("/deep", serve)
+    router.add_api_websocket_route("/{room}", serve)
     app.include_router(router, prefix="/rooms")
     app.mount("/sub", sub)
     app.mount("/socket.io", other_app)
@@ -177,13 +177,13 @@ async def test_served_paths_are_not_reported() -> None:
     heard = watched(app)
     paths = ["/ws", "/sub/deep", "/rooms/lobby", "/socket.io/5"]
     for path in paths:
-        await knock(app, path)
+        await send_handshake(app, path)
     assert served == paths
     assert heard.all == []
 
 
 async def test_root_path_is_ignored_when_matching_routes() -> None:
-    """Where a proxy or a server has put a path before those of the app, that does not count."""
+    """A root path that a proxy or a server adds is ignored when routes are matched."""
     app = FastAPI()
     app.mount("/", StaticFiles(directory=Path(__file__).parent))
     heard = watched(app)

@@ -1,1 +1,1 @@
-"""Tests of what connections may take."""
+"""Unit tests of `fastapi_ws_stabilizer.limits`."""

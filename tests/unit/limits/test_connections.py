@@ -1,4 +1,4 @@
-"""Tests of who may come in."""
+"""Tests of connection limits."""
 
 from __future__ import annotations
 
@@ -22,51 +22,51 @@ def enter(
     address: str = "1.1.1.1",
     replaces: tuple[Reservation, ...] = (),
 ) -> Reservation:
-    """Let somebody knock and settle."""
-    place = admission.reserve(address, 0.0)
+    """Reserve a slot, and confirm it for the client."""
+    reservation = admission.reserve(address, 0.0)
     try:
-        place.confirm(client_id, replaces=replaces)
+        reservation.confirm(client_id, replaces=replaces)
     except ConnectionLimitExceededError:
-        place.release()
+        reservation.release()
         raise
-    return place
+    return reservation
 
 
-# ── in all ──
+# ── total ──
 
 
 def test_connection_over_max_connections_is_rejected() -> None:
-    """The first one too many is refused, and told which option says so and when to come back."""
+    """A connection above max_connections raises with the option, its value and a retry delay."""
     admission = ConnectionLimiter(max_connections=2)
     enter(admission, "ann")
     enter(admission, "bob")
-    with pytest.raises(ConnectionLimitExceededError) as refused:
+    with pytest.raises(ConnectionLimitExceededError) as rejected:
         enter(admission, "cem")
-    assert type(refused.value) is ConnectionLimitExceededError
-    assert (refused.value.limit, refused.value.most) == ("max_connections", 2)
-    assert 0.5 * RETRY_WHEN_FULL <= refused.value.retry_after <= 1.5 * RETRY_WHEN_FULL + 0.1
+    assert type(rejected.value) is ConnectionLimitExceededError
+    assert (rejected.value.limit, rejected.value.most) == ("max_connections", 2)
+    assert 0.5 * RETRY_WHEN_FULL <= rejected.value.retry_after <= 1.5 * RETRY_WHEN_FULL + 0.1
     assert len(admission) == 2
 
 
 def test_limiter_without_limits_counts_nothing() -> None:
-    """With no option set nobody is refused, whoever it is, and nobody is counted: all share a place."""
+    """Without options no connection is rejected or counted, and all share one reservation."""
     admission = ConnectionLimiter()
-    places = {enter(admission) for _ in range(1000)}
-    assert len(places) == 1
-    places.pop().release()
+    reservations = {enter(admission) for _ in range(1000)}
+    assert len(reservations) == 1
+    reservations.pop().release()
     enter(admission)
     assert len(admission) == 0
 
 
 def test_released_reservation_frees_slot() -> None:
-    """A place that was given back is free for the next."""
+    """A released slot is free for the next connection."""
     admission = ConnectionLimiter(max_connections=1)
     enter(admission, "ann").release()
     enter(admission, "bob")
 
 
 def test_reservation_is_released_only_once() -> None:
-    """Leaving twice makes room for one, not for two."""
+    """A second release of a reservation frees no second slot."""
     admission = ConnectionLimiter(max_connections=2)
     ann, _ = enter(admission, "ann"), enter(admission, "bob")
     ann.release()
@@ -77,22 +77,22 @@ def test_reservation_is_released_only_once() -> None:
 
 
 def test_repeated_confirm_of_reservation_counts_once() -> None:
-    """A place that is settled stays one place."""
+    """A second confirm of a reservation counts no second connection."""
     admission = ConnectionLimiter(max_connections=2)
-    place = enter(admission)
-    place.confirm("ann")
+    reservation = enter(admission)
+    reservation.confirm("ann")
     assert len(admission) == 1
-    place.release()
+    reservation.release()
     assert len(admission) == 0
 
 
 def test_confirm_after_release_raises_and_counts_nothing() -> None:
-    """A reservation that was released before it was confirmed counts no more."""
+    """A reservation that is released before its confirm counts nothing, and the confirm raises."""
     admission = ConnectionLimiter(max_connections=1)
-    place = admission.reserve("1.1.1.1", 0.0)
-    place.release()
+    reservation = admission.reserve("1.1.1.1", 0.0)
+    reservation.release()
     with pytest.raises(ConnectionLimitExceededError):
-        place.confirm("ann")
+        reservation.confirm("ann")
     assert len(admission) == 0
 
 
@@ -111,24 +111,24 @@ def test_confirm_after_release_raises_and_counts_nothing() -> None:
 def test_released_reservation_cannot_be_confirmed(
     option: dict[str, float], limit: str, error: type[Exception], confirmed_before: bool
 ) -> None:
-    """Under each limit a released reservation refuses its client with that limit, and is counted nowhere."""
+    """Under each limit, the confirm of a released reservation raises the error of that limit and counts nothing."""
     admission = ConnectionLimiter(**option)  # type: ignore[arg-type]
-    place = admission.reserve("1.1.1.1", 0.0)
+    reservation = admission.reserve("1.1.1.1", 0.0)
     if confirmed_before:
-        place.confirm("ann")
-    place.release()
+        reservation.confirm("ann")
+    reservation.release()
     for _ in range(2):
-        with pytest.raises(ConnectionLimitExceededError) as refused:
-            place.confirm("ann")
-        assert (type(refused.value), refused.value.limit, refused.value.most) == (error, limit, 2)
-    assert (len(admission), admission._pending, place.client_id) == (0, 0, None)
+        with pytest.raises(ConnectionLimitExceededError) as rejected:
+            reservation.confirm("ann")
+        assert (type(rejected.value), rejected.value.limit, rejected.value.most) == (error, limit, 2)
+    assert (len(admission), admission._pending, reservation.client_id) == (0, 0, None)
 
 
-# ── the lobby ──
+# ── pending handshakes ──
 
 
 def test_full_server_admits_min_pending_handshakes() -> None:
-    """As many as the lobby holds may knock at a full server; the next is refused before anything is asked."""
+    """A full server accepts MIN_PENDING pending handshakes and rejects the next one."""
     admission = ConnectionLimiter(max_connections=1)
     enter(admission, "ann")
     waiting = [admission.reserve("1.1.1.1", 0.0) for _ in range(MIN_PENDING)]
@@ -139,7 +139,7 @@ def test_full_server_admits_min_pending_handshakes() -> None:
 
 
 def test_pending_handshakes_are_bounded_without_connections() -> None:
-    """Before anybody is inside, no more may be on their way than there are places and the lobby holds."""
+    """Without connections, pending handshakes are bounded by max_connections + MIN_PENDING."""
     admission = ConnectionLimiter(max_connections=3)
     for _ in range(3 + MIN_PENDING):
         admission.reserve("1.1.1.1", 0.0)
@@ -148,7 +148,7 @@ def test_pending_handshakes_are_bounded_without_connections() -> None:
 
 
 def test_max_pending_scales_with_max_connections() -> None:
-    """The lobby is a tenth of the connections where that is more than its least."""
+    """The bound of pending handshakes is a tenth of max_connections, if that is above MIN_PENDING."""
     admission = ConnectionLimiter(max_connections=1000)
     for _ in range(1100):
         admission.reserve("1.1.1.1", 0.0)
@@ -156,11 +156,11 @@ def test_max_pending_scales_with_max_connections() -> None:
         admission.reserve("1.1.1.1", 0.0)
 
 
-# ── instead of another ──
+# ── replacement ──
 
 
 def test_replacement_needs_no_free_slot() -> None:
-    """At a full server a client takes its old connection's place, and there are as many as before."""
+    """At a full server a client replaces its old connection, and the count stays the same."""
     admission = ConnectionLimiter(max_connections=1)
     old = enter(admission, "ann")
     new = enter(admission, "ann", replaces=(old,))
@@ -173,7 +173,7 @@ def test_replacement_needs_no_free_slot() -> None:
 
 
 def test_released_reservation_cannot_be_replaced() -> None:
-    """If the old connection is over, and somebody else has its place, the new one needs room as any other."""
+    """If another client has the slot of the released connection, the new one needs a free slot."""
     admission = ConnectionLimiter(max_connections=1)
     old = enter(admission, "ann")
     old.release()
@@ -183,7 +183,7 @@ def test_released_reservation_cannot_be_replaced() -> None:
 
 
 def test_slot_of_replaced_connection_is_not_given_to_others() -> None:
-    """If the old connection ends by itself while the new one is on its way, its place is not free for a third."""
+    """If the old connection closes before its replacement is open, its slot is not free for others."""
     admission = ConnectionLimiter(max_connections=1)
     old = enter(admission, "ann")
     enter(admission, "ann", replaces=(old,))
@@ -193,7 +193,7 @@ def test_slot_of_replaced_connection_is_not_given_to_others() -> None:
 
 
 def test_replacements_of_one_connection_are_bounded() -> None:
-    """One connection cannot be the ticket of any number of new ones that all wait in a handshake hook."""
+    """The number of pending replacements of one connection is bounded."""
     admission = ConnectionLimiter(max_connections=1)
     old = enter(admission, "ann")
     for _ in range(MIN_PENDING):
@@ -202,22 +202,22 @@ def test_replacements_of_one_connection_are_bounded() -> None:
         enter(admission, "ann", replaces=(old,))
 
 
-# ── from one address ──
+# ── per address ──
 
 
 def test_address_limit_rejects_only_that_address() -> None:
-    """Who is too many from its address is refused as such, and others are not."""
+    """An address above its limit is rejected with that option, and other addresses are not."""
     admission = ConnectionLimiter(max_per_address=2)
     enter(admission, address="1.1.1.1")
     enter(admission, address="1.1.1.1")
-    with pytest.raises(TooManyConnectionsError) as refused:
+    with pytest.raises(TooManyConnectionsError) as rejected:
         enter(admission, address="1.1.1.1")
-    assert (refused.value.limit, refused.value.most) == ("max_connections_per_address", 2)
+    assert (rejected.value.limit, rejected.value.most) == ("max_connections_per_address", 2)
     enter(admission, address="2.2.2.2")
 
 
 def test_concurrent_handshakes_fill_address_limit() -> None:
-    """Those who are on their way do not count against those who were let in before them."""
+    """Pending handshakes do not use up the limit of their address before they are confirmed."""
     admission = ConnectionLimiter(max_per_address=2)
     first, second, third = (admission.reserve("1.1.1.1", 0.0) for _ in range(3))
     first.confirm("ann")
@@ -227,7 +227,7 @@ def test_concurrent_handshakes_fill_address_limit() -> None:
 
 
 def test_pending_handshakes_of_address_are_bounded_by_limit() -> None:
-    """As many as may be inside may also be on their way, and no more are asked who they are."""
+    """An address may have as many pending handshakes as connections, and other addresses are not affected."""
     admission = ConnectionLimiter(max_per_address=2)
     for _ in range(4):
         admission.reserve("1.1.1.1", 0.0)
@@ -237,14 +237,14 @@ def test_pending_handshakes_of_address_are_bounded_by_limit() -> None:
 
 
 def test_replacement_at_same_address_needs_no_slot() -> None:
-    """A client that dials again from where it was takes its own place of that address."""
+    """A replacement from the same address uses its own slot of that address."""
     admission = ConnectionLimiter(max_per_address=1)
     old = enter(admission, "ann")
     enter(admission, "ann", replaces=(old,))
 
 
 def test_replacement_from_other_address_needs_slot() -> None:
-    """Connections cannot be moved to one address until there are more than it may have."""
+    """A replacement from another address needs a free slot of that address."""
     admission = ConnectionLimiter(max_per_address=1)
     old = enter(admission, "ann", address="2.2.2.2")
     enter(admission, "bob", address="1.1.1.1")
@@ -252,24 +252,24 @@ def test_replacement_from_other_address_needs_slot() -> None:
         enter(admission, "ann", address="1.1.1.1", replaces=(old,))
 
 
-# ── of one client ──
+# ── per client ──
 
 
 def test_client_limit_rejects_only_that_client() -> None:
-    """Who has too many connections is refused another one, and somebody else is not."""
+    """A client above its limit is rejected with that option, and other clients are not."""
     admission = ConnectionLimiter(max_per_client=2)
     first = enter(admission, "ann")
     enter(admission, "ann")
-    with pytest.raises(TooManyConnectionsError) as refused:
+    with pytest.raises(TooManyConnectionsError) as rejected:
         enter(admission, "ann")
-    assert (refused.value.limit, refused.value.most) == ("max_connections_per_client", 2)
+    assert (rejected.value.limit, rejected.value.most) == ("max_connections_per_client", 2)
     enter(admission, "bob")
     first.release()
     enter(admission, "ann")
 
 
 def test_takeover_of_own_session_is_within_client_limit() -> None:
-    """A client at its limit may come back to a session whose connection is half-open, but not to that of another."""
+    """A client at its limit may replace its own connection, but not a connection of another client."""
     admission = ConnectionLimiter(max_per_client=1)
     ann, bob = enter(admission, "ann"), enter(admission, "bob")
     with pytest.raises(TooManyConnectionsError):
@@ -277,57 +277,57 @@ def test_takeover_of_own_session_is_within_client_limit() -> None:
     enter(admission, "ann", replaces=(ann,))
 
 
-# ── how often ──
+# ── rates ──
 
 
 def test_handshakes_over_rate_are_rejected_with_retry_delay() -> None:
-    """Who comes too often is refused, whoever it is, and told when it is its turn."""
+    """A handshake above the rate is rejected with the delay after which it is accepted."""
     admission = ConnectionLimiter(rate=2)
     admission.reserve("1.1.1.1", 0.0)
     admission.reserve("2.2.2.2", 0.0)
-    with pytest.raises(ConnectionLimitExceededError) as refused:
+    with pytest.raises(ConnectionLimitExceededError) as rejected:
         admission.reserve("3.3.3.3", 0.1)
-    assert type(refused.value) is ConnectionLimitExceededError
-    assert refused.value.limit == "max_connect_rate"
-    assert refused.value.retry_after == pytest.approx(0.4)
-    admission.reserve("3.3.3.3", 0.1 + refused.value.retry_after)
+    assert type(rejected.value) is ConnectionLimitExceededError
+    assert rejected.value.limit == "max_connect_rate"
+    assert rejected.value.retry_after == pytest.approx(0.4)
+    admission.reserve("3.3.3.3", 0.1 + rejected.value.retry_after)
 
 
 def test_address_over_rate_does_not_use_up_global_rate() -> None:
-    """What one address is refused for is not counted for the others."""
+    """A handshake that the rate of its address rejects does not count for the total rate."""
     admission = ConnectionLimiter(rate=3, rate_per_address=1)
     admission.reserve("1.1.1.1", 0.0)
     for _ in range(10):
-        with pytest.raises(TooManyConnectionsError) as refused:
+        with pytest.raises(TooManyConnectionsError) as rejected:
             admission.reserve("1.1.1.1", 0.0)
-        assert refused.value.limit == "max_connect_rate_per_address"
+        assert rejected.value.limit == "max_connect_rate_per_address"
     admission.reserve("2.2.2.2", 0.0)
     admission.reserve("3.3.3.3", 0.0)
 
 
 def test_rate_below_one_per_second_admits_one() -> None:
-    """One connection a minute means one now, and the next in a minute."""
+    """A rate of one per minute admits one handshake at once and the next one after 60 s."""
     admission = ConnectionLimiter(rate=1 / 60)
     admission.reserve("1.1.1.1", 0.0)
-    with pytest.raises(ConnectionLimitExceededError) as refused:
+    with pytest.raises(ConnectionLimitExceededError) as rejected:
         admission.reserve("1.1.1.1", 0.0)
-    assert refused.value.retry_after == pytest.approx(60)
+    assert rejected.value.retry_after == pytest.approx(60)
 
 
 @pytest.mark.parametrize("options", [{"rate": 1}, {"rate_per_address": 1}], ids=["in all", "by address"])
 def test_handshake_over_rate_holds_no_reservation(options: dict[str, float]) -> None:
-    """Refusals leave nothing behind that is counted."""
+    """A handshake above a rate leaves no reservation."""
     admission = ConnectionLimiter(max_connections=1, max_per_address=1, **options)  # type: ignore[arg-type]
     admission.reserve("1.1.1.1", 0.0).release()
     for _ in range(100):
         with pytest.raises(ConnectionLimitExceededError):
             admission.reserve("1.1.1.1", 0.0)
-    enter_later = admission.reserve("1.1.1.1", 1.0)
-    enter_later.confirm("ann")
+    later = admission.reserve("1.1.1.1", 1.0)
+    later.confirm("ann")
     assert len(admission) == 1
 
 
-# ── all of it ──
+# ── model ──
 
 MOST, PER_CLIENT, PER_ADDRESS = 4, 2, 3
 PENDING = 16
@@ -337,93 +337,93 @@ PICK = st.integers(0, 10_000)
 
 
 class Counts(RuleBasedStateMachine):
-    """After any sequence of comings and goings the counts are those that a full count gives."""
+    """State machine that compares the counts with a full count after each step."""
 
     def __init__(self) -> None:
         super().__init__()
         self.admission = ConnectionLimiter(max_connections=MOST, max_per_client=PER_CLIENT, max_per_address=PER_ADDRESS)
-        self.there: dict[Reservation, str | None] = {}
-        self.came: list[Reservation] = []
+        self.active: dict[Reservation, str | None] = {}
+        self.created: list[Reservation] = []
 
     @property
     def inside(self) -> list[Reservation]:
-        """The places that are settled."""
-        return [place for place, who in self.there.items() if who is not None]
+        """The confirmed reservations."""
+        return [reservation for reservation, client_id in self.active.items() if client_id is not None]
 
     @property
     def waiting(self) -> list[Reservation]:
-        """The places that are not."""
-        return [place for place, who in self.there.items() if who is None]
+        """The pending reservations."""
+        return [reservation for reservation, client_id in self.active.items() if client_id is None]
 
     @rule(address=st.sampled_from(["1.1.1.1", "2.2.2.2", "3.3.3.3", "4.4.4.4", "5.5.5.5", "6.6.6.6"]))
-    def knock(self, address: str) -> None:
-        """Somebody comes."""
-        if sum(place.address == address for place in self.there) >= 2 * PER_ADDRESS:
+    def reserve(self, address: str) -> None:
+        """Reserve a slot."""
+        if sum(reservation.address == address for reservation in self.active) >= 2 * PER_ADDRESS:
             with pytest.raises(TooManyConnectionsError, match="max_connections_per_address"):
                 self.admission.reserve(address, 0.0)
-        elif len(self.there) >= MOST + PENDING:
+        elif len(self.active) >= MOST + PENDING:
             with pytest.raises(ConnectionLimitExceededError, match="max_connections is"):
                 self.admission.reserve(address, 0.0)
         else:
-            self.came.append(self.admission.reserve(address, 0.0))
-            self.there[self.came[-1]] = None
+            self.created.append(self.admission.reserve(address, 0.0))
+            self.active[self.created[-1]] = None
 
     @precondition(lambda self: self.waiting)
     @rule(pick=PICK, client_id=st.sampled_from(["ann", "bob", "cem", "dan"]), others=st.lists(PICK, max_size=2))
-    def settle(self, pick: int, client_id: str, others: list[int]) -> None:
-        """It is known who it is."""
-        place = self.waiting[pick % len(self.waiting)]
-        named = [self.came[one % len(self.came)] for one in others]  # some are gone, or not settled
+    def confirm(self, pick: int, client_id: str, others: list[int]) -> None:
+        """Confirm a reservation."""
+        reservation = self.waiting[pick % len(self.waiting)]
+        named = [self.created[one % len(self.created)] for one in others]  # some are released or pending
         replaced = [one for one in named if one in self.inside]
-        here = [one for one in self.inside if one.address == place.address]
-        its_own = [one for one in self.inside if one.client_id == client_id]
-        refused: type[ConnectionLimitExceededError] | None = None
-        too_many = len(here) - any(one in replaced for one in here) >= PER_ADDRESS
-        too_many |= len(its_own) - any(one in replaced for one in its_own) >= PER_CLIENT
+        same_address = [one for one in self.inside if one.address == reservation.address]
+        same_client = [one for one in self.inside if one.client_id == client_id]
+        rejected: type[ConnectionLimitExceededError] | None = None
+        too_many = len(same_address) - any(one in replaced for one in same_address) >= PER_ADDRESS
+        too_many |= len(same_client) - any(one in replaced for one in same_client) >= PER_CLIENT
         if too_many:
-            refused = TooManyConnectionsError
+            rejected = TooManyConnectionsError
         elif not replaced and len(self.inside) >= MOST:
-            refused = ConnectionLimitExceededError
-        if refused is None:
-            place.confirm(client_id, replaces=named)
-            self.there[place] = client_id
+            rejected = ConnectionLimitExceededError
+        if rejected is None:
+            reservation.confirm(client_id, replaces=named)
+            self.active[reservation] = client_id
         else:
-            with pytest.raises(refused) as error:
-                place.confirm(client_id, replaces=named)
-            assert error.type is refused
+            with pytest.raises(rejected) as error:
+                reservation.confirm(client_id, replaces=named)
+            assert error.type is rejected
 
-    @precondition(lambda self: len(self.came) > len(self.there))
+    @precondition(lambda self: len(self.created) > len(self.active))
     @rule(pick=PICK, client_id=st.sampled_from(["ann", "bob"]), others=st.lists(PICK, max_size=2))
-    def settle_released(self, pick: int, client_id: str, others: list[int]) -> None:
-        """A client whose reservation was released says who it is after all."""
-        released = [place for place in self.came if place not in self.there]
+    def confirm_released(self, pick: int, client_id: str, others: list[int]) -> None:
+        """Confirm a released reservation."""
+        released = [reservation for reservation in self.created if reservation not in self.active]
         with pytest.raises(ConnectionLimitExceededError):
             released[pick % len(released)].confirm(
-                client_id, replaces=[self.came[one % len(self.came)] for one in others]
+                client_id, replaces=[self.created[one % len(self.created)] for one in others]
             )
 
-    @precondition(lambda self: self.came)
+    @precondition(lambda self: self.created)
     @rule(pick=PICK)
-    def leave(self, pick: int) -> None:
-        """It goes, for the first time or once more."""
-        place = self.came[pick % len(self.came)]
-        place.release()
-        self.there.pop(place, None)
+    def release(self, pick: int) -> None:
+        """Release a reservation, possibly again."""
+        reservation = self.created[pick % len(self.created)]
+        reservation.release()
+        self.active.pop(reservation, None)
 
     @invariant()
-    def counts_are_true(self) -> None:
-        """The running sums are those of a full count, and nothing is kept of those who are gone.
+    def counts_match(self) -> None:
+        """The counts equal a full count, and released reservations leave no entries.
 
-        More than there is room for are there only as long as those whom they replace.
+        Connections exceed a limit only together with those that they replace.
         """
         admission = self.admission
         inside, waiting = self.inside, self.waiting
         assert len(admission) == len(inside)
         assert len(inside) + len(waiting) <= MOST + PENDING
         assert admission._pending == len(waiting)
-        assert admission._from_address._counts == Counter(place.address for place in inside)
-        assert admission._pending_from._counts == Counter(place.address for place in waiting)
-        assert admission._of_client._counts == Counter(place.client_id for place in inside)
+        assert admission._from_address._counts == Counter(reservation.address for reservation in inside)
+        assert admission._pending_from._counts == Counter(reservation.address for reservation in waiting)
+        assert admission._of_client._counts == Counter(reservation.client_id for reservation in inside)
 
 
 TestCounts = Counts.TestCase
@@ -432,49 +432,49 @@ TestCounts.settings = settings(max_examples=60, stateful_step_count=60)
 
 @pytest.mark.parametrize("option", ["rate", "rate_per_address"])
 def test_retry_delays_over_rate_are_spread(option: str) -> None:
-    """Those that come too often are asked back one after the other, over the time that the rate needs for all."""
+    """Retry delays of handshakes above a rate are spread over the time that the rate needs for all of them."""
     admission = ConnectionLimiter(**{option: 10.0})
-    told = []
+    retry_times = []
     for number in range(120):
         now = 100.0 + number * 1e-4
         try:
             admission.reserve("1.1.1.1", now)
-        except (ConnectionLimitExceededError, TooManyConnectionsError) as refused:
-            told.append(now + refused.retry_after)
-    assert len(told) == 110
-    assert min(after - before for before, after in pairwise(told)) > 0.09
-    assert told[-1] == pytest.approx(111.0, abs=0.2)
-    for when in told:  # each of them comes when it was told, and is let in
+        except (ConnectionLimitExceededError, TooManyConnectionsError) as rejected:
+            retry_times.append(now + rejected.retry_after)
+    assert len(retry_times) == 110
+    assert min(after - before for before, after in pairwise(retry_times)) > 0.09
+    assert retry_times[-1] == pytest.approx(111.0, abs=0.2)
+    for when in retry_times:  # each client returns after its delay and is accepted
         admission.reserve("1.1.1.1", when)
 
 
 def test_retry_delays_of_address_do_not_affect_other_address() -> None:
-    """Each address has a queue of its own, and an empty queue is forgotten."""
+    """Each address has its own retry queue."""
     admission = ConnectionLimiter(rate_per_address=1.0)
     for _ in range(50):
         with contextlib.suppress(TooManyConnectionsError):
             admission.reserve("1.1.1.1", 0.0)
     admission.reserve("2.2.2.2", 0.0)
-    with pytest.raises(TooManyConnectionsError) as refused:
+    with pytest.raises(TooManyConnectionsError) as rejected:
         admission.reserve("2.2.2.2", 0.0)
-    assert refused.value.retry_after == pytest.approx(1.0)
+    assert rejected.value.retry_after == pytest.approx(1.0)
 
 
 def test_retry_delays_at_full_server_are_spread() -> None:
-    """Of those that find no room no more than a hundred are asked back in each second."""
+    """Retry delays at a full server are spread: of 3,000 clients, fewer than 200 return in any second."""
     admission = ConnectionLimiter(max_connections=1)
-    told = []
+    retry_times = []
     for _ in range(3000):
         try:
             admission.reserve("1.1.1.1", 0.0)
-        except ConnectionLimitExceededError as refused:
-            told.append(refused.retry_after)
-    assert max(told) > 25
-    assert max(Counter(round(wait) for wait in told).values()) < 200
+        except ConnectionLimitExceededError as rejected:
+            retry_times.append(rejected.retry_after)
+    assert max(retry_times) > 25
+    assert max(Counter(round(wait) for wait in retry_times).values()) < 200
 
 
 def test_address_ignoring_retry_delay_does_not_delay_others() -> None:
-    """What is refused by the limit of an address moves nobody back in the queue for room."""
+    """Rejections by the rate of an address do not lengthen the retry delays of other clients."""
     admission = ConnectionLimiter(max_connections=1, rate_per_address=5)
     enter(admission)
     for number in range(MIN_PENDING):
@@ -482,6 +482,6 @@ def test_address_ignoring_retry_delay_does_not_delay_others() -> None:
     for _ in range(10_000):
         with pytest.raises((TooManyConnectionsError, ConnectionLimitExceededError)):
             admission.reserve("6.6.6.6", 0.0)
-    with pytest.raises(ConnectionLimitExceededError) as refused:
+    with pytest.raises(ConnectionLimitExceededError) as rejected:
         admission.reserve("3.3.3.3", 0.0)
-    assert refused.value.retry_after <= 1.5 * RETRY_WHEN_FULL + 0.1
+    assert rejected.value.retry_after <= 1.5 * RETRY_WHEN_FULL + 0.1

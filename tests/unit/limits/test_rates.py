@@ -1,4 +1,4 @@
-"""Tests of how often, and how much."""
+"""Tests of rates, token buckets and retry queues."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RATE = Rate(per_second=2.0, burst=10.0)
 
 
 class ExactBucket:
-    """A bucket of fractions, without a clock of its own: what the rules say, in the plainest words."""
+    """Model of a bucket, with exact fractions and the plain rules."""
 
     def __init__(self, rate: Rate) -> None:
         self.rate = rate
@@ -23,7 +23,7 @@ class ExactBucket:
         self.at = Fraction(0)
 
     def flow(self, now: float) -> None:
-        """Let in what has come since."""
+        """Add the tokens of the time since the last call."""
         if now > self.at:
             self.level = min(
                 Fraction(self.rate.burst), self.level + (Fraction(now) - self.at) * Fraction(self.rate.per_second)
@@ -31,7 +31,7 @@ class ExactBucket:
             self.at = Fraction(now)
 
     def take(self, cost: float, now: float) -> float:
-        """Take it, or say when it is there."""
+        """Take the tokens, or return the seconds until they are available."""
         self.flow(now)
         if cost > self.rate.burst:
             return math.inf
@@ -41,7 +41,7 @@ class ExactBucket:
         return 0.0
 
     def spend(self, cost: float, now: float) -> bool:
-        """Take it if anything is there."""
+        """Take the tokens if any are left."""
         self.flow(now)
         if self.level <= 0:
             return False
@@ -50,7 +50,7 @@ class ExactBucket:
 
 
 def quarters(least: int, most: int) -> st.SearchStrategy[float]:
-    """Numbers that floats can add without rounding, so that right and wrong are not a matter of a last digit."""
+    """Generate quarters, which floats add without rounding, so that comparisons are exact."""
     return st.integers(least, most).map(lambda number: number / 4)
 
 
@@ -58,11 +58,11 @@ RATES = st.builds(Rate, quarters(1, 40), quarters(1, 80))
 STEPS = st.lists(st.tuples(quarters(-4, 12), quarters(0, 60)), min_size=20, max_size=60)  # seconds since the last, cost
 
 
-# ── a bucket ──
+# ── bucket ──
 
 
 def test_new_bucket_is_full() -> None:
-    """A burst may pass at once, at whatever time, and no more."""
+    """A new bucket is full at any time: one burst passes, and no more."""
     for now in (-5.0, 0.0, 1e9):
         bucket = TokenBucket()
         assert bucket.is_full(RATE, now)
@@ -73,7 +73,7 @@ def test_new_bucket_is_full() -> None:
 
 
 def test_shortfall_below_min_wait_is_taken() -> None:
-    """What will be there in less than the shortest wait may be taken; it is owed, so that it is not there twice."""
+    """A take that lacks tokens for less than MIN_WAIT passes, and the bucket owes the missing tokens."""
     bucket = TokenBucket()
     bucket.take(RATE, 10, 0.0)
     assert bucket.take(RATE, 2, 1.0 - 2 * MIN_WAIT) == pytest.approx(2 * MIN_WAIT)
@@ -82,7 +82,7 @@ def test_shortfall_below_min_wait_is_taken() -> None:
 
 
 def test_rejected_take_costs_nothing() -> None:
-    """Who is told to wait does not wait longer for having asked, and something smaller may pass meanwhile."""
+    """A rejected take costs nothing, so a smaller one may still pass."""
     bucket = TokenBucket()
     bucket.take(RATE, 8, 0.0)
     assert [bucket.take(RATE, 4, 0.0) for _ in range(3)] == [1.0, 1.0, 1.0]
@@ -92,7 +92,7 @@ def test_rejected_take_costs_nothing() -> None:
 
 
 def test_bucket_holds_at_most_one_burst() -> None:
-    """However long somebody is quiet, a burst is what it may send then."""
+    """A bucket holds at most one burst after any idle time."""
     bucket = TokenBucket()
     bucket.take(RATE, 10, 0.0)
     assert not bucket.is_full(RATE, 4.75)
@@ -102,7 +102,7 @@ def test_bucket_holds_at_most_one_burst() -> None:
 
 
 def test_take_over_burst_is_never_possible() -> None:
-    """More than a burst cannot be taken, however long somebody waits, and nothing is taken for it."""
+    """A take above the burst never passes, and it takes nothing."""
     bucket = TokenBucket()
     assert bucket.take(RATE, 10.000001, 0.0) == math.inf
     assert bucket.take(RATE, 10, 0.0) == 0.0
@@ -110,7 +110,7 @@ def test_take_over_burst_is_never_possible() -> None:
 
 
 def test_clock_going_backwards_changes_nothing() -> None:
-    """A clock that is set back, and forward again, gives nothing and takes nothing."""
+    """A clock that goes back and forward again adds and removes no tokens."""
     bucket = TokenBucket()
     bucket.take(RATE, 10, 100.0)
     assert bucket.take(RATE, 2, 50.0) == 1.0
@@ -121,7 +121,7 @@ def test_clock_going_backwards_changes_nothing() -> None:
 
 
 def test_spend_of_any_size_passes_while_bucket_is_not_empty() -> None:
-    """What was not there is owed, and nothing passes until the debt is paid and something is left."""
+    """A spend of any size passes while the bucket is not empty, and the next one waits until the debt is refilled."""
     bucket = TokenBucket()
     assert bucket.spend(RATE, 9.5, 0.0)
     assert bucket.spend(RATE, 100.5, 0.0)
@@ -132,7 +132,7 @@ def test_spend_of_any_size_passes_while_bucket_is_not_empty() -> None:
 
 
 def test_bucket_follows_changed_rate() -> None:
-    """What is missing in a bucket stays missing when its rate is another one."""
+    """Tokens that are missing in a bucket stay missing when its rate changes."""
     bucket = TokenBucket()
     bucket.take(RATE, 10, 0.0)
     assert bucket.take(Rate(1.0, 12.0), 3, 0.0) == 1.0
@@ -141,7 +141,7 @@ def test_bucket_follows_changed_rate() -> None:
 
 @given(RATES, STEPS, st.lists(st.booleans(), min_size=60, max_size=60))
 def test_bucket_agrees_with_exact_model(rate: Rate, steps: list[tuple[float, float]], kinds: list[bool]) -> None:
-    """Whatever is taken and spent, and whenever, each answer is that of the same rules in fractions."""
+    """In any order and at any time, each take and spend gives the answer of the exact model."""
     bucket, exact, now = TokenBucket(), ExactBucket(rate), 0.0
     for (passed, cost), takes in zip(steps, kinds, strict=False):
         now = max(0.0, now + passed)
@@ -154,16 +154,16 @@ def test_bucket_agrees_with_exact_model(rate: Rate, steps: list[tuple[float, flo
 
 @given(RATES, STEPS)
 def test_bucket_passes_exactly_rate_and_burst(rate: Rate, steps: list[tuple[float, float]]) -> None:
-    """Over any time a burst passes and what flows in meanwhile, and not more; what is refused would have been more."""
+    """In any interval one burst plus the refill passes, and each rejected take would exceed that."""
     bucket, now = TokenBucket(), 0.0
     passed: list[tuple[float, float]] = []
     for seconds, cost in steps:
         now += abs(seconds)
-        ways = [
+        excesses = [
             sum(c for _, c in passed[first:]) + cost - rate.burst - rate.per_second * (now - passed[first][0])
             for first in range(len(passed))
         ]
-        allowed = max([*ways, cost - rate.burst]) <= 0
+        allowed = max([*excesses, cost - rate.burst]) <= 0
         assert (bucket.take(rate, cost, now) == 0.0) == allowed
         if allowed:
             passed.append((now, cost))
@@ -178,7 +178,7 @@ MANY = st.floats(1e-3, 1e9)
     st.lists(st.tuples(st.floats(0, 10), st.floats(0, 1)), min_size=20, max_size=60),
 )
 def test_rounding_lets_nothing_extra_pass(rate: Rate, now: float, steps: list[tuple[float, float]]) -> None:
-    """With any numbers, no more passes than a burst, what flows in, and what lacks for less than the shortest wait."""
+    """With any floats, no more passes than a burst, the refill, and the refill of MIN_WAIT."""
     bucket, first, total = TokenBucket(), now, 0.0
     for seconds, part in steps:
         now += seconds
@@ -191,8 +191,8 @@ def test_rounding_lets_nothing_extra_pass(rate: Rate, now: float, steps: list[tu
 
 @given(st.builds(Rate, MANY, st.floats(1, 1000)), st.floats(0, 1e8), st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_take_after_returned_wait_succeeds(rate: Rate, now: float, parts: list[float]) -> None:
-    """After the wait it is taken, whatever is made of it by rounding; nobody is told to wait for no time at all."""
-    rate = Rate(rate.per_second, rate.burst * rate.per_second)  # a burst is of some seconds
+    """A take after the returned wait succeeds despite rounding, and no returned wait is below MIN_WAIT."""
+    rate = Rate(rate.per_second, rate.burst * rate.per_second)  # the burst covers some seconds
     bucket = TokenBucket()
     bucket.spend(rate, 3.3 * rate.burst, now)
     for part in parts:
@@ -204,38 +204,38 @@ def test_take_after_returned_wait_succeeds(rate: Rate, now: float, parts: list[f
 
 @pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan])
 def test_non_positive_rate_raises(value: float) -> None:
-    """A rate that lets nothing pass, or everything, is none."""
+    """A rate or burst that is zero, negative or not finite raises."""
     with pytest.raises(ValueError, match="per_second of a rate must be a number above zero"):
         Rate(value, 1.0)
     with pytest.raises(ValueError, match="burst of a rate must be a number above zero"):
         Rate(1.0, value)
 
 
-# ── a table ──
+# ── table of buckets ──
 
 
 def test_each_key_has_its_own_bucket() -> None:
-    """Who has sent too much takes nothing from others."""
+    """Each key has its own bucket."""
     table = KeyedTokenBuckets(RATE, max_keys=100)
     assert [table.take("ann", 10, 0.0), table.take("ann", 1, 0.0), table.take("bob", 10, 0.0)] == [0.0, 0.5, 0.0]
     assert len(table) == 2
 
 
 def test_full_buckets_are_removed() -> None:
-    """Each use forgets two of those that are full again, so the table follows the senders that are there."""
+    """Each use removes up to two full buckets, so that the table follows the active keys."""
     table = KeyedTokenBuckets(RATE, max_keys=1000)
     for number in range(1000):
         table.take(f"sender {number}", 1, 0.0)
     assert len(table) == 1000
     table.take("ann", 1, 0.25)
-    assert len(table) == 1000  # none is full, so one has made room
+    assert len(table) == 1000  # no bucket is full, so one is evicted
     for use in range(1, 999):
         table.take("ann", 1, 1.0 * use)
         assert len(table) == max(1, 1000 - 2 * use)
 
 
 def test_partial_bucket_is_retained() -> None:
-    """A sender that owes something owes it as long as its bucket takes to fill, whoever comes meanwhile."""
+    """A partial bucket is retained until it is full, although other keys are used."""
     table = KeyedTokenBuckets(RATE, max_keys=1000)
     table.take("ann", 10, 0.0)
     for number in range(900):
@@ -244,18 +244,18 @@ def test_partial_bucket_is_retained() -> None:
 
 
 def test_full_table_evicts_least_recently_used_bucket() -> None:
-    """There are never more buckets than `max_keys`; who has come again since is not who came longest ago."""
+    """A table has at most `max_keys` buckets, and evicts the least recently used one."""
     table = KeyedTokenBuckets(RATE, max_keys=3)
     for sender in ("ann", "bob", "cid", "ann", "dan"):
         table.take(sender, 5, 0.0)
     assert len(table) == 3
     assert [table.take(sender, 6, 0.0) for sender in ("ann", "cid", "dan")] == [3.0, 0.5, 0.5]
     assert table.take("bob", 10, 0.0) == 0.0
-    assert table.take("ann", 10, 0.0) == 0.0  # it had to go for bob
+    assert table.take("ann", 10, 0.0) == 0.0  # evicted for bob
 
 
 def test_known_key_evicts_no_bucket_from_full_table() -> None:
-    """A table that is full forgets nobody for a sender that it knows."""
+    """A full table evicts no bucket for a known key."""
     table = KeyedTokenBuckets(RATE, max_keys=2)
     for sender in ("ann", "bob", "bob", "ann", "bob"):
         table.take(sender, 3, 0.0)
@@ -263,7 +263,7 @@ def test_known_key_evicts_no_bucket_from_full_table() -> None:
 
 
 def test_rejected_take_counts_as_use() -> None:
-    """Who is refused again and again is not forgotten for it: it would be let in again."""
+    """A rejected take counts as use, because an evicted bucket would be full again."""
     table = KeyedTokenBuckets(RATE, max_keys=2)
     table.take("ann", 10, 0.0)
     for number in range(100):
@@ -273,7 +273,7 @@ def test_rejected_take_counts_as_use() -> None:
 
 @pytest.mark.parametrize("max_keys", [0, -1])
 def test_table_without_capacity_raises(max_keys: int) -> None:
-    """A table for nobody is refused."""
+    """A table without capacity raises."""
     with pytest.raises(ValueError, match="max_keys must be at least 1"):
         KeyedTokenBuckets(RATE, max_keys)
 
@@ -286,8 +286,10 @@ def test_table_without_capacity_raises(max_keys: int) -> None:
 def test_bucket_removal_does_not_change_answers(
     rate: Rate, max_keys: int, steps: list[tuple[str, float, float]]
 ) -> None:
-    """As long as no more than `max_keys` senders come within the time in which a bucket fills, each answer is that of a
-    bucket which is never forgotten; and there are never more buckets."""
+    """With at most `max_keys` active keys in one refill time, each answer is that of a permanent bucket.
+
+    The table never has more than `max_keys` buckets.
+    """
     table, now, fills = KeyedTokenBuckets(rate, max_keys), 0.0, rate.burst / rate.per_second
     exact: dict[str, ExactBucket] = {}
     used: dict[str, float] = {}
@@ -303,7 +305,7 @@ def test_bucket_removal_does_not_change_answers(
 
 @given(st.lists(st.tuples(st.integers(0, 20), quarters(-2, 4), quarters(0, 60)), min_size=20), st.integers(1, 8))
 def test_table_never_exceeds_max_keys(steps: list[tuple[int, float, float]], max_keys: int) -> None:
-    """Whoever comes, and whenever, there are no more buckets than `max_keys`, and nobody gets more than a burst."""
+    """The table never has more than `max_keys` buckets, and no key gets more than a burst."""
     table, now = KeyedTokenBuckets(RATE, max_keys), 0.0
     for sender, passed, cost in steps:
         now += passed
@@ -312,7 +314,7 @@ def test_table_never_exceeds_max_keys(steps: list[tuple[int, float, float]], max
 
 
 def test_retry_queue_is_bounded() -> None:
-    """No wait grows beyond a minute, however many wait, and the newest are spread over all of it."""
+    """A retry delay grows by at most 60 s, and further delays are spread over that time."""
     queue = RetryQueue(1.0)
     waits = [queue.wait("", 0.5, 0.0) for _ in range(2000)]
     assert waits[:60] == [0.5 + number for number in range(60)]
@@ -322,7 +324,7 @@ def test_retry_queue_is_bounded() -> None:
 
 
 def test_retry_queues_are_bounded_by_max_keys() -> None:
-    """Empty queues are forgotten, and the one used longest ago makes room for one more."""
+    """Empty queues are removed, and the least recently used one is evicted above `max_keys`."""
     queue = RetryQueue(1.0, max_keys=10)
     for number in range(100):
         queue.wait(f"{number}", 1.0, 0.0)

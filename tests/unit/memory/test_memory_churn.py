@@ -1,4 +1,4 @@
-"""Whatever clients have done and in whatever way they have gone: when they are gone, nothing is held for them."""
+"""Property: after random activity of clients and the end of all their sessions, no memory is held."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class Churn:
-    """A manager, and clients that do whatever the dice say."""
+    """Manager with clients that act at random."""
 
     def __init__(self, seed: int, **options: Any) -> None:
         self.dice = random.Random(seed)
@@ -66,7 +66,7 @@ class Churn:
         self.stage.manager.on_disconnect(self._disconnected)
         self.stage.manager.on_session_end(self._disconnected)
 
-    # ── what the application does ──
+    # ── application ──
 
     async def _connected(self, ws: StableSocket) -> None:
         self.sockets.append(ws)
@@ -76,7 +76,7 @@ class Churn:
         elif how < 0.2:
             raise HTTPException(403)
         elif how < 0.25:
-            ws.user_data["greeted"] = BIG[:500]
+            ws.user_data["connected"] = BIG[:500]
 
     async def _endpoint(self, ws: StableSocket) -> None:
         how = self.dice.random()
@@ -97,7 +97,7 @@ class Churn:
             ws.user_data["gone"] = BIG[:300]
             ws.metadata["gone"] = BIG[:300]
 
-    # ── what clients do ──
+    # ── clients ──
 
     def _name(self) -> str:
         return f"c{self.dice.randrange(CLIENTS)}"
@@ -116,7 +116,7 @@ class Churn:
         else:
             self.stage.plain(client_id, token=self.tokens.pop(client_id, None))
 
-    async def dials_by_hand(self) -> None:
+    async def connect_explicitly(self) -> None:
         server = FakeServer()
         websocket, client_id = await server.accepted(), self._name()
         with contextlib.suppress(WebSocketStabilizerError):
@@ -125,7 +125,7 @@ class Churn:
             line.server, line.socket = server, ws
             self.stage.lines.append(line)
 
-    async def asks_for_a_token(self) -> None:
+    async def request_token(self) -> None:
         ws, client_id = self._socket(), self._name()
         if ws is not None and self.dice.random() < 0.5:
             self.tokens[ws.client_id] = ws.reconnect_token()
@@ -175,23 +175,23 @@ class Churn:
     async def store_data(self) -> None:
         ws = self._socket()
         if ws is not None:
-            kept = self.dice.choice((ws.user_data, ws.metadata))
-            kept[self.dice.choice("abc")] = [BIG[: self.dice.randrange(7_000)]]
+            data = self.dice.choice((ws.user_data, ws.metadata))
+            data[self.dice.choice("abc")] = [BIG[: self.dice.randrange(7_000)]]
 
     async def joins(self) -> None:
         ws = self._socket()
         if ws is not None:
             await ws.join(self.dice.choice(("lobby", "kitchen")), {"about": BIG[: self.dice.randrange(5_000)]})
 
-    async def leaves_a_room(self) -> None:
+    async def leave_room(self) -> None:
         ws = self._socket()
         if ws is not None:
             await ws.leave(self.dice.choice(("lobby", "kitchen")))
 
-    async def is_described(self) -> None:
+    async def set_presence(self) -> None:
         self.stage.manager.room("lobby").set_presence(self._name(), about=BIG[: self.dice.randrange(5_000)])
 
-    async def is_described_while_away(self) -> None:
+    async def set_presence_of_detached(self) -> None:
         resumption = self.stage.manager._node.resumption
         for client_id in sorted({one.client_id for one in resumption.detached._states.values()} | set(self.peers)):
             if resumption.detached_of(client_id):
@@ -209,11 +209,11 @@ class Churn:
         await asyncio.sleep(self.dice.choice((0.1, 1.0, 4.0, 15.0)))
 
     async def step(self) -> None:
-        """One thing that happens."""
-        ways: tuple[Callable[[], Awaitable[None]], ...] = (
+        """Run one random action."""
+        actions: tuple[Callable[[], Awaitable[None]], ...] = (
             *(self.dials,) * 4,
-            self.dials_by_hand,
-            self.asks_for_a_token,
+            self.connect_explicitly,
+            self.request_token,
             *(self.leaves,) * 2,
             self.fails,
             *(self.stops_reading,) * 2,
@@ -224,20 +224,20 @@ class Churn:
             *(self.send_broadcast,) * 4,
             *(self.store_data,) * 2,
             *(self.joins,) * 2,
-            self.leaves_a_room,
-            self.is_described,
-            self.is_described_while_away,
+            self.leave_room,
+            self.set_presence,
+            self.set_presence_of_detached,
             self.is_kicked,
             self.room_is_closed,
             *(self.time_passes,) * 2,
         )
         with contextlib.suppress(WebSocketStabilizerError, MemoryLimitExceededError):
-            await self.dice.choice(ways)()
+            await self.dice.choice(actions)()
         if self.dice.random() < 0.7:
             await soon()
 
     async def disconnect_all(self) -> None:
-        """All connections break, and nobody comes back in time."""
+        """Break all connections, and wait until all sessions have expired."""
         self.stage.gate.set()
         for line in self.stage.lines:
             line.server.feed_disconnect(1006)
@@ -249,7 +249,7 @@ class Churn:
 
 
 def check_nothing_is_held(stage: Stage) -> None:
-    """No sum, table or line knows anything of a client any more."""
+    """Assert that no total, table or queue has an entry of a client."""
     node = stage.manager._node
     budget, resumption = node.budget, node.resumption
     assert stage.manager.get_memory_usage()["total_memory"] == 0
@@ -265,7 +265,7 @@ def check_nothing_is_held(stage: Stage) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_memory_budget_is_zero_after_random_churn(options: dict[str, Any]) -> None:
-    """When no client is connected and no session is kept, the memory budget and each part of it are exactly zero."""
+    """Without connections and sessions, the memory budget and each part of it are exactly zero."""
 
     async def churn(seed: int) -> None:
         churn = Churn(seed, **options)
@@ -286,14 +286,14 @@ def test_memory_budget_is_zero_after_random_churn(options: dict[str, Any]) -> No
 @pytest.mark.parametrize("reconnect", [True, False], ids=["not admitted", "enable_reconnect=False"])
 @virtually
 async def test_send_that_ends_session_is_counted_as_discarded(reconnect: bool) -> None:
-    """A message that finds the outbox full, and ends the session by that, is counted as discarded and held nowhere."""
+    """A message that overflows the outbox and so ends the session counts as discarded and is not held."""
     async with Stage(enable_reconnect=reconnect, outbox_max_messages=2, replay_max_messages=8) as stage:
-        let_in = asyncio.Event()
+        release = asyncio.Event()
 
         @stage.manager.on_connect
         async def slow(ws: StableSocket) -> None:
             if reconnect:
-                await let_in.wait()
+                await release.wait()
 
         line = await Peer(stage).dial()
         line.server.block()
@@ -301,7 +301,7 @@ async def test_send_that_ends_session_is_counted_as_discarded(reconnect: bool) -
             await stage.manager.broadcast(BIG)
             await soon()
         result = await stage.manager.broadcast(BIG)
-        let_in.set()
+        release.set()
         line.server.release()
         await asyncio.sleep(60)
         assert result.total == 0
@@ -312,13 +312,13 @@ async def test_send_that_ends_session_is_counted_as_discarded(reconnect: bool) -
 
 @virtually
 async def test_on_slow_send_to_closed_client_logs_no_error() -> None:
-    """A hook that sends to a connection which is over logs no error and no traceback."""
+    """An on_slow hook that sends to a closed connection logs no error and no traceback."""
     async with Stage(outbox_max_messages=2) as stage:
-        told: list[SlowConsumer] = []
+        seen: list[SlowConsumer] = []
 
         @stage.manager.on_slow
         async def slow(ws: StableSocket, how: SlowConsumer) -> None:
-            told.append(how)
+            seen.append(how)
             await ws.send("you are slow")
 
         line = stage.plain()
@@ -327,6 +327,6 @@ async def test_on_slow_send_to_closed_client_logs_no_error() -> None:
         for _ in range(6):
             await stage.manager.broadcast("a message")
             await soon()
-        assert told == [SlowConsumer.DISCONNECTED]
+        assert seen == [SlowConsumer.DISCONNECTED]
         assert stage.bugs == []
         assert stage.manager.counters.slow_clients[SlowConsumer.DISCONNECTED] == 1

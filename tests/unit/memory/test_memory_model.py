@@ -1,4 +1,4 @@
-"""Whatever clients do under `max_total_memory`: the sums are right, the limit holds, and the worst goes first."""
+"""Property: under `max_total_memory` totals are exact, the limit holds, and evictions follow the policy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.virtual_time import VirtualLoop, run_virtually
 
 POLICIES = ("lru", "fifo", "oldest")
 LIMIT = 20_000
-"""Small, so that much of what happens leads to an eviction."""
+"""Bytes: small, so that many steps lead to an eviction."""
 
 numbers = st.integers(0, 11)
 sizes = st.sampled_from([0, 10, 500, 2_000, 5_000])
@@ -29,7 +29,7 @@ rooms = st.sampled_from([None, "lobby", "kitchen"])
 
 
 class MemoryMachine(RuleBasedStateMachine):
-    """Up to twelve clients, every third of them plain and deaf, every other one with a session."""
+    """State machine of 12 clients: every second one has a session, and every third one's endpoint reads nothing."""
 
     policy = "lru"
     evictions = 0
@@ -41,7 +41,7 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @initialize(full=st.booleans())
     def begin(self, full: bool) -> None:
-        """A manager on a loop whose clock jumps; its clients hold nothing yet, or nearly all that they may."""
+        """Start a manager in virtual time, with clients that hold nothing, or three quarters of the limit together."""
         self._stack.enter_context(recording_servers())
         self._loop = self._stack.enter_context(VirtualRunner())
 
@@ -119,7 +119,7 @@ class MemoryMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([1.0, 130.0]))
     def time_passes(self, seconds: float) -> None:
         for client in self.world.clients.values():
-            if client.detached is not None and seconds > 120:  # nobody is waited for any longer
+            if client.detached is not None and seconds > 120:  # the session has expired
                 client.recipient, client.token = None, None
         self.do(asyncio.sleep(seconds))
 
@@ -138,7 +138,7 @@ class MemoryMachine(RuleBasedStateMachine):
 
 
 class VirtualRunner:
-    """A loop whose clock jumps, and the library's clock with it, for as long as a machine runs."""
+    """Event loop with virtual time, also for the clock of the library."""
 
     def __enter__(self) -> VirtualRunner:
         self._loop = VirtualLoop()
@@ -158,7 +158,7 @@ class VirtualRunner:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_memory_limit_and_eviction_match_model_of_12_clients(policy: str) -> None:
-    """After each step the sum is a full count, the limit holds, and who went was the worst at that moment."""
+    """After each step the total equals a full count, the limit holds, and the evicted client was first in the order."""
     machine = type(f"Machine_{policy}", (MemoryMachine,), {"policy": policy})
     run_state_machine_as_test(
         machine,
@@ -166,11 +166,11 @@ def test_memory_limit_and_eviction_match_model_of_12_clients(policy: str) -> Non
             max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
-    assert machine.evictions  # begun full, as every other one is, hardly any gets by without one
+    assert machine.evictions  # every second run starts nearly full, and most of these evict
 
 
 def one_step(world: World, client: ModelClient, dice: random.Random) -> Any:
-    """What one client does, or what is done to it."""
+    """Return a random step of one client."""
     size, key = dice.choice((10, 300, 3_000, 60_000)), dice.choice("abc")
     steps: tuple[Callable[[], Any], ...] = (
         lambda: world.connects(client),
@@ -188,8 +188,8 @@ def one_step(world: World, client: ModelClient, dice: random.Random) -> Any:
     return dice.choice(steps)()
 
 
-async def a_thousand(policy: str, seed: int, steps: int) -> int:
-    """Random steps of a thousand clients; return how many had to go."""
+async def run_1000_clients(policy: str, seed: int, steps: int) -> int:
+    """Run random steps of 1,000 clients, and return the number of evictions."""
     dice = random.Random(seed)
     world = World(policy, 100_000)
     await world.stage.__aenter__()
@@ -216,6 +216,6 @@ async def a_thousand(policy: str, seed: int, steps: int) -> int:
 @settings(max_examples=1, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32))
 def test_memory_limit_and_eviction_hold_for_1000_clients(policy: str, seed: int) -> None:
-    """The same with a thousand connections: user data, messages, broadcasts, departures and returns at random."""
+    """The properties hold for 1,000 clients with random data, messages, broadcasts, disconnects and returns."""
     with recording_servers():
-        assert run_virtually(a_thousand(policy, seed, 300)) > 3
+        assert run_virtually(run_1000_clients(policy, seed, 300)) > 3

@@ -1,4 +1,4 @@
-"""Tests of measuring what user data holds."""
+"""Tests of measuring user data."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tests.support.fake_websocket import FakeServer
 
 
 class Basket:
-    """An object of an application."""
+    """Object of an application."""
 
     def __init__(self, content: object) -> None:
         self.content = content
 
 
 class Slotted:
-    """An object without a dict."""
+    """Object without a `__dict__`."""
 
     __slots__ = ()
 
@@ -36,7 +36,7 @@ class Slotted:
     "value", [None, 7, 1.5, "text", b"bytes", Slotted(), int], ids=lambda value: type(value).__name__
 )
 def test_simple_value_has_size_of_getsizeof(value: object) -> None:
-    """What holds nothing else is measured as it is."""
+    """A value without references has the size that `sys.getsizeof` returns."""
     assert deep_size(value) == sys.getsizeof(value)
 
 
@@ -55,26 +55,26 @@ def test_simple_value_has_size_of_getsizeof(value: object) -> None:
     ],
 )
 def test_nested_value_is_counted(wrap: object) -> None:
-    """Ten megabytes deep inside containers and objects are counted as ten megabytes."""
+    """10 MB deep inside containers and objects count as 10 MB."""
     inner = b"x" * 10_000_000
     assert 10_000_000 < deep_size(wrap(inner)) < 10_010_000  # type: ignore[operator]
 
 
 def test_shared_object_counts_once() -> None:
-    """Shared objects are measured once."""
+    """A shared object counts once."""
     inner = b"x" * 1_000_000
     assert deep_size([inner, inner, {"again": inner}]) < 1_010_000
 
 
 def test_self_referencing_container_is_measured() -> None:
-    """A container that contains itself can be measured."""
+    """A container that contains itself is measured."""
     circle: list[object] = []
     circle.append(circle)
     assert deep_size(circle) == sys.getsizeof(circle)
 
 
 def test_deep_nesting_is_measured_without_recursion() -> None:
-    """Nesting far beyond Python's recursion limit is measured."""
+    """Nesting beyond Python's recursion limit is measured."""
     value: list[object] = []
     for _ in range(50_000):
         value = [value]
@@ -82,27 +82,27 @@ def test_deep_nesting_is_measured_without_recursion() -> None:
 
 
 def test_measured_objects_are_limited() -> None:
-    """Beyond a number of objects the rest is not looked at, so that no value can block the event loop for long."""
+    """At most `MAX_OBJECTS` objects are measured, so that no value blocks the event loop for long."""
     many = [float(number) for number in range(2 * MAX_OBJECTS)]
     assert deep_size(many) < sys.getsizeof(many) + sys.getsizeof(1.0) * (MAX_OBJECTS + 1)
 
 
 @dataclass
 class Record:
-    """A dataclass."""
+    """Dataclass."""
 
     content: object
 
 
 @dataclass(frozen=True, slots=True)
 class SlottedRecord:
-    """A dataclass without a dict."""
+    """Dataclass without a `__dict__`."""
 
     content: object
 
 
 class SlottedBasket:
-    """An object with slots, of which one is private and one stays empty."""
+    """Object with slots, one of them private and one empty."""
 
     __slots__ = ("__content", "empty")
 
@@ -111,7 +111,7 @@ class SlottedBasket:
 
 
 class Mixed(SlottedBasket):
-    """An object with slots and a dict."""
+    """Object with slots and a `__dict__`."""
 
     def __init__(self, content: object) -> None:
         super().__init__(b"")
@@ -119,7 +119,7 @@ class Mixed(SlottedBasket):
 
 
 class Inheriting(SlottedBasket):
-    """An object that has slots from its base."""
+    """Object with inherited slots."""
 
     __slots__ = ()
 
@@ -128,22 +128,22 @@ class Inheriting(SlottedBasket):
     "wrap", [lambda inner: deque([inner]), Record, SlottedRecord, SlottedBasket, Mixed, Inheriting, memoryview]
 )
 def test_contents_of_deque_slots_and_views_are_counted(wrap: Callable[[Any], object]) -> None:
-    """With slots, with a dict and with both; what a view looks at is held by it."""
+    """The contents of a deque, of slots, of a `__dict__`, and of the buffer of a memoryview are counted."""
     assert 10_000_000 < deep_size(wrap(b"x" * 10_000_000)) < 10_010_000
 
 
 class Service:
-    """Something of the application's that has a method."""
+    """Object of an application, with a method."""
 
     def __init__(self) -> None:
         self.content = b"x" * 1_000_000
 
     def serve(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 async def test_shared_runtime_objects_count_without_contents() -> None:
-    """Modules, functions, methods, classes, loggers, event loops, and whatever of ours knows all clients."""
+    """Modules, functions, methods, classes, loggers, event loops and objects of the library count without contents."""
     manager = WebSocketConnectionManager()
     socket = await manager.connect("ann", await FakeServer().accepted())
     loop = asyncio.get_running_loop()
@@ -154,24 +154,24 @@ async def test_shared_runtime_objects_count_without_contents() -> None:
     await manager.graceful_shutdown(1.0)
 
 
-class Stranger:
-    """A proxy outside of what it stands for: whatever is asked of it raises."""
+class UnboundProxy:
+    """Proxy outside of its context, with attributes that raise."""
 
     def __getattribute__(self, name: str) -> object:
         raise RuntimeError("outside of the request")
 
 
 class BrokenMapping(dict[str, object]):
-    """A mapping that cannot be read."""
+    """Mapping that cannot be read."""
 
     def keys(self) -> Any:
         raise OSError("the database is gone")
 
 
-@pytest.mark.parametrize("kind", [Stranger, BrokenMapping])
+@pytest.mark.parametrize("kind", [UnboundProxy, BrokenMapping])
 def test_unmeasurable_object_raises_nothing(kind: Callable[[], object]) -> None:
-    """It counts as little, and what stands beside it counts as ever."""
-    stranger = kind()
+    """An object that cannot be measured counts little and raises nothing, and values beside it are counted."""
+    unmeasurable = kind()
     inner = b"x" * 1_000_000
-    assert 1_000_000 < deep_size([stranger, inner]) < 1_001_000
-    assert 1_000_000 < deep_size([inner, stranger]) < 1_001_000
+    assert 1_000_000 < deep_size([unmeasurable, inner]) < 1_001_000
+    assert 1_000_000 < deep_size([inner, unmeasurable]) < 1_001_000

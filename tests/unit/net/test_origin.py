@@ -1,4 +1,4 @@
-"""Tests of which web pages may open a socket."""
+"""Tests of the origins that may open a socket."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.net.origin import MAX_ORIGIN_CHARS, OriginPolicy
 
-HERE = ["app.example.com"]
-"""The hosts that are ours."""
+OWN_HOSTS = ["app.example.com"]
+"""Hosts of the server."""
 
 
 def problem(origin: str, *allowed: str | re.Pattern[str], hosts: Sequence[str] = ()) -> str | None:
-    """What is wrong with an origin."""
+    """Return the problem of an origin."""
     return OriginPolicy(allowed).problem([origin], hosts)
 
 
@@ -46,7 +46,7 @@ def problem(origin: str, *allowed: str | re.Pattern[str], hosts: Sequence[str] =
     ],
 )
 def test_same_origin_is_accepted(origin: str, host: str) -> None:
-    """A page whose host and port are ours comes in, however they are spelled; without one, a host has its scheme's."""
+    """An origin with the host and port of the server is accepted in any spelling; the default port may be missing."""
     assert OriginPolicy(None).problem([origin], [host]) is None
 
 
@@ -72,39 +72,38 @@ def test_same_origin_is_accepted(origin: str, host: str) -> None:
     ],
 )
 def test_other_origin_is_foreign(origin: str, host: str) -> None:
-    """A page with another host, another port or a scheme that no page has stays outside, and so it does if our host is
-    no host."""
+    """An origin with another host, port or scheme is foreign, and so is each origin if the own host is invalid."""
     assert OriginPolicy(None).problem([origin], [host]) == "foreign"
 
 
 def test_each_own_host_counts_as_same_origin() -> None:
-    """A page of the host that a proxy forwards is at home, as is one of the host that it asks for."""
+    """The requested host and the host that a proxy forwards both count as the same origin."""
     policy = OriginPolicy([])
     assert policy.problem(["https://app.example.com"], ["backend:8000", "app.example.com"]) is None
     assert policy.problem(["http://backend:8000"], ["backend:8000", "app.example.com"]) is None
     assert policy.problem(["http://backend:8000"], []) == "foreign"
 
 
-# ── no origin, and none that is one ──
+# ── missing and malformed origins ──
 
 
 def test_missing_origin_is_accepted_unless_required() -> None:
-    """What sends no Origin is no browser: it comes in, and is told "missing" where one is required."""
-    assert OriginPolicy(None).problem([], HERE) is None
-    assert OriginPolicy(["*"], required=True).problem([], HERE) == "missing"
-    assert OriginPolicy(None, required=True).problem(["https://app.example.com"], HERE) is None
+    """A client without an Origin header is accepted, or has the problem "missing" if an origin is required."""
+    assert OriginPolicy(None).problem([], OWN_HOSTS) is None
+    assert OriginPolicy(["*"], required=True).problem([], OWN_HOSTS) == "missing"
+    assert OriginPolicy(None, required=True).problem(["https://app.example.com"], OWN_HOSTS) is None
 
 
 @pytest.mark.parametrize(
     "allowed", [[], ["https://app.example.com"], [re.compile("https?://.*")], ["^https://.*"]], ids=str
 )
 def test_null_origin_is_rejected_unless_listed(allowed: list[str | re.Pattern[str]]) -> None:
-    """A page without an origin, which any page can make, is refused unless something in the list means it."""
+    """The null origin, which any page can produce, is rejected unless an entry matches it."""
     assert OriginPolicy(allowed).problem(["null"], ["null"]) == "null"
 
 
 def test_listed_null_origin_is_accepted() -> None:
-    """`"null"` lets pages without an origin in, and no others; `"*"` and a pattern that matches it let it in too."""
+    """The entry `"null"` accepts the null origin only; `"*"` and a matching pattern accept it too."""
     assert problem("null", "null") is None
     assert problem("null", "*") is None
     assert problem("null", "^null$") is None
@@ -114,11 +113,11 @@ def test_listed_null_origin_is_accepted() -> None:
 
 @pytest.mark.parametrize("second", ["https://app.example.com", "https://evil.example"])
 def test_repeated_origin_header_is_rejected(second: str) -> None:
-    """Two Origin headers are refused, even if they are the same, unless every client is let in."""
+    """A repeated Origin header is rejected, even with equal values, except under `"*"`."""
     origins = ["https://app.example.com", second]
-    assert OriginPolicy(None).problem(origins, HERE) == "several"
-    assert OriginPolicy(["^.*$"]).problem(origins, HERE) == "several"
-    assert OriginPolicy(["*"]).problem(origins, HERE) is None
+    assert OriginPolicy(None).problem(origins, OWN_HOSTS) == "several"
+    assert OriginPolicy(["^.*$"]).problem(origins, OWN_HOSTS) == "several"
+    assert OriginPolicy(["*"]).problem(origins, OWN_HOSTS) is None
 
 
 @pytest.mark.parametrize(
@@ -180,9 +179,9 @@ def test_repeated_origin_header_is_rejected(second: str) -> None:
     ],
 )
 def test_invalid_origin_is_malformed(origin: str) -> None:
-    """What no browser would send as an origin is refused, even if it begins with one that is listed."""
+    """A text that no browser sends as an origin is malformed, even if it begins with a listed origin."""
     policy = OriginPolicy(["https://app.example.com", "https://*.example.com", "null"])
-    assert policy.problem([origin], [origin, *HERE]) == "malformed"
+    assert policy.problem([origin], [origin, *OWN_HOSTS]) == "malformed"
 
 
 @pytest.mark.parametrize(
@@ -199,8 +198,8 @@ def test_invalid_origin_is_malformed(origin: str) -> None:
     ],
 )
 def test_asterisk_accepts_every_origin_header(origin: str) -> None:
-    """`"*"` means every client, whatever its Origin header says."""
-    assert problem(origin, "*", hosts=HERE) is None
+    """`"*"` accepts each client, whatever its Origin header is."""
+    assert problem(origin, "*", hosts=OWN_HOSTS) is None
 
 
 @pytest.mark.parametrize(
@@ -214,21 +213,21 @@ def test_asterisk_accepts_every_origin_header(origin: str) -> None:
     ],
 )
 def test_pattern_matching_raw_origin_accepts_it(pattern: str, origin: str) -> None:
-    """A pattern that matches the whole text of an Origin header lets it in, also where that is no origin."""
-    assert problem(origin, pattern, hosts=HERE) is None
-    assert problem(origin, re.compile(pattern), hosts=HERE) is None
-    assert problem(f"{origin}x", pattern, hosts=HERE) in ("malformed", "foreign")
+    """A pattern that matches the whole text of an Origin header accepts it, even if it is no valid origin."""
+    assert problem(origin, pattern, hosts=OWN_HOSTS) is None
+    assert problem(origin, re.compile(pattern), hosts=OWN_HOSTS) is None
+    assert problem(f"{origin}x", pattern, hosts=OWN_HOSTS) in ("malformed", "foreign")
 
 
 @pytest.mark.parametrize("piece", ["a", ".a", ".", ":1", " ", "\x00"])
 def test_origin_over_maximum_length_is_malformed(piece: str) -> None:
-    """An origin of a megabyte is refused by its length."""
+    """An origin above the maximum length is malformed."""
     tail = piece * 1_000_000
     assert problem(f"https://a{tail}", "^.*$", hosts=[f"a{tail}"]) == "malformed"
 
 
 def test_longest_valid_origin_is_accepted() -> None:
-    """A host of 253 characters, which is the longest that DNS has, comes in with its scheme and port."""
+    """A host of 253 characters, the DNS maximum, is accepted with its scheme and port."""
     host = ".".join(["a" * 62] * 4) + ".b"
     assert len(host) == 253
     assert problem(f"https://{host}:65535", hosts=[f"{host}:65535"]) is None
@@ -237,12 +236,12 @@ def test_longest_valid_origin_is_accepted() -> None:
 
 @given(st.text(max_size=30) | st.text("htps:/.[]@%*x1", max_size=20).map("https://".__add__), st.text(max_size=30))
 def test_arbitrary_origin_raises_nothing(origin: str, host: str) -> None:
-    """Whatever stands in the headers, nothing is raised, and nothing comes in that is not ours."""
+    """No header raises, and only own or listed origins are accepted."""
     assert problem(origin, "https://app.example.com", hosts=["app.example.com"]) in ("foreign", "malformed", "null")
     assert problem("https://app.example.com", hosts=[host, origin]) == "foreign"
 
 
-# ── what is listed ──
+# ── allowed origins ──
 
 
 @pytest.mark.parametrize(
@@ -270,7 +269,7 @@ def test_arbitrary_origin_raises_nothing(origin: str, host: str) -> None:
     ],
 )
 def test_listed_origin_is_accepted_in_any_spelling(entry: str, origin: str) -> None:
-    """An origin that is listed comes in, however it is spelled."""
+    """A listed origin is accepted in any spelling."""
     assert problem(origin, "https://other.example", entry) is None
 
 
@@ -289,18 +288,18 @@ def test_listed_origin_is_accepted_in_any_spelling(entry: str, origin: str) -> N
     ],
 )
 def test_unlisted_origin_is_foreign(origin: str) -> None:
-    """One origin is one scheme, one host and one port."""
+    """An origin is listed only with its scheme, host and port."""
     assert problem(origin, "https://app.example.com") == "foreign"
 
 
 def test_same_origin_is_accepted_beside_list() -> None:
-    """What is listed is added to the same origin."""
-    assert OriginPolicy(["https://other.example"]).problem(["https://app.example.com"], HERE) is None
+    """The list is added to the same origin."""
+    assert OriginPolicy(["https://other.example"]).problem(["https://app.example.com"], OWN_HOSTS) is None
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "http://1.2.3.4:5", "chrome-extension://abc", "file://"])
 def test_asterisk_accepts_every_origin(origin: str) -> None:
-    """`"*"` is the choice that every page may open sockets."""
+    """`"*"` accepts each origin."""
     assert problem(origin, "*") is None
 
 
@@ -317,7 +316,7 @@ def test_asterisk_accepts_every_origin(origin: str) -> None:
     ],
 )
 def test_wildcard_accepts_subdomains(entry: str, origin: str) -> None:
-    """A wildcard stands for one label or more."""
+    """A wildcard stands for one or more labels."""
     assert problem(origin, entry) is None
 
 
@@ -345,7 +344,7 @@ def test_wildcard_accepts_subdomains(entry: str, origin: str) -> None:
     ],
 )
 def test_wildcard_rejects_all_but_subdomains(origin: str, word: str) -> None:
-    """A wildcard is not its own domain, nor one that only ends alike, nor another scheme or port."""
+    """A wildcard does not match its own domain, a domain with a similar ending, or another scheme or port."""
     assert problem(origin, "https://*.example.com") == word
 
 
@@ -355,7 +354,7 @@ def test_wildcard_rejects_all_but_subdomains(origin: str, word: str) -> None:
     ids=["text", "compiled"],
 )
 def test_pattern_must_match_whole_origin(pattern: str | re.Pattern[str]) -> None:
-    """A regular expression is held against all of an origin in its normal spelling, not against its beginning."""
+    """A pattern has to match the whole normalized origin."""
     assert problem("https://app.example.com", pattern) is None
     assert problem("HTTPS://WWW.EXAMPLE.COM.:443", pattern) is None
     assert problem("https://app.example.com:8443", pattern) is None
@@ -364,21 +363,21 @@ def test_pattern_must_match_whole_origin(pattern: str | re.Pattern[str]) -> None
 
 
 def test_pattern_is_matched_against_normalized_origin() -> None:
-    """The port of the scheme is not there, a dot at the end neither, and addresses of IPv6 are in brackets."""
+    """A normalized origin has no default port and no trailing dot, and an IPv6 address is in brackets."""
     assert problem("HTTPS://App.Example.com.:443", "^https://app\\.example\\.com") is None
     assert problem("http://[0:0::1]:3000", r"^http://\[::1\]:3000") is None
     assert problem("FILE://", "^file://") is None
 
 
 def test_pattern_is_not_run_on_long_origin() -> None:
-    """What an application's regular expression is run on has an end, so that one that is slow on long texts is not."""
+    """A pattern is not run on an origin above the maximum length, so that a slow pattern cannot block."""
     longest = "x" * (MAX_ORIGIN_CHARS - len("https://a") - 1)
     seen = re.compile(r".*")
     assert problem(f"{longest}https://a", seen) is None
     assert problem(f"x{longest}https://a", seen) == "malformed"
 
 
-# ── what cannot be listed ──
+# ── invalid entries ──
 
 
 @pytest.mark.parametrize(
@@ -422,26 +421,26 @@ def test_pattern_is_not_run_on_long_origin() -> None:
     ],
 )
 def test_invalid_allowed_origin_raises(entry: str, advice: str) -> None:
-    """An entry that could not mean what it says is refused at once, with what to write in its place."""
+    """An invalid entry raises at once, with the entry to write instead."""
     with pytest.raises(ValueError, match=re.escape(advice)) as caught:
         OriginPolicy(["https://app.example.com", entry])
     assert repr(entry) in str(caught.value)
 
 
 def test_password_in_allowed_origin_is_not_shown() -> None:
-    """An entry with a user is refused without a word of it."""
+    """An entry with a user raises, and the error does not show the password."""
     with pytest.raises(ValueError, match="has user information before its host") as caught:
         OriginPolicy(["https://ann:se cret@app.example.com"])
     assert "cret" not in str(caught.value)
 
 
 def test_allowed_origins_as_string_raise() -> None:
-    """One origin that is not in a list is refused, and not read letter by letter."""
+    """A single string instead of a list raises."""
     with pytest.raises(ValueError, match=re.escape("write ['*']")):
         OriginPolicy("*")
 
 
 def test_bytes_pattern_raises() -> None:
-    """A regular expression that can match no text is refused."""
+    """A pattern of bytes raises, because it matches no text."""
     with pytest.raises(ValueError, match="use a str pattern"):
         OriginPolicy([re.compile(b"https://.*")])  # type: ignore[list-item]

@@ -1,4 +1,4 @@
-"""Tests of whose connection it is, behind proxies."""
+"""Tests of the client address behind proxies."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from fastapi_ws_stabilizer.net.proxies import MAX_ADDRESS_CHARS, MAX_HOPS, TrustedProxies, rate_limit_key
 
 ADDRESSES = st.ip_addresses().filter(lambda address: address.version == 4 or address.ipv4_mapped is None)
-"""What is an address of its own; those of IPv4 in IPv6 are not."""
+"""Addresses of their own, without IPv4 addresses mapped into IPv6."""
 
-# ── who is trusted ──
+# ── trusted peers ──
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ ADDRESSES = st.ip_addresses().filter(lambda address: address.version == 4 or add
     ],
 )
 def test_listed_address_is_trusted(entry: str, peer: str | None) -> None:
-    """An address, a network, a peer without an address and everybody can be trusted, however an address is spelled."""
+    """A listed address, network or Unix socket is trusted in any spelling of the address, and `*` trusts each peer."""
     assert TrustedProxies(["192.0.2.1", entry]).trusts(peer)
 
 
@@ -68,7 +68,7 @@ def test_listed_address_is_trusted(entry: str, peer: str | None) -> None:
     ],
 )
 def test_unlisted_address_is_not_trusted(entry: str, peer: str | None) -> None:
-    """Nobody else is trusted, nor is a peer that only calls itself like one that is."""
+    """A peer that is not listed is not trusted, even if its name resembles a listed one."""
     assert not TrustedProxies([entry]).trusts(peer)
 
 
@@ -80,16 +80,16 @@ def test_unlisted_address_is_not_trusted(entry: str, peer: str | None) -> None:
 def test_trusted_networks_agree_with_ipaddress_module(
     bases: list[ipaddress.IPv4Address | ipaddress.IPv6Address],
     lengths: list[int],
-    stranger: ipaddress.IPv4Address | ipaddress.IPv6Address,
+    other_address: ipaddress.IPv4Address | ipaddress.IPv6Address,
 ) -> None:
-    """A list of networks holds the same addresses as a look into each of them."""
+    """A list of networks contains the same addresses as its networks do for `ipaddress`."""
     networks = [
         ipaddress.ip_network((base, min(length, base.max_prefixlen)), strict=False)
         for base, length in zip(bases, lengths, strict=False)
     ]
     trusted = TrustedProxies([str(network) for network in networks])
     assert all(trusted.trusts(str(base)) for base in bases)
-    assert trusted.trusts(str(stranger)) == any(stranger in network for network in networks)
+    assert trusted.trusts(str(other_address)) == any(other_address in network for network in networks)
     for network in networks:
         behind = type(network[-1])((int(network[-1]) + 1) % 2**network.max_prefixlen)
         assert trusted.trusts(str(behind)) == any(behind in other for other in networks)
@@ -113,24 +113,24 @@ def test_trusted_networks_agree_with_ipaddress_module(
     ],
 )
 def test_invalid_trusted_proxy_entry_raises(entry: str, advice: str) -> None:
-    """An entry that is none is refused at once, with what to write in its place."""
+    """An invalid entry raises at once, with the entry to write instead."""
     with pytest.raises(ValueError, match=re.escape(advice)) as caught:
         TrustedProxies(["10.0.0.7", entry])
     assert repr(entry) in str(caught.value)
 
 
 def test_trusted_proxies_as_string_raise() -> None:
-    """One address that is not in a list is refused, and not read letter by letter."""
+    """A single string instead of a list raises."""
     with pytest.raises(ValueError, match=re.escape("write ['*']")):
         TrustedProxies("*")
 
 
-# ── whose connection it is ──
+# ── client address ──
 
 
 @pytest.mark.parametrize("trusted", [[], ["10.0.0.0/8"], ["unix"]], ids=str)
 def test_forwarded_for_of_untrusted_peer_is_ignored(trusted: list[str]) -> None:
-    """X-Forwarded-For of a peer that is not trusted is not looked at."""
+    """X-Forwarded-For of an untrusted peer is ignored."""
     assert TrustedProxies(trusted).client_of("203.0.113.9", ["192.0.2.1"]) == "203.0.113.9"
 
 
@@ -147,7 +147,7 @@ def test_forwarded_for_of_untrusted_peer_is_ignored(trusted: list[str]) -> None:
     ],
 )
 def test_peer_is_client_without_proxies(peer: str | None, client: str) -> None:
-    """A peer that passes nothing on is the client itself, in the normal spelling of its address."""
+    """A peer that forwards nothing is the client, with its address normalized."""
     assert TrustedProxies([]).client_of(peer, ["192.0.2.1"]) == client
     assert TrustedProxies(["*"]).client_of(peer, []) == client
 
@@ -173,7 +173,7 @@ def test_peer_is_client_without_proxies(peer: str | None, client: str) -> None:
     ],
 )
 def test_rightmost_untrusted_address_is_client(forwarded_for: list[str], client: str) -> None:
-    """What trusted proxies have appended is skipped, over all headers; if that is everything, the leftmost is it."""
+    """The rightmost untrusted address over all headers is the client; if all are trusted, the leftmost is."""
     assert TrustedProxies(["10.0.0.0/8"]).client_of("10.0.0.7", forwarded_for) == client
 
 
@@ -188,7 +188,7 @@ def test_rightmost_untrusted_address_is_client(forwarded_for: list[str], client:
     ],
 )
 def test_port_and_brackets_are_removed_from_address(entry: str, client: str) -> None:
-    """Ports are taken off, and brackets."""
+    """Ports and brackets are removed from an address."""
     assert TrustedProxies(["unix"]).client_of(None, [f"192.0.2.1, {entry}"]) == client
 
 
@@ -218,7 +218,7 @@ def test_port_and_brackets_are_removed_from_address(entry: str, client: str) -> 
     ],
 )
 def test_invalid_forwarded_entry_ends_search(garbage: str) -> None:
-    """Where something is no address, the last proxy before it is the client, and nothing left of it counts."""
+    """An invalid entry ends the search: the last proxy before it is the client, and entries left of it do not count."""
     proxies = TrustedProxies(["10.0.0.0/8"])
     assert proxies.client_of("10.0.0.7", [f"192.0.2.1, {garbage}, 10.0.0.8"]) == "10.0.0.8"
     assert proxies.client_of("10.0.0.7", ["192.0.2.1", garbage]) == "10.0.0.7"
@@ -226,13 +226,13 @@ def test_invalid_forwarded_entry_ends_search(garbage: str) -> None:
 
 
 def test_asterisk_makes_leftmost_address_client() -> None:
-    """With `"*"` the leftmost is the client, whoever has written it."""
+    """With `"*"` the leftmost address is the client."""
     assert TrustedProxies(["*"]).client_of("203.0.113.9", ["192.0.2.1, 10.0.0.8", "10.0.0.9"]) == "192.0.2.1"
 
 
 @pytest.mark.parametrize("split", [lambda hops: [", ".join(hops)], list], ids=["one header", "many headers"])
 def test_forwarded_entries_are_searched_up_to_max_hops(split: object) -> None:
-    """So many entries are looked at from the right and no more; empty ones are among them."""
+    """At most MAX_HOPS entries are read from the right, empty ones included."""
     proxies = TrustedProxies(["10.0.0.0/8"])
     hops = [f"10.0.1.{number}" for number in range(MAX_HOPS)]
     assert proxies.client_of("10.0.0.7", split(["203.0.113.9", *hops[1:]])) == "203.0.113.9"  # type: ignore[operator]
@@ -244,12 +244,12 @@ def test_forwarded_entries_are_searched_up_to_max_hops(split: object) -> None:
 
 @given(st.text(max_size=50), st.lists(st.text("10.:,[] afx%", max_size=30), max_size=3))
 def test_any_forwarded_header_yields_address_or_peer(peer: str, forwarded_for: Sequence[str]) -> None:
-    """Whatever stands in the headers, nothing is raised, and the client is the peer or an address."""
+    """Any header gives an address or the peer, and raises nothing."""
     client = TrustedProxies(["*"]).client_of(peer, forwarded_for)
     assert client in (peer, "unix") or str(ipaddress.ip_address(client)) == client
 
 
-# ── what is counted as one ──
+# ── rate limit keys ──
 
 
 @pytest.mark.parametrize(
@@ -270,13 +270,13 @@ def test_any_forwarded_header_yields_address_or_peer(peer: str, forwarded_for: S
     ],
 )
 def test_rate_limit_key_is_ipv4_address_or_ipv6_network(address: str, network: str) -> None:
-    """An address of IPv4 counts for itself, one of IPv6 for its /64, and what is none as it is, up to a length."""
+    """The key is an IPv4 address, the /64 network of an IPv6 address, or any other text up to a length."""
     assert rate_limit_key(address) == network
 
 
 @given(st.ip_addresses(v=6), st.integers(0, 2**64 - 1))
 def test_addresses_of_one_ipv6_network_share_key(address: ipaddress.IPv6Address, other: int) -> None:
-    """All addresses of a /64 are counted as one, and it is a network that holds them."""
+    """All addresses of an IPv6 /64 share one key, which is a network that contains them."""
     neighbour = ipaddress.IPv6Address(int(address) >> 64 << 64 | other)
     if address.ipv4_mapped is None and neighbour.ipv4_mapped is None:
         assert rate_limit_key(str(address)) == rate_limit_key(str(neighbour))

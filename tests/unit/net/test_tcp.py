@@ -1,4 +1,4 @@
-"""Tests of what the operating system counts for a TCP connection."""
+"""Tests of the TCP counters of the operating system."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts
 
 @pytest.fixture
 async def pair() -> AsyncIterator[tuple[Any, socket.socket]]:
-    """A transport and the socket at its other end; each has sent the other a few bytes, as a handshake does."""
+    """Yield a transport and the socket of its peer, after each has sent the other 5 bytes, as in a handshake."""
     loop = asyncio.get_running_loop()
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -37,7 +37,7 @@ async def pair() -> AsyncIterator[tuple[Any, socket.socket]]:
 
 @on_linux
 async def test_kernel_progress_is_visible_with_full_transport(pair: Any) -> None:
-    """What the kernel has sent is progress, though nothing leaves the transport."""
+    """Bytes that the kernel sends are progress, even if the buffer of the transport stays full."""
     transport, client = pair
     transport.write(bytes(10_000_000))
     unflushed = tcp.unflushed_bytes(transport)
@@ -52,10 +52,10 @@ async def test_kernel_progress_is_visible_with_full_transport(pair: Any) -> None
 
 @on_linux
 async def test_unread_bytes_show_no_progress(pair: Any) -> None:
-    """Bytes that wait for a client that reads nothing stay where they are, and are unsent."""
+    """Bytes for a client that does not read show no progress and stay unsent."""
     transport, _ = pair
     transport.write(bytes(10_000_000))
-    await asyncio.sleep(0.1)  # what fits into the client's buffer is taken
+    await asyncio.sleep(0.1)  # the receive buffer of the client fills
     before = tcp.progress(transport)
     await asyncio.sleep(0.3)
     assert tcp.progress(transport) == before
@@ -64,7 +64,7 @@ async def test_unread_bytes_show_no_progress(pair: Any) -> None:
 
 @on_linux
 async def test_partial_message_resets_time_since_receive(pair: Any) -> None:
-    """The time since bytes came begins anew with each of them."""
+    """Each received byte resets the time since the last receive."""
     transport, client = pair
     await eventually(lambda: tcp.seconds_since_received(transport) > 0.2)
     await asyncio.get_running_loop().sock_sendall(client, b"x")
@@ -72,35 +72,35 @@ async def test_partial_message_resets_time_since_receive(pair: Any) -> None:
 
 
 class Info:
-    """A socket that answers as it is told to."""
+    """Socket and transport with a fixed answer."""
 
     def __init__(self, answer: bytes | Exception) -> None:
         self.answer = answer
 
     def getsockopt(self, *_: object) -> bytes:
-        """Answer, or fail."""
+        """Return the answer, or raise it."""
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
 
     def fileno(self) -> int:
-        """No file of the system."""
+        """Return no valid file descriptor."""
         return -1
 
     def get_extra_info(self, _: str) -> Info:
-        """It is its own transport."""
+        """Return the object itself as the socket."""
         return self
 
     unflushed = 7
 
     def get_write_buffer_size(self) -> int:
-        """Bytes that are held."""
+        """Return the unflushed bytes."""
         return self.unflushed
 
 
 @pytest.mark.parametrize("answer", [bytes(136), bytes(104), OSError("not TCP")], ids=["zeros", "short", "refused"])
 def test_transport_without_tcp_info_uses_buffer_size(answer: bytes | Exception) -> None:
-    """Progress is that what is unflushed shrinks; when bytes last came is not known."""
+    """Without TCP info, progress is a shrinking buffer, and the time since the last receive is unknown."""
     transport = Info(answer)
     before = tcp.progress(transport)
     transport.unflushed = 5
@@ -112,7 +112,7 @@ def test_transport_without_tcp_info_uses_buffer_size(answer: bytes | Exception) 
 
 
 def test_other_systems_use_buffer_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only Linux is asked for more."""
+    """Systems other than Linux use the buffer size only."""
     monkeypatch.setattr(tcp.sys, "platform", "darwin")
     assert tcp.progress(Info(bytes([1]) * 136)) == -7
     assert tcp.unacknowledged_bytes(Info(b"")) is None
@@ -121,7 +121,7 @@ def test_other_systems_use_buffer_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("transport", [None, object()])
 def test_missing_transport_shows_nothing(transport: object) -> None:
-    """A server that hides its transport is asked for nothing."""
+    """Without a transport nothing is known."""
     assert tcp.progress(transport) is None
     assert tcp.unsent_bytes(transport) is None
     assert tcp.seconds_since_received(transport) is None

@@ -1,4 +1,4 @@
-"""Tests of clients that are away: the calls that end, remove and list clients treat them as present."""
+"""Tests of detached clients: calls that close, remove and list clients include them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from tests.support.stage import Line, Peer, Stage
 
 kinds = pytest.mark.parametrize("kind", ["plain", "v1"])
 
-Return = Callable[[], Awaitable[Line]]
+Reconnect = Callable[[], Awaitable[Line]]
 
 
-async def away(stage: Stage, kind: str, client_id: str = "ann", *, lost: bool = True) -> Return:
-    """Let a client join the lobby and lose its network; return how it comes back."""
+async def detach_client(stage: Stage, kind: str, client_id: str = "ann", *, lost: bool = True) -> Reconnect:
+    """Join the client to a room and, if `lost`, drop its network. Return a function that reconnects it."""
     if kind == "v1":
         peer = Peer(stage, client_id)
         line = await peer.dial()
-        back: Return = peer.dial
+        reconnect: Reconnect = peer.dial
     else:
         line = stage.plain(client_id)
         await soon()
         token = stage.manager.generate_reconnect_token(client_id)
 
-        async def back() -> Line:
+        async def reconnect() -> Line:
             line = stage.plain(client_id, token=token)
             await soon()
             return line
@@ -39,11 +39,11 @@ async def away(stage: Stage, kind: str, client_id: str = "ann", *, lost: bool = 
     await soon()
     if lost:
         await line.leaves()
-    return back
+    return reconnect
 
 
 def rooms_of(line: Line) -> tuple[str, ...]:
-    """The rooms of a connection."""
+    """Return the rooms of the connection."""
     assert line.socket is not None
     return line.socket.rooms
 
@@ -51,13 +51,13 @@ def rooms_of(line: Line) -> tuple[str, ...]:
 @kinds
 @virtually
 async def test_closed_room_removes_detached_clients(kind: str) -> None:
-    """`room.close()` takes away clients out too, and counts them: a client that comes back is not in the room."""
+    """`room.close()` removes and counts detached clients too: a client that reconnects is not in the room."""
     async with Stage() as stage:
-        back = await away(stage, kind)
+        reconnect = await detach_client(stage, kind)
         room = stage.manager.room("lobby")
         assert await room.close() == 1
         assert (bool(room), room.clients, room.members) == (False, [], [])
-        assert rooms_of(await back()) == ()
+        assert rooms_of(await reconnect()) == ()
 
 
 KICKS: dict[str, Callable[[WebSocketConnectionManager], Awaitable[object]]] = {
@@ -68,19 +68,19 @@ KICKS: dict[str, Callable[[WebSocketConnectionManager], Awaitable[object]]] = {
 
 @kinds
 @pytest.mark.parametrize("kick", KICKS)
-@pytest.mark.parametrize("lost", [True, False], ids=["away", "half-open"])
+@pytest.mark.parametrize("lost", [True, False], ids=["detached", "half-open"])
 @virtually
 async def test_kicked_detached_client_is_closed_with_code_on_return(kick: str, kind: str, lost: bool) -> None:
-    """A client that was kicked while it could not hear it is closed with that code and reason at each dial."""
+    """A client that is kicked while detached or half-open is closed with that code and reason at each reconnect."""
     async with Stage() as stage:
-        back = await away(stage, kind, lost=lost)
+        reconnect = await detach_client(stage, kind, lost=lost)
         result = await KICKS[kick](stage.manager)
         assert result in (1, None)
         await soon()
         assert stage.events[-1] == "session_end ann application"
         assert not stage.manager.room("lobby")
         for _ in range(2):
-            line = await back()
+            line = await reconnect()
             assert line.server.close_frames == [(4403, "banned")]
         assert stage.events.count("connect ann") == 1
 
@@ -94,34 +94,34 @@ ORDERS: dict[str, Callable[[WebSocketConnectionManager], Awaitable[object]]] = {
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("lost", [True, False], ids=["away", "half-open"])
+@pytest.mark.parametrize("lost", [True, False], ids=["detached", "half-open"])
 @virtually
 async def test_external_close_with_4410_is_repeated_on_each_attempt(order: str, lost: bool) -> None:
-    """A session that was ended by an order from outside is answered with 4410, although its close frame was lost."""
+    """A session that a call from outside its endpoint ends is answered with 4410 at each reconnect."""
     async with Stage() as stage:
-        back = await away(stage, "v1", lost=lost)
+        reconnect = await detach_client(stage, "v1", lost=lost)
         await ORDERS[order](stage.manager)
         await soon()
         for _ in range(2):
-            assert (await back()).server.close_frames == [(4410, "banned")]
+            assert (await reconnect()).server.close_frames == [(4410, "banned")]
         assert stage.events.count("connect ann") == 1
 
 
 @virtually
 async def test_endpoint_close_with_4410_makes_next_attempt_lost() -> None:
-    """A client whose own endpoint has ended its session with 4410 gets a new session when it comes back."""
+    """After the endpoint closes its session with 4410, the client gets a new session at its next connect."""
     async with Stage() as stage:
-        back = await away(stage, "v1", lost=False)
+        reconnect = await detach_client(stage, "v1", lost=False)
         await stage.socket().close(4410)
         await soon()
-        assert (await back()).outcome == "lost"
+        assert (await reconnect()).outcome == "lost"
 
 
 @pytest.mark.parametrize("code", [1000, 4403, 4410])
-@pytest.mark.parametrize("lost", [True, False], ids=["away", "half-open"])
+@pytest.mark.parametrize("lost", [True, False], ids=["detached", "half-open"])
 @virtually
 async def test_kicked_client_known_by_session_only_is_rejected(code: int, lost: bool) -> None:
-    """A kicked client is closed at each dial also where the endpoint takes its client id from its session."""
+    """A kicked client is closed at each reconnect also when the endpoint takes the client id from the session."""
     async with Stage() as stage:
         peer = Peer(stage, None)
         line = await peer.dial()
@@ -138,34 +138,36 @@ async def test_kicked_client_known_by_session_only_is_rejected(code: int, lost: 
 @kinds
 @virtually
 async def test_kick_expires_with_session_ttl(kind: str) -> None:
-    """After `session_ttl` the token of a kicked client is one of a session that is over, and no more than that."""
+    """After `session_ttl` the token of a kicked client names an ended session: the client connects without rooms."""
     async with Stage(session_ttl=20) as stage:
-        back = await away(stage, kind)
+        reconnect = await detach_client(stage, kind)
         await stage.manager.disconnect("ann", 4403, "banned")
         await asyncio.sleep(30)
-        line = await back()
+        line = await reconnect()
         assert line.server.close_frames == []
         assert rooms_of(line) == ()
 
 
 @kinds
-@pytest.mark.parametrize(("code", "told"), [(1000, {"plain": 1000, "v1": 4410}), (4321, {"plain": 4321, "v1": 4321})])
+@pytest.mark.parametrize(
+    ("code", "expected"), [(1000, {"plain": 1000, "v1": 4410}), (4321, {"plain": 4321, "v1": 4321})]
+)
 @virtually
-async def test_kick_with_retryable_code_is_sent_once(kind: str, code: int, told: dict[str, int]) -> None:
-    """A kick with a code that does not tell a client to stay away answers its next dial, and not the one after it."""
+async def test_kick_with_retryable_code_is_sent_once(kind: str, code: int, expected: dict[str, int]) -> None:
+    """A kick with a retryable code answers the next reconnect, but not the one after it."""
     async with Stage() as stage:
-        back = await away(stage, kind)
+        reconnect = await detach_client(stage, kind)
         await stage.manager.disconnect("ann", code)
-        assert (await back()).close_code == told[kind]
-        if told[kind] != 4410:
-            assert (await back()).close_code is None
+        assert (await reconnect()).close_code == expected[kind]
+        if expected[kind] != 4410:
+            assert (await reconnect()).close_code is None
 
 
 @virtually
 async def test_new_reconnect_token_after_kick_is_accepted() -> None:
-    """A client that the application gives a new token after a kick comes in with it."""
+    """A client with a reconnect token that was generated after the kick is accepted."""
     async with Stage() as stage:
-        await away(stage, "plain")
+        await detach_client(stage, "plain")
         await stage.manager.disconnect("ann", 4403)
         line = stage.plain(token=stage.manager.generate_reconnect_token("ann"))
         await soon()
@@ -174,7 +176,7 @@ async def test_new_reconnect_token_after_kick_is_accepted() -> None:
 
 @virtually
 async def test_explicit_connect_of_kicked_client_raises_close_code() -> None:
-    """`connect()` after `validate_reconnect_token()` raises `SocketClosed` with the code of the kick, at each dial."""
+    """`connect()` after `validate_reconnect_token()` raises `SocketClosed` and closes with the code of the kick."""
     async with Stage() as stage:
         manager = stage.manager
         line = stage.plain()
@@ -193,9 +195,9 @@ async def test_explicit_connect_of_kicked_client_raises_close_code() -> None:
 
 @virtually
 async def test_disconnect_of_unknown_client_raises() -> None:
-    """`manager.disconnect()` of a client that is neither connected nor away raises."""
+    """`manager.disconnect()` of a client that is neither connected nor detached raises."""
     async with Stage(session_ttl=20) as stage:
-        await away(stage, "plain")
+        await detach_client(stage, "plain")
         await asyncio.sleep(30)
         with pytest.raises(ConnectionNotFoundError):
             await stage.manager.disconnect("ann")
@@ -204,9 +206,9 @@ async def test_disconnect_of_unknown_client_raises() -> None:
 @kinds
 @virtually
 async def test_room_members_and_clients_include_detached_clients(kind: str) -> None:
-    """A client that is away is in `members`, `clients`, `len()`, `in` and `get_rooms()` until its session ends."""
+    """A detached client is in `members`, `clients`, `len()`, `in` and `get_rooms()` until its session ends."""
     async with Stage(session_ttl=20, presence_grace=1) as stage:
-        await away(stage, kind)
+        await detach_client(stage, kind)
         await asyncio.sleep(5)
         room = stage.manager.room("lobby")
         assert ([one.client_id for one in room.members], room.clients, len(room)) == (["ann"], ["ann"], 1)
@@ -223,25 +225,25 @@ async def test_room_members_and_clients_include_detached_clients(kind: str) -> N
 
 
 @kinds
-@pytest.mark.parametrize("lost", [True, False], ids=["away", "present"])
+@pytest.mark.parametrize("lost", [True, False], ids=["detached", "present"])
 @virtually
 async def test_room_remove_ends_membership_but_not_session(kind: str, lost: bool) -> None:
-    """`room.remove()` takes a client out of a room and ends its presence there; its connection and session go on."""
+    """`room.remove()` takes a client out of the room and ends its presence there; its connection and session remain."""
     async with Stage() as stage:
         left: list[str] = []
 
         @stage.manager.on_leave
-        async def leave(room: object, who: object) -> None:
+        async def leave(room: object, recipient: object) -> None:
             left.append("left")
 
-        back = await away(stage, kind, lost=lost)
+        reconnect = await detach_client(stage, kind, lost=lost)
         room = stage.manager.room("lobby")
         assert await room.remove("ann") is True
         await soon()
         assert (bool(room), room.clients, left) == (False, [], ["left"])
         assert await room.remove("ann") is False
         if lost:
-            line = await back()
+            line = await reconnect()
             assert rooms_of(line) == ()
             assert stage.events[-1].startswith("resume ann")
         else:
@@ -251,7 +253,7 @@ async def test_room_remove_ends_membership_but_not_session(kind: str, lost: bool
 
 @virtually
 async def test_room_with_only_presence_grace_exists() -> None:
-    """A room of a client in its presence grace is truthy and listed; `remove()` ends the grace."""
+    """A room that holds only a client in its presence grace is truthy and listed; `remove()` ends the grace."""
     async with Stage(presence_grace=10) as stage:
         line = stage.plain()
         await soon()
@@ -266,18 +268,18 @@ async def test_room_with_only_presence_grace_exists() -> None:
 @kinds
 @virtually
 async def test_kick_of_detached_client_ends_its_presence(kind: str) -> None:
-    """A kicked client is not expected back, so `presence_grace` does not keep it present."""
+    """The kick of a detached client ends its presence at once, despite `presence_grace`."""
     async with Stage(presence_grace=60) as stage:
-        await away(stage, kind)
+        await detach_client(stage, kind)
         await stage.manager.disconnect("ann", 4403)
         assert stage.manager.room("lobby").presence == []
 
 
 @virtually
 async def test_broadcast_skips_detached_plain_client() -> None:
-    """Nothing is kept for a plain client: a broadcast to its room counts it as `missed`, and not when excluded."""
+    """A broadcast counts a detached plain client as `skipped`, but not when it is excluded."""
     async with Stage() as stage:
-        await away(stage, "plain")
+        await detach_client(stage, "plain")
         result = await stage.manager.room("lobby").send("news")
         assert (result.total, result.succeeded, result.skipped, result.failed) == (1, 0, 1, 0)
         assert (await stage.manager.room("lobby").send("news", exclude="ann")).total == 0
@@ -286,16 +288,16 @@ async def test_broadcast_skips_detached_plain_client() -> None:
 @kinds
 @virtually
 async def test_revoke_ends_state_of_detached_client(kind: str) -> None:
-    """`revoke()` counts a client that is away, and takes it out of its rooms."""
+    """`revoke()` counts a detached client and removes it from its rooms."""
     async with Stage() as stage:
-        await away(stage, kind)
+        await detach_client(stage, kind)
         assert await stage.manager.revoke("ann") == 1
         assert not stage.manager.room("lobby")
 
 
 @virtually
 async def test_session_end_hook_sees_remaining_rooms_only() -> None:
-    """A room that a client was removed from while it was away is not among its rooms at the end of its session."""
+    """The session end hook does not see a room that the client was removed from while detached."""
     async with Stage(session_ttl=20) as stage:
         rooms: list[tuple[str, ...]] = []
 
@@ -317,9 +319,9 @@ async def test_session_end_hook_sees_remaining_rooms_only() -> None:
 @kinds
 @virtually
 async def test_new_connection_replaces_detached_client(kind: str) -> None:
-    """With `on_duplicate="replace"` a client that connects anew is in its rooms once: what was kept of it ends."""
+    """With `on_duplicate="replace"` a new connection ends the detached state, so the client is in its room once."""
     async with Stage() as stage:
-        await away(stage, kind)
+        await detach_client(stage, kind)
         if kind == "v1":
             await Peer(stage).dial()
         else:
@@ -332,31 +334,31 @@ async def test_new_connection_replaces_detached_client(kind: str) -> None:
 
 @virtually
 async def test_allowed_duplicate_leaves_detached_state_of_other() -> None:
-    """With `on_duplicate="allow"` a connection ends nothing of another one of the client that is away."""
+    """With `on_duplicate="allow"` a new connection does not end the detached state of its client."""
     async with Stage(on_duplicate="allow") as stage:
-        back = await away(stage, "plain")
+        reconnect = await detach_client(stage, "plain")
         stage.plain()
         await soon()
         assert len(stage.manager.room("lobby")) == 1
-        assert rooms_of(await back()) == ("lobby",)
+        assert rooms_of(await reconnect()) == ("lobby",)
 
 
 @kinds
 @pytest.mark.parametrize("wait", [0, 10], ids=["within the grace", "after the grace"])
 @virtually
 async def test_presence_set_for_detached_client_survives_return(kind: str, wait: float) -> None:
-    """`room.set_presence()` of an away client is counted while it is away and afterwards, and restored."""
+    """`room.set_presence()` of a detached client is counted until the client leaves, and survives its return."""
     async with Stage(session_ttl=60, presence_grace=5) as stage:
-        back = await away(stage, kind)
+        reconnect = await detach_client(stage, kind)
         room = stage.manager.room("lobby")
         before = stage.manager.get_memory_usage()["total_memory"]
         assert room.set_presence("ann", about="z" * 5_000)
-        assert [who.metadata for who in room.presence] == [{"about": "z" * 5_000}]
+        assert [entry.metadata for entry in room.presence] == [{"about": "z" * 5_000}]
         assert stage.manager.get_memory_usage()["total_memory"] >= before + 5_000
         await asyncio.sleep(wait)
         assert stage.manager.get_memory_usage()["total_memory"] >= before + 5_000
-        line = await back()
-        assert [who.metadata for who in room.presence] == [{"about": "z" * 5_000}]
+        line = await reconnect()
+        assert [entry.metadata for entry in room.presence] == [{"about": "z" * 5_000}]
         assert line.socket is not None
         assert line.socket.held_bytes >= 5_000
         await line.socket.leave("lobby")
@@ -366,7 +368,7 @@ async def test_presence_set_for_detached_client_survives_return(kind: str, wait:
 @pytest.mark.parametrize("kind", ["plain", "v1", "no detached state"])
 @virtually
 async def test_presence_over_limit_for_detached_client_raises(kind: str) -> None:
-    """`room.set_presence()` of an away client with more than one may hold raises, and changes nothing."""
+    """`room.set_presence()` of a detached client over the limit of one connection raises and changes nothing."""
     async with Stage(max_memory_per_connection=100_000) as stage:
         if kind == "no detached state":
             line = stage.plain()
@@ -374,8 +376,8 @@ async def test_presence_over_limit_for_detached_client_raises(kind: str) -> None
             await stage.socket().join("lobby")
             await line.leaves()
         else:
-            await away(stage, kind)
+            await detach_client(stage, kind)
         room = stage.manager.room("lobby")
         with pytest.raises(MemoryLimitExceededError):
             room.set_presence("ann", big="z" * 500_000)
-        assert [who.metadata for who in room.presence] == [{}]
+        assert [entry.metadata for entry in room.presence] == [{}]

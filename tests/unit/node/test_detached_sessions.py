@@ -1,4 +1,4 @@
-"""What is kept of a client that is away: its facts, and nothing of its connection or of the server."""
+"""Tests of detached clients: their data is retained, but no object of the connection or of the server."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.support.fake_websocket import FakeServer
 from tests.support.stage import Line, Peer, Stage
 
 
-async def goes_away(stage: Stage, *, numbered: bool) -> None:
-    """Let a client connect, keep something, and lose its connection; nothing of it is left in the test itself."""
+async def detach_client(stage: Stage, *, numbered: bool) -> None:
+    """Connect a client, store data, and drop its connection, so that the test holds no reference to it."""
     line = await Peer(stage).dial() if numbered else stage.plain()
     await soon()
     assert line.socket is not None
@@ -33,8 +33,8 @@ async def goes_away(stage: Stage, *, numbered: bool) -> None:
     stage.lines.clear()
 
 
-def of_connections() -> list[object]:
-    """All objects by which a connection or the server is held."""
+def connection_objects() -> list[object]:
+    """Return all live objects that belong to a connection or to the server."""
     gc.collect()
     return [one for one in gc.get_objects() if isinstance(one, (Connection, WebSocket, FakeServer, Line))]
 
@@ -42,27 +42,27 @@ def of_connections() -> list[object]:
 @pytest.mark.parametrize("numbered", [True, False], ids=["session", "reconnect token"])
 @virtually
 async def test_detached_client_holds_no_connection_objects(numbered: bool) -> None:
-    """When everything is done for a connection, what waits for its client's return holds nothing of the server's."""
-    known = of_connections()
+    """After teardown, a detached client holds no object of the connection or of the server."""
+    known = connection_objects()
     async with Stage(session_ttl=120.0) as stage:
-        await goes_away(stage, numbered=numbered)
-        kept = len(stage.manager._node.sessions) + len(stage.manager._node.resumption.detached)
-        assert kept == 1
-        assert [one for one in of_connections() if one not in known] == []
+        await detach_client(stage, numbered=numbered)
+        detached = len(stage.manager._node.sessions) + len(stage.manager._node.resumption.detached)
+        assert detached == 1
+        assert [one for one in connection_objects() if one not in known] == []
 
 
 @pytest.mark.parametrize("numbered", [True, False], ids=["session", "reconnect token"])
 @virtually
 async def test_session_end_hook_sees_data_of_closed_connection(numbered: bool) -> None:
-    """It knows the client, the ending and the user data; the handshake is gone, and the error says what to do."""
+    """The hook sees client id, close info and user data; handshake attributes raise an error that says what to do."""
     ended: list[StableSocket] = []
     async with Stage(session_ttl=120.0) as stage:
 
         @stage.manager.on_session_end
-        async def over(ws: StableSocket) -> None:
+        async def collect(ws: StableSocket) -> None:
             ended.append(ws)
 
-        await goes_away(stage, numbered=numbered)
+        await detach_client(stage, numbered=numbered)
         assert ended == []
         await asyncio.sleep(120)
         (ws,) = ended
@@ -92,7 +92,7 @@ async def test_session_end_hook_sees_data_of_closed_connection(numbered: bool) -
 
 @virtually
 async def test_unread_messages_of_detached_client_wait_for_resume() -> None:
-    """What is unread when everything is done for a connection waits for the next one, and is counted if none comes."""
+    """Unread messages wait for the resume after teardown, and count as discarded if the session expires."""
     async with Stage(session_ttl=60.0, disconnect_grace=1.0) as stage:
         stage.endpoint = lambda ws: stage.gate.wait()  # type: ignore[assignment,return-value]
         peer = Peer(stage)

@@ -1,4 +1,4 @@
-"""Tests of what one connection of a session leaves to the next one, and one session to the next."""
+"""Tests of handover between the connections of a session, and of idempotency keys across sessions."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from tests.support.stage import Peer, Stage
 Reader = Callable[[Stage, StableSocket], Awaitable[None]]
 
 
-# ── what one connection leaves to the next ──
+# ── handover between connections ──
 
 
 async def run(stage: Stage, ws: StableSocket) -> None:
-    """The usual endpoint."""
+    """Read with the default `run()`."""
     await ws.run()
 
 
 async def run_three(stage: Stage, ws: StableSocket) -> None:
-    """Three messages at a time."""
+    """Handle three messages concurrently."""
     await ws.run(concurrency=3)
 
 
 async def own_loop(stage: Stage, ws: StableSocket) -> None:
-    """An endpoint that reads by itself."""
+    """Read messages in the endpoint's own loop."""
     async for text in ws:
         if text == "in hand":
             await stage.gate.wait()
@@ -42,7 +42,7 @@ readers = pytest.mark.parametrize("reader", [run, run_three, own_loop])
 @pytest.mark.parametrize("half_open", [False, True], ids=["lost", "half-open"])
 @virtually
 async def test_resumed_endpoint_waits_for_previous_endpoint(reader: Reader, half_open: bool) -> None:
-    """It begins when the message in hand of the old one is handled and its on_disconnect has run."""
+    """The resumed endpoint begins after the old one has handled its current message and its on_disconnect has run."""
     async with Stage() as stage:
         stage.endpoint = lambda ws: reader(stage, ws)
         peer = Peer(stage)
@@ -58,14 +58,14 @@ async def test_resumed_endpoint_waits_for_previous_endpoint(reader: Reader, half
         stage.gate.set()
         await soon()
         assert stage.notes == ["in hand", "new"]
-        how = "replaced" if half_open else "network_lost"
-        assert stage.events == ["connect ann", f"disconnect ann {how}", "resume ann full"]
+        cause = "replaced" if half_open else "network_lost"
+        assert stage.events == ["connect ann", f"disconnect ann {cause}", "resume ann full"]
 
 
 @readers
 @virtually
 async def test_resume_hook_waits_for_previous_disconnect_hook(reader: Reader) -> None:
-    """on_resume is not called before the on_disconnect of the old connection is through."""
+    """on_resume is called after on_disconnect of the old connection has returned."""
     async with Stage() as stage:
         stage.endpoint = lambda ws: reader(stage, ws)
 
@@ -88,7 +88,7 @@ async def test_resume_hook_waits_for_previous_disconnect_hook(reader: Reader) ->
 @pytest.mark.parametrize("half_open", [False, True], ids=["lost", "half-open"])
 @virtually
 async def test_unread_messages_are_read_by_next_connection_in_order(reader: Reader, half_open: bool) -> None:
-    """What was accepted and not read is read once, in order, before what the new connection brings."""
+    """Messages that are accepted but unread are read once, in order, before messages of the new connection."""
     async with Stage() as stage:
         stage.endpoint = lambda ws: reader(stage, ws)
         peer = Peer(stage)
@@ -108,7 +108,7 @@ async def test_unread_messages_are_read_by_next_connection_in_order(reader: Read
 
 @virtually
 async def test_unread_messages_of_concurrent_run_are_handled_once() -> None:
-    """With several messages in hand none of the others is lost or handled twice."""
+    """With several messages in progress, no other message is lost or handled twice."""
     async with Stage() as stage:
         stage.endpoint = lambda ws: ws.run(concurrency=3)
         peer = Peer(stage)
@@ -127,7 +127,7 @@ async def test_unread_messages_of_concurrent_run_are_handled_once() -> None:
 
 @virtually
 async def test_unread_messages_are_discarded_at_session_end() -> None:
-    """They are counted when the session ends, and read by nobody."""
+    """Unread messages are counted as discarded when the session ends, and no handler reads them."""
     async with Stage(session_ttl=20, disconnect_grace=1) as stage:
         line = await Peer(stage).dial()
         await line.message("wait", "in hand")
@@ -140,7 +140,7 @@ async def test_unread_messages_are_discarded_at_session_end() -> None:
 
 @virtually
 async def test_resumed_endpoint_waits_at_most_disconnect_grace() -> None:
-    """Who holds a message for longer than disconnect_grace is cancelled, and the resumed endpoint begins."""
+    """A handler that runs longer than disconnect_grace is cancelled, and the resumed endpoint begins."""
     async with Stage(disconnect_grace=2) as stage:
         peer = Peer(stage)
         line = await peer.dial()
@@ -155,7 +155,7 @@ async def test_resumed_endpoint_waits_at_most_disconnect_grace() -> None:
 
 @virtually
 async def test_user_data_and_rooms_belong_to_session() -> None:
-    """They are the same in the next connection, and gone with the session."""
+    """User data and rooms are the same in the next connection and end with the session."""
     async with Stage() as stage:
         peer = Peer(stage)
         line = await peer.dial()
@@ -174,7 +174,7 @@ async def test_user_data_and_rooms_belong_to_session() -> None:
 
 @virtually
 async def test_unread_message_with_key_is_handled_in_new_session() -> None:
-    """A message that was accepted and never read is handled when it comes again in a new session."""
+    """A message that was accepted but never read is handled when it is sent again in a new session."""
     async with Stage(session_ttl=20, disconnect_grace=1) as stage:
         line = await Peer(stage).dial()
         await line.message("wait", "in hand")
@@ -188,7 +188,7 @@ async def test_unread_message_with_key_is_handled_in_new_session() -> None:
 
 @virtually
 async def test_duplicate_request_gets_error_when_first_one_fails() -> None:
-    """A second request with the key of one that is being handled gets an error if that fails, and no silence."""
+    """A second request with the key of a request in progress gets an error if that request fails."""
     async with Stage(on_duplicate="allow") as stage:
 
         @stage.manager.on_message("fail")
@@ -207,7 +207,7 @@ async def test_duplicate_request_gets_error_when_first_one_fails() -> None:
 
 @virtually
 async def test_duplicate_request_gets_first_answer() -> None:
-    """A request with a key that was handled is answered from memory, in a new session too."""
+    """A repeated request with the key of a handled one gets the stored answer, in a new session too."""
     async with Stage() as stage:
         line = await Peer(stage).dial()
         await line.message("echo", "once", key="k", id="c1")

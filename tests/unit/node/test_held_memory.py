@@ -1,4 +1,4 @@
-"""Tests of what is held for clients: that it is counted while it is held, given back on every way out, and limited."""
+"""Tests of memory held for clients: it is counted while held, released on every exit path, and limited."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ BIG = "x" * 10_000
 
 
 def held(stage: Stage) -> int:
-    """The sum."""
+    """Return the held bytes of all clients."""
     total = stage.manager.get_memory_usage()["total_memory"]
     assert isinstance(total, int)
     return total
 
 
 async def opened(stage: Stage, client_id: str = "ann") -> Line:
-    """A plain client that is connected."""
+    """Connect a plain client."""
     line = stage.plain(client_id)
     await soon()
     assert line.socket is not None
     return line
 
 
-def reasons(stage: Stage) -> list[str]:
-    """The reasons of all disconnects that were told."""
+def causes(stage: Stage) -> list[str]:
+    """Return the causes of all disconnects."""
     return [event.rpartition(" ")[2] for event in stage.events if event.startswith("disconnect")]
 
 
@@ -54,7 +54,7 @@ def reasons(stage: Stage) -> list[str]:
 
 @virtually
 async def test_memory_usage_reports_total_and_average() -> None:
-    """What is held for all, for how many, and how much that is for each."""
+    """The report has the total, the number of connections and the average."""
     async with Stage() as stage:
         assert stage.manager.get_memory_usage() == {
             "total_memory": 0,
@@ -70,7 +70,7 @@ async def test_memory_usage_reports_total_and_average() -> None:
 
 @virtually
 async def test_nested_user_data_is_measured_deeply() -> None:
-    """User data is measured deeply."""
+    """User data is measured recursively."""
     async with Stage() as stage:
         await opened(stage)
         await stage.manager.set_user_data("ann", "deep", {"a": [{"b": bytearray(10_000_000)}]})
@@ -80,7 +80,7 @@ async def test_nested_user_data_is_measured_deeply() -> None:
 
 @virtually
 async def test_connection_metadata_is_counted_until_close() -> None:
-    """What `connect()` is given is held for the connection, and goes with it."""
+    """The metadata passed to `connect()` counts for the connection until it closes."""
     async with Stage() as stage:
         server = FakeServer()
         socket = await stage.manager.connect("ann", await server.accepted(), {"x": BIG})
@@ -93,7 +93,7 @@ async def test_connection_metadata_is_counted_until_close() -> None:
 
 @virtually
 async def test_presence_metadata_is_counted_while_member_in_room() -> None:
-    """What a client is described with counts once, by its newest size, and goes when it leaves the room or ends."""
+    """Presence metadata counts once, by its newest size, until the client leaves the room or closes."""
     async with Stage(presence_grace=5.0) as stage:
         line = await opened(stage)
         assert line.socket is not None
@@ -113,7 +113,7 @@ async def test_presence_metadata_is_counted_while_member_in_room() -> None:
 
 @virtually
 async def test_presence_metadata_over_limit_raises_unchanged() -> None:
-    """`join` and `describe` raise `MemoryLimitExceededError`; rooms, presence and the sum are as they were."""
+    """`join` and `set_presence` raise `MemoryLimitExceededError`; rooms, presence and the total are unchanged."""
     async with Stage(max_memory_per_connection=15_000, max_rooms_per_connection=2) as stage:
         line = await opened(stage)
         assert line.socket is not None
@@ -137,7 +137,7 @@ async def test_presence_metadata_over_limit_raises_unchanged() -> None:
 
 @virtually
 async def test_presence_metadata_of_two_connections_counts_once() -> None:
-    """The newest tab that describes the client answers for it; when that leaves, another one does."""
+    """Presence metadata counts for the connection that set it last; when that one closes, for another connection."""
     async with Stage(on_duplicate="allow") as stage:
         first, second = await opened(stage), await opened(stage)
         assert first.socket is not None
@@ -154,7 +154,7 @@ async def test_presence_metadata_of_two_connections_counts_once() -> None:
 @pytest.mark.parametrize("numbered", [True, False], ids=["session", "reconnect token"])
 @virtually
 async def test_presence_metadata_of_detached_client_is_counted(numbered: bool) -> None:
-    """It is kept for the client's return, counts until then, and counts once afterwards."""
+    """Presence metadata is retained for the client's return, and counts once before and after it."""
     async with Stage(session_ttl=60.0, presence_grace=1.0) as stage:
         peer = Peer(stage)
         line = await peer.dial() if numbered else await opened(stage)
@@ -179,21 +179,21 @@ async def test_presence_metadata_of_detached_client_is_counted(numbered: bool) -
 
 @virtually
 async def test_presence_metadata_makes_client_evictable() -> None:
-    """Under `max_total_memory` presence metadata makes others go, and the one who joined last stays."""
+    """Under `max_total_memory`, presence metadata makes a client evictable; the client that joined last stays."""
     async with Stage(max_total_memory=35_000, presence_grace=60.0) as stage:
         lines = [await opened(stage, client_id) for client_id in ("ann", "bob", "cid", "dan")]
         for line in lines:
             assert line.socket is not None
             await line.socket.join("lobby", {"about": BIG})
             await soon()
-        assert reasons(stage) == ["memory"]
+        assert causes(stage) == ["memory"]
         assert stage.manager.get_active_connections() == ["bob", "cid", "dan"]
         assert held(stage) < 35_000
 
 
 @virtually
 async def test_message_sent_in_same_iteration_is_not_counted() -> None:
-    """What is queued and sent in the same turn is in no sum."""
+    """A message that is queued and flushed in one loop iteration is not counted."""
     async with Stage() as stage:
         line = await opened(stage)
         for _ in range(3):
@@ -205,7 +205,7 @@ async def test_message_sent_in_same_iteration_is_not_counted() -> None:
 
 @virtually
 async def test_queued_broadcast_counts_once_for_all_recipients() -> None:
-    """And is free when the last of them has got it, or is gone."""
+    """A queued broadcast counts once, until each recipient has received it or is closed."""
     async with Stage() as stage:
         lines = [await opened(stage, client_id) for client_id in ("ann", "bob", "cid")]
         for line in lines:
@@ -226,7 +226,7 @@ async def test_queued_broadcast_counts_once_for_all_recipients() -> None:
 
 @virtually
 async def test_queue_of_failed_connection_is_no_longer_counted() -> None:
-    """A refused send leaves nothing in the sum of what was queued behind it."""
+    """When a send fails, messages queued behind it are no longer counted."""
     async with Stage() as stage:
         line = await opened(stage)
         line.server.block()
@@ -236,12 +236,12 @@ async def test_queue_of_failed_connection_is_no_longer_counted() -> None:
         assert held(stage) == 3 * (10_000 + FRAME_OVERHEAD_BYTES)
         line.server.fail(OSError("broken pipe"))
         await asyncio.sleep(2)
-        assert (held(stage), reasons(stage)) == (0, ["network_lost"])
+        assert (held(stage), causes(stage)) == (0, ["network_lost"])
 
 
 @virtually
 async def test_unread_messages_are_counted_until_read() -> None:
-    """From the moment in which it came until it is read, or its connection is over."""
+    """An unread message counts from its arrival until it is read or its connection is torn down."""
     async with Stage() as stage:
         stage.endpoint = lambda ws: stage.gate.wait()  # type: ignore[assignment,return-value]
         line = await opened(stage)
@@ -258,7 +258,7 @@ async def test_unread_messages_are_counted_until_read() -> None:
 
 @virtually
 async def test_replay_buffer_is_counted_until_acked() -> None:
-    """With a connection and without one; what waits to be sent too is in the log and counts once."""
+    """Messages in the replay buffer count once until acknowledged, also when detached or still queued."""
     async with Stage() as stage:
         line = await Peer(stage).dial()
         line.server.block()
@@ -280,7 +280,7 @@ async def test_replay_buffer_is_counted_until_acked() -> None:
 
 @virtually
 async def test_short_messages_count_with_overhead() -> None:
-    """What a message takes beside its text is counted, wherever it waits."""
+    """The overhead of a message beside its text is counted in the outbox, the inbox and the replay buffer."""
     async with Stage(outbox_max_messages=3000, inbox_max_messages=3000, replay_max_messages=3000) as stage:
         stage.endpoint = lambda ws: stage.gate.wait()  # type: ignore[assignment,return-value]
         plain, numbered = await opened(stage, "bob"), await Peer(stage).dial()
@@ -308,7 +308,7 @@ async def test_short_messages_count_with_overhead() -> None:
 @pytest.mark.parametrize("value", [[], {"a": 1}, {"id": 17, "v": 1.5}, [[1234]], 1.5], ids=repr)
 @virtually
 async def test_unread_messages_count_parsed_size(value: object) -> None:
-    """A short text can be many objects."""
+    """An unread message counts by its parsed objects, because a short text can parse to many objects."""
     async with Stage() as stage:
         stage.endpoint = lambda ws: stage.gate.wait()  # type: ignore[assignment,return-value]
         line = await Peer(stage).dial()
@@ -329,7 +329,7 @@ async def test_unread_messages_count_parsed_size(value: object) -> None:
 @pytest.mark.parametrize("numbered", [False, True])
 @virtually
 async def test_write_after_session_end_is_not_counted(numbered: bool) -> None:
-    """A hook that notes something when its client has left for good leaves nothing in the sum."""
+    """A write of a disconnect hook after the session has ended is not counted."""
     async with Stage() as stage:
 
         @stage.manager.on_disconnect
@@ -346,7 +346,7 @@ async def test_write_after_session_end_is_not_counted(numbered: bool) -> None:
 
 @virtually
 async def test_detached_state_is_counted_including_hook_writes() -> None:
-    """The luggage of a client with a token is counted, also what its disconnect hook puts into it."""
+    """The detached state of a client with a token is counted, including what its disconnect hook writes."""
     async with Stage() as stage:
 
         @stage.manager.on_disconnect
@@ -368,7 +368,7 @@ async def test_detached_state_is_counted_including_hook_writes() -> None:
 
 @virtually
 async def test_user_data_copy_of_second_connection_is_counted() -> None:
-    """The copy of user data that a second connection gets for its token counts, and goes with it."""
+    """The copy of user data that a second connection gets by its token counts until that connection closes."""
     async with Stage(on_duplicate="allow") as stage:
         first = await opened(stage)
         assert first.socket is not None
@@ -387,18 +387,18 @@ async def test_user_data_copy_of_second_connection_is_counted() -> None:
 
 @virtually
 async def test_handshake_hook_user_data_counts_once_in_session() -> None:
-    """It counts once, with the first connection and with the next one."""
+    """User data set in on_handshake counts once, with the first connection and after a resume."""
     async with Stage() as stage:
 
         @stage.manager.on_handshake
         async def note_it(ws: StableSocket) -> None:
-            ws.user_data["who"] = BIG
+            ws.user_data["user"] = BIG
 
         peer = Peer(stage)
         for _ in range(2):
             line = await peer.dial()
             assert line.socket is not None
-            assert line.socket.user_data == {"who": BIG}
+            assert line.socket.user_data == {"user": BIG}
             assert 10_000 < held(stage) < 10_200
             await line.leaves()
         await asyncio.sleep(200)
@@ -408,12 +408,12 @@ async def test_handshake_hook_user_data_counts_once_in_session() -> None:
 @pytest.mark.parametrize("numbered", [False, True])
 @virtually
 async def test_failed_handshake_holds_no_memory(numbered: bool) -> None:
-    """What its hook has noted goes with it."""
+    """User data set in on_handshake is released when the handshake fails."""
     async with Stage(hello_timeout=5) as stage:
 
         @stage.manager.on_handshake
         async def note_it(ws: StableSocket) -> None:
-            ws.user_data["who"] = BIG
+            ws.user_data["user"] = BIG
             if not numbered:
                 raise RuntimeError("a bug")
 
@@ -426,29 +426,29 @@ async def test_failed_handshake_holds_no_memory(numbered: bool) -> None:
 
 @virtually
 async def test_write_after_failed_handshake_is_not_counted() -> None:
-    """A hook's task may still have the socket of a client that was turned away."""
+    """A write to the socket of a rejected client, which a task may still hold, is not counted."""
     async with Stage() as stage:
-        turned_away: list[StableSocket] = []
+        rejected: list[StableSocket] = []
 
         @stage.manager.on_handshake
         async def refuse(ws: StableSocket) -> None:
-            turned_away.append(ws)
+            rejected.append(ws)
             raise HTTPException(403)
 
         Line(stage)
         await soon()
-        (ws,) = turned_away
+        (ws,) = rejected
         ws.user_data["late"] = BIG
         ws.metadata["late"] = BIG
         assert (ws.user_data, ws.metadata, held(stage)) == ({"late": BIG}, {"late": BIG}, 0)
 
 
-# ── the limit of one ──
+# ── the limit of one connection ──
 
 
 @virtually
 async def test_write_over_limit_raises_and_retains_old_value() -> None:
-    """By `set_user_data` and by the socket, `None` included; nobody's connection ends."""
+    """A write over the limit raises and the old value stays, `None` included; the connection stays open."""
     async with Stage(max_memory_per_connection=5_000) as stage:
         line = await opened(stage)
         await stage.manager.set_user_data("ann", "x", None)
@@ -465,7 +465,7 @@ async def test_write_over_limit_raises_and_retains_old_value() -> None:
 
 @virtually
 async def test_user_data_assignment_copies_dict_or_raises() -> None:
-    """Also when it is the same one, or none at all."""
+    """Assigning user data copies the dict, also the same one; assigning `None` raises `TypeError`."""
     async with Stage(max_memory_per_connection=5_000) as stage:
         line = await opened(stage)
         assert line.socket is not None
@@ -478,15 +478,15 @@ async def test_user_data_assignment_copies_dict_or_raises() -> None:
 
 @virtually
 async def test_set_user_data_of_unknown_client_raises() -> None:
-    """It is the error that it always was."""
+    """`set_user_data` of an unknown client raises `ConnectionNotFoundError`, not a memory error."""
     async with Stage(max_memory_per_connection=5_000) as stage:
         with pytest.raises(ConnectionNotFoundError):
-            await stage.manager.set_user_data("nobody", "x", BIG)
+            await stage.manager.set_user_data("unknown", "x", BIG)
 
 
 @virtually
 async def test_set_user_data_over_limit_changes_no_connection() -> None:
-    """If one of several connections of a client may not hold it, none of them does."""
+    """If one of several connections of a client cannot hold the value, none of them stores it."""
     async with Stage(max_memory_per_connection=15_000, on_duplicate="allow") as stage:
         first, second = await opened(stage), await opened_too(stage)
         assert first.socket is not None
@@ -498,7 +498,7 @@ async def test_set_user_data_over_limit_changes_no_connection() -> None:
 
 
 async def opened_too(stage: Stage) -> Line:
-    """One more connection of the same client."""
+    """Open a second connection of the same client."""
     line = stage.plain()
     await soon()
     return line
@@ -507,7 +507,7 @@ async def opened_too(stage: Stage) -> Line:
 @pytest.mark.parametrize("fills", ["queued", "unread", "logged"])
 @virtually
 async def test_queues_are_bounded_by_half_of_memory_limit(fills: str) -> None:
-    """The bounds of outbox, inbox and log are lowered to half of `max_memory_per_connection`."""
+    """The bounds of outbox, inbox and replay buffer are lowered to half of `max_memory_per_connection`."""
     async with Stage(max_memory_per_connection=50_000, outbox_overflow="drop_oldest") as stage:
         stage.endpoint = lambda ws: stage.gate.wait()  # type: ignore[assignment,return-value]
         line = await (Peer(stage).dial() if fills == "logged" else opened(stage))
@@ -519,14 +519,14 @@ async def test_queues_are_bounded_by_half_of_memory_limit(fills: str) -> None:
             else:
                 await stage.manager.send_to_client("ann", BIG)
                 await soon()
-        assert 15_000 < held(stage) < (31_000 if fills == "unread" else 25_000)  # the message at the mark is taken
+        assert 15_000 < held(stage) < (31_000 if fills == "unread" else 25_000)  # the message at the bound is accepted
         assert line.close_code is None
 
 
 @pytest.mark.parametrize("numbered", [False, True])
 @virtually
 async def test_total_over_connection_limit_closes_with_4503(numbered: bool) -> None:
-    """User data, queued and unread messages, each within its bound, are together too much at the next message."""
+    """If user data, queued and unread messages together exceed the limit, the next message closes with 4503."""
     async with Stage(max_memory_per_connection=25_000) as stage:
         stage.endpoint = lambda ws: stage.gate.wait()  # type: ignore[assignment,return-value]
         line = await (Peer(stage).dial() if numbered else opened(stage))
@@ -540,13 +540,13 @@ async def test_total_over_connection_limit_closes_with_4503(numbered: bool) -> N
         assert line.close_code == 4503
         stage.gate.set()
         await asyncio.sleep(5)
-        assert (held(stage), reasons(stage)) == (0, ["memory"])
-        assert [report.event for report in stage.heard.of("memory_limit_exceeded")] == ["memory_limit_exceeded"]
+        assert (held(stage), causes(stage)) == (0, ["memory"])
+        assert [event.event for event in stage.heard.of("memory_limit_exceeded")] == ["memory_limit_exceeded"]
 
 
 @virtually
 async def test_total_over_connection_limit_closes_silent_client() -> None:
-    """A client that neither reads nor speaks is looked at too: its outbox beside its user data is too much."""
+    """The limit also closes a client that neither reads nor sends, when its outbox and user data exceed it."""
     async with Stage(max_memory_per_connection=40_000, send_timeout=100, memory_check_interval=1000) as stage:
         line = await opened(stage)
         assert line.socket is not None
@@ -561,40 +561,40 @@ async def test_total_over_connection_limit_closes_silent_client() -> None:
 
 @virtually
 async def test_growth_inside_user_data_ends_connection_or_session() -> None:
-    """After `memory_check_interval`, with a connection, without one, and as luggage."""
+    """Growth inside user data is found after `memory_check_interval`, for connected and detached clients."""
     async with Stage(max_memory_per_connection=5_000, memory_check_interval=10, max_detached_sessions=5) as stage:
         grown: list[list[str]] = []
 
-        def grows(line: Line) -> None:
+        def add_list(line: Line) -> None:
             assert line.socket is not None
             line.socket.user_data["list"] = inside = []
             grown.append(inside)
 
-        here = await opened(stage, "ann")
-        away = await Peer(stage, "bob").dial()
-        detached = await opened(stage, "cid")
+        connected = await opened(stage, "ann")
+        detached_v1 = await Peer(stage, "bob").dial()
+        detached_plain = await opened(stage, "cid")
         stage.manager.generate_reconnect_token("cid")
-        for line in (here, away, detached):
-            grows(line)
-        await away.leaves()
-        await detached.leaves()
+        for line in (connected, detached_v1, detached_plain):
+            add_list(line)
+        await detached_v1.leaves()
+        await detached_plain.leaves()
         for one in grown:
             one.append(BIG)
         assert (held(stage) < 1_000, stage.manager.get_session_counts()) == (True, {"sessions": 1, "away": 1})
         await asyncio.sleep(11)
-        assert here.close_code == 4503
+        assert connected.close_code == 4503
         assert stage.manager.get_session_counts() == {"sessions": 0, "away": 0}
         await asyncio.sleep(5)
         assert held(stage) == 0
 
 
-# ── the limit of all ──
+# ── the limit of all connections ──
 
 
 @pytest.mark.parametrize(("policy", "victim"), [("lru", "bob"), ("fifo", "ann"), ("oldest", "cid")])
 @virtually
 async def test_eviction_policy_selects_connection(policy: str, victim: str) -> None:
-    """The last message of a client, its coming, the last delivery to it: three clients, and each is the first once."""
+    """`lru` selects by the last message, `fifo` by connect time, and `oldest` by the last delivery."""
     async with Stage(max_total_memory=35_000, memory_eviction_policy=policy) as stage:
         lines = {client_id: await opened(stage, client_id) for client_id in ("ann", "bob", "cid")}
         for line in lines.values():
@@ -614,7 +614,7 @@ async def test_eviction_policy_selects_connection(policy: str, victim: str) -> N
 
 @virtually
 async def test_heartbeats_do_not_change_eviction_order() -> None:
-    """Under `lru` pongs and pings of a client are no messages, and under `oldest` our pings and pongs no deliveries."""
+    """`lru` does not count pings and pongs of a client as messages; `oldest` does not count ours as deliveries."""
     for policy in ("lru", "oldest"):
         async with Stage(max_total_memory=25_000, memory_eviction_policy=policy) as stage:
             ann, bob = await opened(stage, "ann"), await opened(stage, "bob")
@@ -635,7 +635,7 @@ async def test_heartbeats_do_not_change_eviction_order() -> None:
 
 @virtually
 async def test_evicted_client_gets_4503_with_retry_hint() -> None:
-    """4503, and `retry=` in the reason; the disconnect hook hears `memory`, and a report says how much it was."""
+    """An evicted client gets 4503 with `retry=` in the reason; the hook gets `memory`, the event the held bytes."""
     async with Stage(max_total_memory=15_000) as stage:
         ann = await opened(stage, "ann")
         ann.socket.user_data["x"] = BIG  # type: ignore[union-attr]
@@ -647,22 +647,22 @@ async def test_evicted_client_gets_4503_with_retry_hint() -> None:
         assert text.startswith("out of memory; retry=")
         assert 0 < int(text.partition("retry=")[2]) <= 60_000
         await asyncio.sleep(2)
-        assert reasons(stage) == ["memory"]
-        (report,) = stage.heard.of("connection_evicted")
-        assert (report.fields["client_id"], report.fields["held_bytes"] > 10_000) == ("ann", True)
+        assert causes(stage) == ["memory"]
+        (event,) = stage.heard.of("connection_evicted")
+        assert (event.fields["client_id"], event.fields["held_bytes"] > 10_000) == ("ann", True)
 
 
 @virtually
 async def test_detached_sessions_are_evicted_first() -> None:
-    """In the order in which they left; each is counted as evicted and its end is told."""
+    """Detached sessions are evicted in the order in which they detached; each counts as an eviction and ends."""
     async with Stage(max_total_memory=45_000) as stage:
-        here = await opened(stage, "ann")
-        here.socket.user_data["x"] = BIG  # type: ignore[union-attr]
+        connected = await opened(stage, "ann")
+        connected.socket.user_data["x"] = BIG  # type: ignore[union-attr]
         peer = Peer(stage, "bob")
-        away = await peer.dial()
-        detached = await opened(stage, "cid")
+        detached_v1 = await peer.dial()
+        detached_plain = await opened(stage, "cid")
         token = stage.manager.generate_reconnect_token("cid")
-        for line in (away, detached):
+        for line in (detached_v1, detached_plain):
             line.socket.user_data["x"] = BIG  # type: ignore[union-attr]
             await line.leaves()
         writer = await opened(stage, "dan")
@@ -673,7 +673,7 @@ async def test_detached_sessions_are_evicted_first() -> None:
                 evictions,
                 sessions,
             )
-        assert here.close_code is None
+        assert connected.close_code is None
         assert [event for event in stage.events if event.startswith("session_end")] == [
             "session_end bob memory",
             "session_end cid network_lost",
@@ -687,7 +687,7 @@ async def test_detached_sessions_are_evicted_first() -> None:
 
 @virtually
 async def test_evicted_v1_client_loses_session() -> None:
-    """Else what is held for it would be held on."""
+    """The eviction of a v1 client ends its session, which would otherwise still hold the memory."""
     async with Stage(max_total_memory=15_000) as stage:
         peer = Peer(stage, "ann")
         line = await peer.dial()
@@ -703,7 +703,7 @@ async def test_evicted_v1_client_loses_session() -> None:
 
 @virtually
 async def test_evicted_session_with_running_handler_frees_memory() -> None:
-    """A session whose unread messages are still being handled gives its room at once, so that one eviction is one."""
+    """An evicted session with a running handler releases its memory at once, so that no second client is evicted."""
     async with Stage(max_total_memory=35_000, disconnect_grace=10) as stage:
         stage.endpoint = lambda ws: stage.gate.wait()  # type: ignore[assignment,return-value]
         here = await opened(stage, "ann")
@@ -717,10 +717,10 @@ async def test_evicted_session_with_running_handler_frees_memory() -> None:
         assert (here.close_code, stage.manager.get_session_counts()["sessions"]) == (None, 0)
 
 
-@pytest.mark.parametrize("way", ["v1", "token", "explicit"])
+@pytest.mark.parametrize("path", ["v1", "token", "explicit"])
 @virtually
-async def test_resuming_client_is_evicted_last(way: str) -> None:
-    """While its handshake runs, what a client has left is the last that would go for others."""
+async def test_resuming_client_is_evicted_last(path: str) -> None:
+    """While a client resumes, its detached state is evicted only after all other clients."""
     async with Stage(max_total_memory=35_000) as stage:
         waiting = asyncio.Event()
 
@@ -735,8 +735,8 @@ async def test_resuming_client_is_evicted_last(way: str) -> None:
                 await waiting.wait()
 
         peer = Peer(stage, "ann")
-        line = await (peer.dial() if way == "v1" else opened(stage, "ann"))
-        token = "" if way == "v1" else stage.manager.generate_reconnect_token("ann")
+        line = await (peer.dial() if path == "v1" else opened(stage, "ann"))
+        token = "" if path == "v1" else stage.manager.generate_reconnect_token("ann")
         line.socket.user_data["mine"] = BIG  # type: ignore[union-attr]
         await line.leaves()
         other = await opened(stage, "bob")
@@ -748,10 +748,10 @@ async def test_resuming_client_is_evicted_last(way: str) -> None:
             return await stage.manager.connect(client_id, await FakeServer().accepted())
 
         task: asyncio.Task[Any] | None = None
-        if way == "explicit":
+        if path == "explicit":
             task = asyncio.ensure_future(connect_explicitly())
             await soon()
-        elif way == "v1":
+        elif path == "v1":
             line = await peer.dial(auth="slow")
         else:
             line = stage.plain("ann", token=token)
@@ -769,7 +769,7 @@ async def test_resuming_client_is_evicted_last(way: str) -> None:
 
 @virtually
 async def test_resumed_client_over_memory_limit_evicts_others() -> None:
-    """What it has brought with it is added to what it had: others go for that, and not the client itself."""
+    """Data that a resuming client adds is counted with its restored data; other clients are evicted for it."""
     async with Stage(max_total_memory=35_000) as stage:
 
         @stage.manager.on_handshake
@@ -793,7 +793,7 @@ async def test_resumed_client_over_memory_limit_evicts_others() -> None:
 @pytest.mark.parametrize("left", [True, False])
 @virtually
 async def test_unrestorable_user_data_is_no_longer_counted(left: bool, policy: str) -> None:
-    """A client whose old data do not fit beside its new ones keeps the new ones; the old ones leave the sum."""
+    """If old user data does not fit beside the new data, the client has the new data; the old is no longer counted."""
     async with Stage(max_memory_per_connection=15_000, on_duplicate=policy) as stage:
 
         @stage.manager.on_handshake
@@ -820,7 +820,7 @@ async def test_unrestorable_user_data_is_no_longer_counted(left: bool, policy: s
 
 @virtually
 async def test_explicit_connect_over_limit_releases_reservation() -> None:
-    """`MemoryLimitExceededError`, as any write; the next client finds room."""
+    """`connect()` over the limit raises `MemoryLimitExceededError` and releases its connection slot."""
     async with Stage(max_memory_per_connection=5_000, max_connections=1) as stage:
         with pytest.raises(MemoryLimitExceededError):
             await stage.manager.connect("ann", await FakeServer().accepted(), {"x": BIG})
@@ -831,7 +831,7 @@ async def test_explicit_connect_over_limit_releases_reservation() -> None:
 
 @virtually
 async def test_connect_does_not_wait_for_eviction() -> None:
-    """A client that must go for the metadata of a new one, and whose end takes long, holds nobody up."""
+    """`connect()` with metadata does not wait for the eviction that it causes, even if teardown is slow."""
     async with Stage(max_total_memory=15_000, disconnect_grace=10) as stage:
 
         @stage.manager.on_disconnect
@@ -852,7 +852,7 @@ async def test_connect_does_not_wait_for_eviction() -> None:
 
 @virtually
 async def test_evicted_socket_raises_socket_closed_on_send() -> None:
-    """Who has to go for another's write finds its socket closed, and nothing breaks."""
+    """The socket of an evicted client raises `SocketClosed` on send, and later writes to it are not counted."""
     async with Stage(max_total_memory=15_000) as stage:
         ann, bob = await opened(stage, "ann"), await opened(stage, "bob")
         ann.socket.user_data["x"] = BIG  # type: ignore[union-attr]
@@ -867,7 +867,7 @@ async def test_evicted_socket_raises_socket_closed_on_send() -> None:
 @pytest.mark.parametrize("write", [lambda ws: ws.user_data.update(x=BIG), lambda ws: ws.metadata.update(x=BIG)])
 @virtually
 async def test_memory_budget_forgets_closed_clients(write: Callable[[StableSocket], object]) -> None:
-    """When a client is gone, no order and no list of dicts knows it any more."""
+    """After a client closes, the memory budget holds no entry for it."""
     async with Stage(max_total_memory=50_000) as stage:
         line = await opened(stage)
         write(line.socket)  # type: ignore[arg-type]
@@ -879,13 +879,13 @@ async def test_memory_budget_forgets_closed_clients(write: Callable[[StableSocke
         gc.collect()
 
 
-# ── who goes for nothing, and what is over ──
+# ── clients that hold nothing, and closed clients ──
 
 
 @pytest.mark.parametrize("policy", ["lru", "fifo", "oldest"])
 @virtually
 async def test_client_without_held_memory_is_not_evicted(policy: str) -> None:
-    """Silent listeners stay, and the one that holds the most goes for what it holds, whatever the policy."""
+    """Idle clients stay, and the client that holds the most is evicted, under each policy."""
     async with Stage(max_total_memory=35_000, memory_eviction_policy=policy) as stage:
         idle = [await opened(stage, f"idle {number}") for number in range(5)]
         hog = await opened(stage, "hog")
@@ -901,12 +901,12 @@ async def test_client_without_held_memory_is_not_evicted(policy: str) -> None:
 @pytest.mark.parametrize("fills", ["queue", "log", "inbox", "user data", "detached state"])
 @virtually
 async def test_any_held_memory_makes_client_evictable(policy: str, fills: str) -> None:
-    """Messages that wait, that are unread or unacknowledged, user data, and what a client has got back."""
+    """Queued, unread and unacknowledged messages, user data and restored data each make a client evictable."""
     async with Stage(max_total_memory=35_000, memory_eviction_policy=policy) as stage:
         stage.endpoint = lambda ws: stage.gate.wait()  # type: ignore[assignment,return-value]
         ann = await (Peer(stage).dial() if fills == "log" else opened(stage))
         assert ann.socket is not None
-        for client_id in ("dan", "eve"):  # one goes for the other, and nothing was held of ann then
+        for client_id in ("dan", "eve"):  # one evicts the other; ann holds nothing at that time
             line = await opened(stage, client_id)
             line.socket.user_data["x"] = BIG * 2  # type: ignore[union-attr]
         await line.leaves(1000)
@@ -934,20 +934,20 @@ async def test_any_held_memory_makes_client_evictable(policy: str, fills: str) -
         assert bob.close_code is None
 
 
-@pytest.mark.parametrize("who", ["plain", "numbered", "superseded"])
+@pytest.mark.parametrize("kind", ["plain", "numbered", "superseded"])
 @virtually
-async def test_unread_messages_of_closed_client_are_discarded_first(who: str) -> None:
-    """What nobody will read of a client that has left is thrown away, and counted, before anybody is ended."""
+async def test_unread_messages_of_closed_client_are_discarded_first(kind: str) -> None:
+    """Unread messages of a closed client are discarded and counted before any client is evicted."""
     async with Stage(max_total_memory=45_000, disconnect_grace=10) as stage:
         peer = Peer(stage)
-        gone = await (opened(stage) if who == "plain" else peer.dial())
-        if who != "plain":
-            await gone.message("wait", 1)
-            await gone.message("note", BIG, BIG, first=2)
+        closed = await (opened(stage) if kind == "plain" else peer.dial())
+        if kind != "plain":
+            await closed.message("wait", 1)
+            await closed.message("note", BIG, BIG, first=2)
         else:
-            await gone.say('{"type":"wait"}', BIG, BIG)
-        await gone.leaves(1006 if who == "superseded" else 1000)
-        if who == "superseded":  # its session is over while it is still busy
+            await closed.say('{"type":"wait"}', BIG, BIG)
+        await closed.leaves(1006 if kind == "superseded" else 1000)
+        if kind == "superseded":  # its session ends while its endpoint still runs
             peer.token = None
             await peer.dial()
         assert held(stage) > 20_000
@@ -963,7 +963,7 @@ async def test_unread_messages_of_closed_client_are_discarded_first(who: str) ->
 
 @virtually
 async def test_queue_of_closing_client_is_discarded_first() -> None:
-    """And the client gets its close frame all the same."""
+    """The queue of a closing client is discarded first, but the client still gets its close frame."""
     async with Stage(max_total_memory=35_000) as stage:
         ann = await opened(stage)
         ann.server.block()
@@ -984,15 +984,15 @@ async def test_queue_of_closing_client_is_discarded_first() -> None:
 
 @virtually
 async def test_session_evicted_event_is_emitted_for_detached_session() -> None:
-    """`session_evicted` with `why="memory"` for one that is away, as for what a plain client has left."""
+    """The eviction of a detached session emits `session_evicted` with `why="memory"`."""
     async with Stage(max_total_memory=15_000) as stage:
         line = await Peer(stage).dial()
         line.socket.user_data["x"] = BIG  # type: ignore[union-attr]
         await line.leaves()
         bob = await opened(stage, "bob")
         bob.socket.user_data["x"] = BIG  # type: ignore[union-attr]
-        (report,) = stage.heard.of("session_evicted")
-        assert (report.fields["client_id"], report.fields["why"], stage.manager.counters.evictions) == (
+        (event,) = stage.heard.of("session_evicted")
+        assert (event.fields["client_id"], event.fields["why"], stage.manager.counters.evictions) == (
             "ann",
             "memory",
             1,
@@ -1001,7 +1001,7 @@ async def test_session_evicted_event_is_emitted_for_detached_session() -> None:
 
 @virtually
 async def test_first_message_makes_detached_session_evictable() -> None:
-    """Its client is away, and gets a message: now it is the first that goes."""
+    """A message to a detached client makes its session the first to be evicted."""
     async with Stage(max_total_memory=15_000) as stage:
         await (await Peer(stage).dial()).leaves()
         bob = await opened(stage, "bob")
@@ -1011,37 +1011,37 @@ async def test_first_message_makes_detached_session_evictable() -> None:
         assert (bob.socket.closed, stage.manager.get_session_counts()["sessions"]) == (False, 0)  # type: ignore[union-attr]
 
 
-# ── who is coming back ──
+# ── resuming clients ──
 
 
-@pytest.mark.parametrize("way", ["v1", "token"])
+@pytest.mark.parametrize("path", ["v1", "token"])
 @virtually
-async def test_write_needing_memory_of_resuming_client_raises(way: str) -> None:
-    """A write for which it would have to go is refused; and who does not get in goes as before."""
+async def test_write_needing_memory_of_resuming_client_raises(path: str) -> None:
+    """A write that would evict a resuming client raises; after the resume the client is evictable again."""
     async with Stage(max_total_memory=25_000) as stage:
-        letting_in = asyncio.Event()
+        release = asyncio.Event()
 
         @stage.manager.on_handshake
         async def slow(ws: StableSocket) -> None:
             if ws.query_params.get("token"):
-                await letting_in.wait()
+                await release.wait()
 
         @stage.manager.on_auth
         async def slow_too(ws: StableSocket, credential: str | None) -> None:
             if credential == "slow":
-                await letting_in.wait()
+                await release.wait()
 
         peer = Peer(stage, "ann")
-        line = await (peer.dial() if way == "v1" else opened(stage, "ann"))
-        token = "" if way == "v1" else stage.manager.generate_reconnect_token("ann")
+        line = await (peer.dial() if path == "v1" else opened(stage, "ann"))
+        token = "" if path == "v1" else stage.manager.generate_reconnect_token("ann")
         line.socket.user_data["mine"] = BIG  # type: ignore[union-attr]
         await line.leaves()
         bob = await opened(stage, "bob")
-        line = await peer.dial(auth="slow") if way == "v1" else stage.plain("ann", token=token)
+        line = await peer.dial(auth="slow") if path == "v1" else stage.plain("ann", token=token)
         await soon()
         with pytest.raises(MemoryLimitExceededError):
             bob.socket.user_data["x"] = BIG * 2  # type: ignore[union-attr]
-        letting_in.set()
+        release.set()
         await soon()
         assert line.socket is not None
         assert line.socket.user_data == {"mine": BIG}
@@ -1050,7 +1050,7 @@ async def test_write_needing_memory_of_resuming_client_raises(way: str) -> None:
 
 @virtually
 async def test_session_is_evictable_after_rejected_resume() -> None:
-    """A client whose credential is refused has moved its session to no better place."""
+    """A rejected resume does not exempt the session from eviction."""
     async with Stage(max_total_memory=25_000) as stage:
 
         @stage.manager.on_auth
@@ -1072,7 +1072,7 @@ async def test_session_is_evictable_after_rejected_resume() -> None:
 
 @virtually
 async def test_explicit_connect_metadata_does_not_evict_own_state() -> None:
-    """It is refused where it does not fit beside that, and else both are there."""
+    """`connect()` raises if its metadata does not fit beside the client's detached state; otherwise both remain."""
     async with Stage(max_total_memory=25_000) as stage:
         line = await opened(stage)
         line.socket.user_data["mine"] = BIG  # type: ignore[union-attr]
@@ -1092,7 +1092,7 @@ async def test_explicit_connect_metadata_does_not_evict_own_state() -> None:
 @pytest.mark.parametrize("early", [False, True])
 @virtually
 async def test_connection_metadata_counts_for_session(early: bool) -> None:
-    """It is in its sum and under its limit, and room for it is made by others; it goes with its connection."""
+    """Connection metadata counts in the session's total and limit, can evict others, and is released at disconnect."""
     async with Stage(max_memory_per_connection=25_000, max_total_memory=30_000) as stage:
 
         @stage.manager.on_handshake
@@ -1120,7 +1120,7 @@ async def test_connection_metadata_counts_for_session(early: bool) -> None:
 
 @virtually
 async def test_in_place_union_of_user_data_is_one_write() -> None:
-    """`ws.user_data |= ...` is one write, also where a value has grown beyond what may be since it was measured."""
+    """`ws.user_data |= ...` is one write, accepted even if another value has grown above the limit."""
     async with Stage(max_memory_per_connection=5_000) as stage:
         line = await opened(stage)
         ws = line.socket
@@ -1133,7 +1133,7 @@ async def test_in_place_union_of_user_data_is_one_write() -> None:
 
 @virtually
 async def test_handshake_hook_data_over_session_limit_is_lost() -> None:
-    """The session goes on with what it had, at every dial, and nothing of the rest is held."""
+    """The session retains its own data at every resume, and the hook's data over the limit is not held."""
     async with Stage(max_memory_per_connection=10_000) as stage:
 
         @stage.manager.on_handshake
@@ -1158,7 +1158,7 @@ async def test_handshake_hook_data_over_session_limit_is_lost() -> None:
 
 @virtually
 async def test_handshake_hook_data_is_moved_without_double_memory() -> None:
-    """It moves: what fits beside what is there already gets in, and nobody goes for it."""
+    """Data of on_handshake is moved into the session: if it fits beside the existing data, no client is evicted."""
     async with Stage(max_total_memory=25_000) as stage:
 
         @stage.manager.on_handshake
@@ -1175,12 +1175,12 @@ async def test_handshake_hook_data_is_moved_without_double_memory() -> None:
         assert sorted(line.socket.user_data) == ["cart", "profile"]
 
 
-# ── what messages leave for the rest ──
+# ── memory left for user data ──
 
 
 @virtually
 async def test_unacked_replay_buffer_leaves_memory_for_user_data() -> None:
-    """Its log holds half of what one may hold at most, so that the writes of its handlers do not fail."""
+    """The replay buffer holds at most half of the connection limit, so that writes of handlers do not fail."""
     async with Stage(max_memory_per_connection=100_000) as stage:
         line = await Peer(stage).dial()
         for _ in range(30):
@@ -1195,7 +1195,7 @@ async def test_unacked_replay_buffer_leaves_memory_for_user_data() -> None:
 
 @virtually
 async def test_memory_limit_error_in_endpoint_closes_with_4503() -> None:
-    """4503: 1008 would say that its credential is not good."""
+    """`MemoryLimitExceededError` in an endpoint closes with 4503, because 1008 would mean a bad credential."""
     async with Stage(max_memory_per_connection=5_000) as stage:
 
         async def writes(ws: StableSocket) -> None:

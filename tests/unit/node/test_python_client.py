@@ -1,4 +1,4 @@
-"""Tests of a manager and the Python client together, over a link in memory that breaks when a test says so."""
+"""Tests of a manager with the Python client over an in-memory link that a test can break."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from tests.support.stage import Peer, Stage
 
 
 class Even(random.Random):
-    """Dice that make every way equally long: 30 ms."""
+    """Random source that gives each direction the same delay, 30 ms."""
 
     def random(self) -> float:
         return 0.5
 
 
 class World(Stage):
-    """A stage, a network that never breaks by itself, and clients that dial over it.
+    """Stage with a network without faults of its own, and with clients that connect over it.
 
     Attributes:
         clients: The clients.
-        received: The data of all messages that the first one got without a handler, in order.
-        gaps: The gaps that it was told of.
-        outcomes: What its welcomes said.
+        received: The data of all messages that the first client got without a handler, in order.
+        gaps: The gaps that were reported to it.
+        outcomes: The outcomes of its welcomes.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -66,7 +66,7 @@ class World(Stage):
             pass
 
     def client(self, **options: Any) -> Client:
-        """Make a client; what the first one receives is noted."""
+        """Create a client; what the first one receives is recorded."""
         client = Client("ws://server/ws", dial=self.network.dial, **{"base_delay": 0.2, **options})
         self.clients.append(client)
         if len(self.clients) == 1:
@@ -76,7 +76,7 @@ class World(Stage):
         return client
 
     async def _read(self, client: Client) -> None:
-        with contextlib.suppress(ClientClosedError):  # a test looks at that itself
+        with contextlib.suppress(ClientClosedError):  # a test checks that itself
             async for message in client:
                 self.received.append(message.data)
 
@@ -104,7 +104,7 @@ class World(Stage):
 
 @virtually
 async def test_broken_connections_lose_and_repeat_no_message() -> None:
-    """Both sides have the same lists after a broken connection, in order and without doubles."""
+    """After broken connections both sides have all messages, in order and without duplicates."""
     async with World() as world, world.client() as client:
         for number in range(200):
             client.send(number, event="note")
@@ -121,7 +121,7 @@ async def test_broken_connections_lose_and_repeat_no_message() -> None:
 
 @virtually
 async def test_client_resumes_over_half_open_connection() -> None:
-    """The server thinks that it is still there; the session goes on in the new connection."""
+    """The server has not noticed the loss, but the session continues in the new connection."""
     async with World() as world, world.client() as client:
         world.link.up.dead = world.link.down.dead = True
         sending = client.send("x", event="note")
@@ -133,7 +133,7 @@ async def test_client_resumes_over_half_open_connection() -> None:
 
 @virtually
 async def test_client_request_is_answered_once_after_reconnect() -> None:
-    """Its answer comes in the next connection if this one breaks while the handler works."""
+    """A request survives a broken connection: the reply of its handler comes in the next connection."""
     async with World() as world, world.client() as client:
 
         @world.manager.on_message("slow")
@@ -153,7 +153,7 @@ async def test_client_request_is_answered_once_after_reconnect() -> None:
 
 @virtually
 async def test_server_request_is_answered_after_reconnect() -> None:
-    """The client works on it while its connection breaks, and answers in the next one."""
+    """A client that loses its connection while it works on a request replies in the next connection."""
     async with World() as world, world.client() as client:
 
         @client.on("confirm")
@@ -169,7 +169,7 @@ async def test_server_request_is_answered_after_reconnect() -> None:
 
 @virtually
 async def test_send_with_ack_to_client_takes_one_round_trip() -> None:
-    """The client is asked for its number, so that it takes one round trip and not a second."""
+    """The server requests the acknowledgement, so that `send(ack=True)` takes one round trip instead of two."""
     async with World() as world, world.client():
         began = asyncio.get_running_loop().time()
         await world.socket().send("x", ack=True)
@@ -178,7 +178,7 @@ async def test_send_with_ack_to_client_takes_one_round_trip() -> None:
 
 @virtually
 async def test_lost_session_reports_gap_and_fails_unacked_messages() -> None:
-    """A lost session is told, messages in it that nobody has accepted fail, and the new one works."""
+    """A lost session is reported as a gap, its unaccepted messages fail, and the new session works."""
     async with World() as world, world.client() as client:
         world.link.up.dead = True
         unknown = client.send("unknown", event="note")
@@ -195,7 +195,7 @@ async def test_lost_session_reports_gap_and_fails_unacked_messages() -> None:
 
 @virtually
 async def test_client_closed_4409_reports_gap() -> None:
-    """4409 means that the session is gone: the client begins a new one, and its messages may be missing."""
+    """After 4409 the session is lost: the client begins a new one and reports a gap, as messages may be missing."""
     async with World() as world, world.client() as client:
         await world.manager.send_to_client("ann", "first")
         await asyncio.sleep(0.5)
@@ -211,7 +211,7 @@ async def test_client_closed_4409_reports_gap() -> None:
 
 @virtually
 async def test_message_over_server_limit_raises_without_close() -> None:
-    """A message above the server's max_message_size raises, and does no harm to the connection."""
+    """A message above the server's max_message_size raises and does not close the connection."""
     async with World(max_message_size=1000) as world, world.client() as client:
         with pytest.raises(MessageTooLargeError):
             client.send("x" * 1000, event="note")
@@ -229,7 +229,7 @@ async def test_message_over_server_limit_raises_without_close() -> None:
 
 @virtually
 async def test_queued_message_over_server_limit_raises_on_welcome() -> None:
-    """It fails when the server has said what it takes; what stands behind it is sent."""
+    """A queued message fails when the welcome states a smaller limit; the messages behind it are sent."""
     async with World(max_message_size=1000) as world:
         client = world.client()
         before, large, after = (client.send(data, event="note") for data in ("a", "x" * 2000, "b"))
@@ -245,7 +245,7 @@ async def test_queued_message_over_server_limit_raises_on_welcome() -> None:
 
 @virtually
 async def test_largest_sendable_message_is_accepted() -> None:
-    """Whatever the client lets through the server takes, and whatever it refuses would hardly have fitted."""
+    """The server accepts the largest message that the client can send, which is above 90 % of the limit."""
     async with World(max_message_size=1000) as world, world.client() as client:
         size = 1000
         while True:
@@ -260,7 +260,7 @@ async def test_largest_sendable_message_is_accepted() -> None:
 
 @virtually
 async def test_client_closed_4410_does_not_reconnect() -> None:
-    """`ws.close()` is final for it: what it waits for fails, and it does not dial again."""
+    """After `ws.close()` pending requests fail and the client does not reconnect."""
     async with World() as world, world.client() as client:
         asking = asyncio.ensure_future(client.request("wait", 1, timeout=60))
         await asyncio.sleep(0.5)
@@ -273,7 +273,7 @@ async def test_client_closed_4410_does_not_reconnect() -> None:
 
 @virtually
 async def test_request_error_of_handler_reaches_client() -> None:
-    """A RequestError of a handler is one for the client."""
+    """A `RequestError` of a handler is raised by the client's `request`."""
     async with World() as world, world.client() as client:
 
         @world.manager.on_message("no")
@@ -287,7 +287,7 @@ async def test_request_error_of_handler_reaches_client() -> None:
 
 @virtually
 async def test_message_failing_handler_is_not_sent_again() -> None:
-    """A message that makes its handler fail was accepted: the client comes back once, and does not send it again."""
+    """A failing handler's message counts as accepted: the client reconnects once and does not send it again."""
     async with World() as world, world.client() as client:
         await client.send("x", event="bug")
         await client.send("y", event="note")
@@ -303,7 +303,7 @@ async def test_message_failing_handler_is_not_sent_again() -> None:
     ids=lambda result: repr(result)[:16],
 )
 def test_request_to_failing_handler_gets_error_reply(result: Any, concurrency: int) -> None:
-    """A handler that raises, or returns what cannot be sent, answers `handler_failed`, though the connection closes."""
+    """A handler that raises, or returns an unsendable value, answers `handler_failed`, though the connection closes."""
 
     @virtually
     async def play() -> None:
@@ -327,7 +327,7 @@ def test_request_to_failing_handler_gets_error_reply(result: Any, concurrency: i
 
 @virtually
 async def test_request_to_cancelled_handler_gets_error_reply() -> None:
-    """A handler that is cancelled, because another one fails beside it, answers `interrupted`."""
+    """A handler that is cancelled because a concurrent one fails answers `interrupted`."""
     async with World() as world:
         world.endpoint = lambda ws: ws.run(concurrency=4)
         async with world.client() as client:
@@ -339,20 +339,20 @@ async def test_request_to_cancelled_handler_gets_error_reply() -> None:
                 await with_deadline(waiting)
 
 
-@pytest.mark.parametrize("how", ["iterates", "receives", "starlette"])
-def test_request_to_self_reading_endpoint_gets_error_reply(how: str) -> None:
-    """An endpoint that reads messages itself answers no requests, and the client learns that at once."""
+@pytest.mark.parametrize("api", ["iterates", "receives", "starlette"])
+def test_request_to_self_reading_endpoint_gets_error_reply(api: str) -> None:
+    """An endpoint that reads messages itself answers no requests, and the client gets an error at once."""
 
     @virtually
     async def play() -> None:
         async with World() as world:
 
             async def endpoint(ws: StableSocket) -> None:
-                if how == "iterates":
+                if api == "iterates":
                     async for message in ws:
                         world.notes.append(message)
                 while True:
-                    world.notes.append(await (ws if how == "receives" else ws.websocket).receive_text())
+                    world.notes.append(await (ws if api == "receives" else ws.websocket).receive_text())
 
             world.endpoint = endpoint
             async with world.client() as client:
@@ -366,7 +366,7 @@ def test_request_to_self_reading_endpoint_gets_error_reply(how: str) -> None:
 
 @virtually
 async def test_request_to_client_without_handler_gets_error_reply() -> None:
-    """A client that has no handler for a request answers `no_handler`, and gives the message to the loop."""
+    """A client without a handler for a request answers `no_handler`, and gives the message to its loop."""
     async with World() as world, world.client():
         with pytest.raises(RequestError, match="no_handler"):
             await world.socket().request("ask", "me")
@@ -375,7 +375,7 @@ async def test_request_to_client_without_handler_gets_error_reply() -> None:
 
 @pytest.mark.parametrize("error", [RequestError("\ud800" * 99, "\ud800" * 9999), RequestError("x\x00", "y" * 9999)])
 def test_long_handler_error_is_truncated_and_delivered(error: RequestError) -> None:
-    """A `RequestError` of a handler reaches the client, cut to what clients read, for requests and for messages."""
+    """A `RequestError` of a handler reaches the client, truncated to its limits, for requests and for messages."""
 
     @virtually
     async def play() -> None:
@@ -404,7 +404,7 @@ def test_long_handler_error_is_truncated_and_delivered(error: RequestError) -> N
 
 @virtually
 async def test_credential_renewal_does_not_reconnect() -> None:
-    """The client is asked in time, and its connection lives longer than any of its credentials."""
+    """The server asks for a new credential in time, and the connection outlives each credential."""
     async with World() as world:
         shown: list[str | None] = []
 
@@ -420,11 +420,11 @@ async def test_credential_renewal_does_not_reconnect() -> None:
             assert shown == [f"credential {number}" for number in range(5)]
 
 
-# ── what one client says does not end another ──
+# ── a message of one client does not close another ──
 
 
 def nested(levels: int) -> Any:
-    """A value of so many lists inside each other."""
+    """Return a value of so many nested lists."""
     value: Any = "x"
     for _ in range(levels):
         value = [value]
@@ -432,14 +432,14 @@ def nested(levels: int) -> Any:
 
 
 def largest() -> list[Any]:
-    """What a client may send and an application may pass on, at its limits."""
+    """Return values at the limits of what a client may send and an application may relay."""
     texts = ["\x00" * 100, "\u2028\x7f", '"\\', "NaN", "]" * 200, "9" * 400]
     return [nested(63), {"a": {"b": {"c": nested(60)}}}, 1.7e308, -(2**1023), *texts, [[]] * 500]
 
 
 @virtually
 async def test_relayed_message_of_any_value_closes_no_client() -> None:
-    """Each value that a client may send arrives at the other clients when a handler passes it on in its own object."""
+    """Each value that a client may send arrives at the other clients when a handler relays it inside another object."""
     async with World() as world, world.client() as client:
 
         @world.manager.on_message("say")
@@ -460,7 +460,7 @@ async def test_relayed_message_of_any_value_closes_no_client() -> None:
     ids=["deep", "large int", "small int", "long", "infinity"],
 )
 def test_unreadable_value_raises_at_sender(value: Any) -> None:
-    """Each way to send raises `MessageEncodeError` at its caller for such a value, and all clients stay."""
+    """Each method that sends raises `MessageEncodeError` for such a value, and all clients stay connected."""
 
     @virtually
     async def play() -> None:
@@ -472,7 +472,7 @@ def test_unreadable_value_raises_at_sender(value: Any) -> None:
                 value: Any
 
             message = Odd(value=value) if isinstance(value, dict) else value
-            ways = [
+            senders = [
                 manager.broadcast,
                 manager.room("lobby").send,
                 lambda message: manager.send_to_client("ann", message),
@@ -480,9 +480,9 @@ def test_unreadable_value_raises_at_sender(value: Any) -> None:
                 socket.send_json,
                 lambda message: socket.request("ask", message),
             ]
-            for way in ways:
+            for send in senders:
                 with pytest.raises(MessageEncodeError):
-                    await way(message)
+                    await send(message)
             await manager.broadcast("fine")
             await asyncio.sleep(1)
             assert (world.received, client.state, client.unreadable_frames) == (["fine"], "open", 0)
@@ -492,7 +492,7 @@ def test_unreadable_value_raises_at_sender(value: Any) -> None:
 
 @virtually
 async def test_invalid_request_event_raises_at_sender() -> None:
-    """`ws.request` refuses an event that the client could not read."""
+    """`ws.request` raises for an event that the client could not read."""
     async with World() as world, world.client() as client:
         for event in ("x" * 300, "a\nb"):
             with pytest.raises(MessageEncodeError, match="event"):
@@ -500,13 +500,13 @@ async def test_invalid_request_event_raises_at_sender() -> None:
         assert client.state == "open"
 
 
-# ── what the server refuses ──
+# ── messages that the server rejects ──
 
 
 @pytest.mark.parametrize("count", [150, 300, 900])
 @pytest.mark.parametrize("options", [{"max_message_rate": 20, "max_message_burst": 100}, {"max_byte_rate": 5000}])
 def test_messages_over_rate_arrive_once_in_order(count: int, options: dict[str, Any]) -> None:
-    """What the client sends faster than the server allows arrives later: each message once, and all in order."""
+    """Messages above the server's rate arrive later, each once and in order."""
 
     @virtually
     async def play() -> None:
@@ -527,7 +527,7 @@ def test_messages_over_rate_arrive_once_in_order(count: int, options: dict[str, 
 @pytest.mark.parametrize("rate", [1, 2, 10])
 @pytest.mark.parametrize("cut", [False, True])
 def test_client_far_over_rate_is_never_closed(rate: int, cut: bool) -> None:
-    """All messages are accepted in order at the rate, and no 4429 comes, also after the connection has broken."""
+    """All messages are accepted in order at the rate, without a 4429, also after a reconnect."""
     count = 10 * rate + 200
 
     @virtually
@@ -555,7 +555,7 @@ def test_client_far_over_rate_is_never_closed(rate: int, cut: bool) -> None:
     ("event", "code"), [("nothing", "unknown_type"), ("whole", "invalid_message"), ("no", "never")]
 )
 def test_client_send_raises_error_of_server(event: str, code: str) -> None:
-    """`await client.send` raises what the server has said of a message that no handler takes."""
+    """`await client.send` raises the server's error for a message that no handler accepts."""
 
     @virtually
     async def play() -> None:
@@ -578,7 +578,7 @@ def test_client_send_raises_error_of_server(event: str, code: str) -> None:
 
 @virtually
 async def test_request_over_max_bad_messages_is_answered() -> None:
-    """The request that ends a connection after `max_bad_messages` is answered before the close frame."""
+    """The request that exceeds `max_bad_messages` is answered before the close frame."""
     async with World(max_bad_messages=1) as world, world.client() as client:
         for _ in range(2):
             with pytest.raises(RequestError, match="unknown_type"):
@@ -591,7 +591,7 @@ async def test_request_over_max_bad_messages_is_answered() -> None:
 @virtually
 @pytest.mark.parametrize("concurrency", [1, 2])
 async def test_request_before_reader_task_is_handled(concurrency: int) -> None:
-    """An endpoint starts a task that reads and waits for the end; requests that are there before that task are read."""
+    """Requests that arrive before the endpoint starts its reader task are handled."""
     async with World(inbox_max_messages=4) as world:
 
         @world.manager.on_message("ask")

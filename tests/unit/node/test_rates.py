@@ -1,4 +1,4 @@
-"""Tests of what happens to a client that sends more than it may: plain ones, and those of `stabilizer.v1.json`."""
+"""Tests of clients that exceed their rates, both plain clients and clients of `stabilizer.v1.json`."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ REFUSED = re.compile(r"too many messages; retry=(\d+)")
 
 
 def note(number: int) -> str:
-    """A message of a plain client."""
+    """Return a message of a plain client."""
     return json.dumps({"type": "note", "number": number})
 
 
 def retry_in(text: str) -> int:
-    """The milliseconds after which a refusal says to try again."""
+    """Return the milliseconds after which the rejection allows a retry."""
     found = REFUSED.fullmatch(text)
     assert found, text
     return int(found.group(1))
 
 
 def errors(line: Line) -> list[dict[str, Any]]:
-    """The error frames that a client has got."""
+    """Return the error frames that a client received."""
     return [frame for frame in map(json.loads, line.server.data) if frame.get("type") == "error"]
 
 
@@ -44,7 +44,7 @@ def errors(line: Line) -> list[dict[str, Any]]:
 
 @virtually
 async def test_flood_gets_warnings_and_closes_with_4429() -> None:
-    """Each message that is refused is answered with `rate_limited`, and the last one of too many with 4429."""
+    """Each rejected message is answered with `rate_limited`; too many of them close with 4429."""
     async with Stage(**LIMIT) as stage:
         line = stage.plain()
         await line.say(*map(note, range(100)))
@@ -60,7 +60,7 @@ async def test_flood_gets_warnings_and_closes_with_4429() -> None:
 
 @virtually
 async def test_double_message_rate_gets_warnings_only() -> None:
-    """Half of it is handled, and the connection stays, however long it goes on."""
+    """At twice the rate half of the messages are handled, and the connection stays open."""
     async with Stage(**LIMIT) as stage:
         line = stage.plain()
         for number in range(400):
@@ -73,7 +73,7 @@ async def test_double_message_rate_gets_warnings_only() -> None:
 
 @virtually
 async def test_message_after_retry_delay_is_handled() -> None:
-    """After the time that the refusal names the next message is handled."""
+    """A message that is sent after the stated retry delay is handled."""
     async with Stage(**LIMIT) as stage:
         line = stage.plain()
         await line.say(*map(note, range(11)))
@@ -85,7 +85,7 @@ async def test_message_after_retry_delay_is_handled() -> None:
 
 @virtually
 async def test_connections_of_client_share_rate_limit() -> None:
-    """Two tabs have one bucket, and another client has its own."""
+    """Two connections of a client share one bucket, and another client has its own."""
     async with Stage(**LIMIT, on_duplicate="allow") as stage:
         lines = [stage.plain("ann"), stage.plain("ann"), stage.plain("bob")]
         await soon()
@@ -96,7 +96,7 @@ async def test_connections_of_client_share_rate_limit() -> None:
 
 @virtually
 async def test_reconnect_does_not_reset_rate_limit() -> None:
-    """Who was closed 4429 and is back before its time has nothing handled, however often it comes."""
+    """A client that reconnects before its retry delay, after a close with 4429, has no message handled."""
     async with Stage(**LIMIT) as stage:
         first = stage.plain()
         await first.say(*map(note, range(100)))
@@ -114,8 +114,8 @@ async def test_reconnect_does_not_reset_rate_limit() -> None:
 
 @virtually
 async def test_flood_closes_only_flooding_connection() -> None:
-    """The connection that floods is cut off. Others of its client are told that there is no room, and stay."""
-    async with Costly(**LIMIT, on_duplicate="allow") as stage:
+    """Only the connection that floods is closed; others of its client get `rate_limited` and stay open."""
+    async with SearchStage(**LIMIT, on_duplicate="allow") as stage:
         quiet, flooding, searching = stage.plain(), stage.plain(), stage.plain()
         await soon()
         await searching.say(*[SEARCH] * 20)
@@ -130,7 +130,7 @@ async def test_flood_closes_only_flooding_connection() -> None:
 
 @virtually
 async def test_max_message_burst_allows_burst_above_rate() -> None:
-    """`max_message_burst` messages may come at once."""
+    """`max_message_burst` messages are accepted at once."""
     async with Stage(**LIMIT, max_message_burst=50) as stage:
         line = stage.plain()
         await line.say(*map(note, range(51)))
@@ -139,10 +139,10 @@ async def test_max_message_burst_allows_burst_above_rate() -> None:
 
 @virtually
 async def test_byte_rate_allows_one_large_message_then_delays() -> None:
-    """A message of `max_message_size` may come from who was quiet; after it the client pays for it with time."""
+    """A quiet client may send one message of `max_message_size`; the next one has to wait for the byte rate."""
     async with Stage(max_byte_rate=1000, max_message_size=5000) as stage:
         big = '"' + "x" * 4998 + '"'
-        stage.endpoint = everything(stage)
+        stage.endpoint = record_all(stage)
         line = stage.plain()
         await line.say(big)
         assert stage.notes == [big]
@@ -156,16 +156,16 @@ async def test_byte_rate_allows_one_large_message_then_delays() -> None:
 
 @virtually
 async def test_byte_rate_counts_utf8_bytes() -> None:
-    """A text counts as long as its UTF-8 is, or emoji would be four times as cheap as letters."""
+    """A text counts with its UTF-8 bytes, not with its characters."""
     async with Stage(max_byte_rate=1000, max_message_size=1000) as stage:
-        stage.endpoint = everything(stage)
+        stage.endpoint = record_all(stage)
         line = stage.plain()
         await line.say("🦊" * 250, "🦊")
         assert (len(stage.notes), len(errors(line))) == (1, 1)
 
 
-def everything(stage: Stage) -> Any:
-    """An endpoint that notes each message as it comes."""
+def record_all(stage: Stage) -> Any:
+    """Return an endpoint that records each message."""
 
     async def endpoint(ws: StableSocket) -> None:
         async for message in ws:
@@ -176,7 +176,7 @@ def everything(stage: Stage) -> Any:
 
 @virtually
 async def test_messages_without_rate_limit_are_unlimited() -> None:
-    """The defaults limit nothing."""
+    """Without rate options messages are unlimited."""
     async with Stage() as stage:
         line = stage.plain()
         await line.say(*map(note, range(5000)))
@@ -185,7 +185,7 @@ async def test_messages_without_rate_limit_are_unlimited() -> None:
 
 @virtually
 async def test_rate_limited_message_does_not_reset_idle_timeout() -> None:
-    """It keeps an idle connection no less idle: only what is let through counts."""
+    """Rejected messages do not reset `idle_timeout`, and accepted ones do."""
     async with Stage(max_message_rate=1, idle_timeout=10) as stage:
         line = stage.plain()
         await line.say(note(0))
@@ -196,14 +196,14 @@ async def test_rate_limited_message_does_not_reset_idle_timeout() -> None:
         assert 18 <= len(stage.notes) <= 22
 
 
-# ── what the log says ──
+# ── log events ──
 
 
-def told(stage: Stage) -> list[tuple[int, Any, Any]]:
-    """What was reported of rates, each with its level, the option, and the type of message."""
+def limit_events(stage: Stage) -> list[tuple[int, Any, Any]]:
+    """Return the rate events, each with level, option and message type."""
     events = stage.heard.of("rate_limited")
-    assert all({"client_id", "connection_id"} <= report.fields.keys() for report in events)
-    return [(report.level, report.fields["option"], report.fields.get("message_type")) for report in events]
+    assert all({"client_id", "connection_id"} <= event.fields.keys() for event in events)
+    return [(event.level, event.fields["option"], event.fields.get("message_type")) for event in events]
 
 
 @pytest.mark.parametrize(
@@ -220,28 +220,28 @@ def told(stage: Stage) -> list[tuple[int, Any, Any]]:
 async def test_rate_limit_option_is_logged_once_per_minute(
     options: Any, sent: str, option: str, kind: str | None
 ) -> None:
-    """A warning says which option a client has run into; 4429 alone would not. One of each a minute is enough."""
-    async with Costly(**options) as stage:
+    """A warning names the option that a client has exceeded, at most once a minute for each option."""
+    async with SearchStage(**options) as stage:
         line = stage.plain()
         await line.say(*[sent] * 300)
         assert line.close_code == 4429
-        assert told(stage) == [(logging.WARNING, option, kind)]
+        assert limit_events(stage) == [(logging.WARNING, option, kind)]
         again = stage.plain()
         await again.say(*[sent] * 2)
-        if option != "control_frames":  # of which the next connection may send as many again
-            assert told(stage)[1:] == [(logging.DEBUG, option, kind)] * 2
+        if option != "control_frames":  # the next connection has its own allowance of control frames
+            assert limit_events(stage)[1:] == [(logging.DEBUG, option, kind)] * 2
         await asyncio.sleep(THROTTLE_INTERVAL)
         late = stage.plain("bob")
         await late.say(*[sent] * 300)
-        assert told(stage)[-1] == (logging.WARNING, option, kind)
+        assert limit_events(stage)[-1] == (logging.WARNING, option, kind)
         assert stage.heard.of("rate_limited")[-1].fields.get("more") == (None if option == "control_frames" else 2)
 
 
 # ── per type of message ──
 
 
-class Costly(Stage):
-    """A stage with a type of message of which a client may send two in a second."""
+class SearchStage(Stage):
+    """Stage with one message type that a client may send twice per second."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -257,8 +257,8 @@ SEARCH = '{"type":"search"}'
 
 @virtually
 async def test_handler_rate_limits_one_message_type() -> None:
-    """Others are not, and go on being handled."""
-    async with Costly() as stage:
+    """Messages of other types are still handled."""
+    async with SearchStage() as stage:
         line = stage.plain()
         await line.say(SEARCH, SEARCH, SEARCH, note(1))
         assert [message["type"] for message in stage.notes] == ["search", "search", "note"]
@@ -267,8 +267,8 @@ async def test_handler_rate_limits_one_message_type() -> None:
 
 @virtually
 async def test_flood_of_one_message_type_closes_with_4429() -> None:
-    """As with all messages: told as often as a burst, then cut off."""
-    async with Costly() as stage:
+    """A flood of one message type gets warnings for one burst, then 4429."""
+    async with SearchStage() as stage:
         line = stage.plain()
         await line.say(*[SEARCH] * 20)
         ((code, reason),) = line.server.close_frames
@@ -278,8 +278,8 @@ async def test_flood_of_one_message_type_closes_with_4429() -> None:
 
 @virtually
 async def test_handler_rate_is_shared_by_connections_of_client() -> None:
-    """All connections of one client count together, and those of another do not."""
-    async with Costly(on_duplicate="allow") as stage:
+    """All connections of one client share the handler's rate, and another client has its own."""
+    async with SearchStage(on_duplicate="allow") as stage:
         lines = [stage.plain("ann"), stage.plain("ann"), stage.plain("bob")]
         await soon()
         for line in lines:
@@ -288,7 +288,7 @@ async def test_handler_rate_is_shared_by_connections_of_client() -> None:
 
 
 async def test_invalid_handler_rate_raises() -> None:
-    """A wrong rate is an error where it is written, not when the first message comes."""
+    """An invalid rate raises at registration, not at the first message."""
     stage = Stage()
     with pytest.raises(ValueError, match="above zero"):
         stage.manager.on_message("x", max_rate=0)
@@ -301,7 +301,7 @@ async def test_invalid_handler_rate_raises() -> None:
 
 @virtually
 async def test_rate_limited_message_of_v1_client_is_acked() -> None:
-    """The next one is in its turn, and the client does not send the refused one again: it was told."""
+    """A rejected message is acknowledged, so the client does not send it again and the next one is in sequence."""
     async with Stage(**LIMIT) as stage:
         peer = Peer(stage)
         line = await peer.dial()
@@ -318,7 +318,7 @@ async def test_rate_limited_message_of_v1_client_is_acked() -> None:
 
 @virtually
 async def test_rate_limited_message_with_retry_cap_is_not_acked() -> None:
-    """The server says when to send it again, ignores what was on its way behind it, and takes both later, in order."""
+    """The server states a retry delay, ignores messages behind the rejected one, and accepts them later in order."""
     async with Stage(**LIMIT) as stage:
         peer = Peer(stage)
         line = await peer.dial(caps=["retry"])
@@ -334,12 +334,12 @@ async def test_rate_limited_message_with_retry_cap_is_not_acked() -> None:
         await line.message("note", 11, 12, 13, 14, first=12)
         assert (stage.notes, line.close_code) == ([*range(15)], None)
         await line.message("note", 99, first=18)
-        assert line.close_code == 4412, "after the number was accepted a gap is one"
+        assert line.close_code == 4412, "a gap after an accepted number closes"
 
 
 @virtually
 async def test_retry_client_ignoring_rate_limit_closes_with_4429() -> None:
-    """Of what comes behind a refused message nothing is accepted, and more than can be on its way ends all."""
+    """No message behind a rejected one is accepted, and more of them than can be in flight close with 4429."""
     async with Stage(**LIMIT) as stage:
         peer = Peer(stage)
         line = await peer.dial(caps=["retry"])
@@ -352,7 +352,7 @@ async def test_retry_client_ignoring_rate_limit_closes_with_4429() -> None:
 
 @virtually
 async def test_rate_limited_request_gets_error_reply() -> None:
-    """With an error, among the messages, so that nobody waits in vain, also if the connection breaks before."""
+    """A rejected request gets an error reply, in sequence, also after a resume."""
     async with Stage(**LIMIT) as stage:
         peer = Peer(stage)
         line = await peer.dial()
@@ -367,22 +367,22 @@ async def test_rate_limited_request_gets_error_reply() -> None:
 
 @virtually
 async def test_last_message_of_flood_gets_error_before_4429() -> None:
-    """It was accepted, so that its client will not send it again: it is told before the 4429 that it was refused."""
+    """The last rejected message is acknowledged, so its error is sent before 4429."""
     async with Stage(**LIMIT) as stage:
         peer = Peer(stage)
         line = await peer.dial()
         await line.message("note", *range(100))
         assert line.close_code == 4429
-        refused = [frame["seq"] for frame in line.of("error")]
-        assert refused == list(range(11, 11 + len(refused)))
+        rejected = [frame["seq"] for frame in line.of("error")]
+        assert rejected == list(range(11, 11 + len(rejected)))
         await asyncio.sleep(3)
-        assert (await peer.dial()).welcome["ack"] == refused[-1]
+        assert (await peer.dial()).welcome["ack"] == rejected[-1]
         assert stage.notes == list(range(10))
 
 
 @virtually
 async def test_last_request_of_flood_gets_reply_after_resume() -> None:
-    """Its answer is kept for the client, which comes back for it."""
+    """The reply to the last request is in the replay buffer, and the client gets it after its resume."""
     async with Stage(**LIMIT) as stage:
         peer = Peer(stage)
         line = await peer.dial()
@@ -397,7 +397,7 @@ async def test_last_request_of_flood_gets_reply_after_resume() -> None:
 
 @virtually
 async def test_rate_limited_message_releases_idempotency_key() -> None:
-    """The same message, sent again when there is room, is handled."""
+    """A rejected message that is sent again within the rate is handled."""
     async with Stage(**LIMIT) as stage:
         line = await Peer(stage).dial()
         await line.message("note", *range(10))
@@ -410,12 +410,12 @@ async def test_rate_limited_message_releases_idempotency_key() -> None:
 
 @virtually
 async def test_rate_limited_duplicate_retains_idempotency_key() -> None:
-    """A key that is used up stays so, whatever becomes of messages with the same key: nothing is handled twice."""
+    """The key of a handled message stays used when a duplicate is rejected, so nothing is handled twice."""
     async with Stage(**LIMIT) as stage:
         line = await Peer(stage).dial()
         await line.message("echo", "it", key="k", id="q1")
         await line.message("note", *range(9), first=2)
-        await line.message("echo", "it", first=11, key="k", id="q2")  # refused, or answered from memory
+        await line.message("echo", "it", first=11, key="k", id="q2")  # rejected, or answered from the stored result
         await asyncio.sleep(1)
         await line.message("echo", "it", first=12, key="k", id="q3")
         assert stage.notes.count("it") == 1
@@ -424,8 +424,8 @@ async def test_rate_limited_duplicate_retains_idempotency_key() -> None:
 
 @virtually
 async def test_handler_rate_limit_releases_idempotency_key() -> None:
-    """Also not by the one that ends the connection: it is handled when it is sent again."""
-    async with Costly() as stage:
+    """A message rejected by the handler's rate is handled when sent again, also the one that closed the connection."""
+    async with SearchStage() as stage:
         peer = Peer(stage)
         line = await peer.dial()
         for number in range(1, 21):
@@ -450,7 +450,7 @@ async def test_handler_rate_limit_releases_idempotency_key() -> None:
 
 @virtually
 async def test_volatile_message_counts_for_rate_limit() -> None:
-    """It costs as much, and its refusal names no number."""
+    """A volatile message counts like others, and its rejection names no sequence number."""
     async with Stage(**LIMIT) as stage:
         line = await Peer(stage).dial()
         await line.say(*[{"type": "msg", "event": "note", "data": number} for number in range(12)])
@@ -460,7 +460,7 @@ async def test_volatile_message_counts_for_rate_limit() -> None:
 
 @virtually
 async def test_resume_does_not_reset_rate_limit() -> None:
-    """The bucket is the client's, not its connection's."""
+    """The bucket belongs to the client, not to the connection."""
     async with Stage(**LIMIT) as stage:
         peer = Peer(stage)
         await (await peer.dial()).message("note", *range(10))
@@ -471,7 +471,7 @@ async def test_resume_does_not_reset_rate_limit() -> None:
 
 @virtually
 async def test_compressed_message_counts_inflated_size() -> None:
-    """What is small on the wire only because it is packed is not cheap."""
+    """A compressed message counts with its inflated size against the byte rate."""
     async with Stage(max_byte_rate=1000, max_message_size=5000) as stage:
         line = Line(stage, subprotocols=(SUBPROTOCOL,))
         await line.say({"type": "hello", "v": 1, "n": 1, "caps": ["deflate-raw"]})
@@ -495,7 +495,7 @@ ABOVE = int(CONTROL_FRAMES.burst) + 1
 @pytest.mark.parametrize("frame", ["ping", "pong", '{"type":"ping"}', '{"type":"pong","ts":1}'])
 @virtually
 async def test_control_frame_flood_of_plain_client_closes_with_4429(frame: str) -> None:
-    """Pings and pongs carry nothing, so more than a few are never of use."""
+    """A plain client that sends more pings and pongs than the allowance is closed with 4429."""
     async with Stage() as stage:
         line = stage.plain()
         await line.say(*[frame] * (ABOVE - 1))
@@ -522,7 +522,7 @@ async def test_control_frame_flood_of_plain_client_closes_with_4429(frame: str) 
 )
 @virtually
 async def test_redundant_frames_of_v1_client_close_with_4429(frame: dict[str, Any] | str) -> None:
-    """Nor is there a flood of what was acknowledged or sent before, or of answers that nobody waits for."""
+    """Duplicates, repeated acknowledgements and unrequested replies count as control frames."""
     async with Stage() as stage:
         line = await Peer(stage).dial()
         await line.say(*[frame] * (ABOVE - 3))
@@ -543,7 +543,7 @@ async def test_redundant_frames_of_v1_client_close_with_4429(frame: dict[str, An
 )
 @virtually
 async def test_long_control_frame_closes_with_4400(frame: dict[str, Any]) -> None:
-    """Nothing that is said with one takes 4 KiB: a client could have us read, and send back, as much as in messages."""
+    """A control frame above 4096 bytes closes with 4400, so that it cannot carry as much as a message."""
     async with Stage() as stage:
         line = await Peer(stage).dial()
         await line.say(json.dumps(frame, ensure_ascii=False))
@@ -553,7 +553,7 @@ async def test_long_control_frame_closes_with_4400(frame: dict[str, Any]) -> Non
 
 @virtually
 async def test_frames_with_data_may_exceed_control_frame_limit() -> None:
-    """Messages, answers, and new credentials."""
+    """Messages, replies and credentials may exceed 4096 bytes, and a shorter ping is answered."""
     async with Stage() as stage:
         line = await Peer(stage).dial()
         asking = asyncio.ensure_future(stage.socket().request("sum"))
@@ -572,7 +572,7 @@ async def test_frames_with_data_may_exceed_control_frame_limit() -> None:
 
 @virtually
 async def test_heartbeat_pongs_stay_below_control_frame_limit() -> None:
-    """A client that answers twenty pings a second, and sends as many of its own, may go on for ever."""
+    """A client that answers 20 pings per second, and sends as many of its own, stays connected."""
     async with Stage(heartbeat_type="ping", heartbeat_interval=0.05, heartbeat_timeout=5) as stage:
         line = stage.plain()
         for _ in range(600):
@@ -583,7 +583,7 @@ async def test_heartbeat_pongs_stay_below_control_frame_limit() -> None:
 
 @virtually
 async def test_regular_acks_do_not_count_as_control_frames() -> None:
-    """A client that gets 20,000 messages a second acknowledges 625 times a second, as it must."""
+    """A client that gets 20,000 messages per second may acknowledge 625 times per second."""
     async with Stage(replay_max_messages=100_000, replay_max_bytes=1 << 30, outbox_max_messages=100_000) as stage:
         line = await Peer(stage).dial()
         acknowledged = sent = 0
@@ -603,14 +603,14 @@ async def test_regular_acks_do_not_count_as_control_frames() -> None:
 
 @virtually
 async def test_replies_to_requests_do_not_count_as_control_frames() -> None:
-    """An application that asks a client three hundred things at once gets three hundred answers."""
+    """Replies to 300 concurrent requests do not count as control frames."""
     async with Stage() as stage:
         line = await Peer(stage).dial()
         asking = [asyncio.ensure_future(stage.socket().request("sum", number)) for number in range(300)]
         await soon()
         replies = [
-            {"type": "reply", "seq": place, "re": frame["id"], "data": frame["data"]}
-            for place, frame in enumerate(line.of("msg"), start=1)
+            {"type": "reply", "seq": seq, "re": frame["id"], "data": frame["data"]}
+            for seq, frame in enumerate(line.of("msg"), start=1)
         ]
         await line.say(*replies)
         assert line.close_code is None
@@ -619,7 +619,7 @@ async def test_replies_to_requests_do_not_count_as_control_frames() -> None:
 
 @virtually
 async def test_requested_pongs_do_not_count_as_control_frames() -> None:
-    """Each send that waits for its acknowledgement asks with a ping, and a client that answers is left alone."""
+    """Each `send(ack=True)` sends a ping, and the pong to it does not count as a control frame."""
     async with Stage() as stage:
         line = await Peer(stage).dial()
         for number in range(300):
@@ -634,7 +634,7 @@ async def test_requested_pongs_do_not_count_as_control_frames() -> None:
 
 @virtually
 async def test_one_ping_requests_acks_for_all_waiting_senders() -> None:
-    """Three hundred senders of one turn get their acknowledgements by one pong."""
+    """The acknowledgements of 300 senders in one loop iteration come with one pong."""
     async with Stage() as stage:
         line = await Peer(stage).dial()
         sending = asyncio.gather(*(stage.socket().send(number, ack=True) for number in range(300)))
@@ -647,7 +647,7 @@ async def test_one_ping_requests_acks_for_all_waiting_senders() -> None:
 
 
 async def pings_until_the_next(line: Line) -> int:
-    """Wait for a ping, after which there is none for most of the interval, and say how many there are now."""
+    """Wait until a ping is due and return the number of pings after it; no other follows for most of the interval."""
     before = len(line.of("ping"))
     while len(line.of("ping")) == before:
         await soon()
@@ -656,7 +656,7 @@ async def pings_until_the_next(line: Line) -> int:
 
 @virtually
 async def test_pongs_to_server_pings_do_not_count_as_control_frames() -> None:
-    """After a stall it owes as many pongs as it was sent pings. They cost nothing; what it sends beyond them does."""
+    """After a stall a client may send one pong for each ping; only the pongs beyond count as control frames."""
     async with Stage(heartbeat_type="ping", heartbeat_interval=0.1, heartbeat_timeout=60) as stage:
         line = stage.plain()
         await asyncio.sleep(30)

@@ -1,4 +1,4 @@
-"""Tests of the order of hooks when one client id connects again."""
+"""Tests of the order of hooks when a client id connects again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REPLACED = [
 
 
 def hold_disconnect_hooks(stage: Stage) -> None:
-    """Make the disconnect hooks wait for the gate of the stage."""
+    """Register a disconnect hook that waits for the gate of the stage."""
 
     @stage.manager.on_disconnect
     async def slow(ws: StableSocket) -> None:
@@ -31,14 +31,14 @@ def hold_disconnect_hooks(stage: Stage) -> None:
 
 
 async def manual_endpoint(stage: Stage, server: FakeServer) -> None:
-    """An endpoint that accepts and connects its WebSocket by itself."""
+    """Accept and connect a WebSocket explicitly, as an endpoint would."""
     websocket = await server.accepted()
     socket = await stage.manager.connect("ann", websocket)
     await socket.wait_closed()
 
 
 async def dial(stage: Stage, kind: str, tasks: list[asyncio.Task[None]]) -> None:
-    """Open one more connection of the same client id."""
+    """Open another connection of the same client id."""
     if kind == "v1":
         await Peer(stage).dial()
     elif kind == "manual":
@@ -72,7 +72,7 @@ async def test_replacement_waits_for_disconnect_hook_of_old(kind: str) -> None:
 @kinds
 @virtually
 async def test_hanging_disconnect_hook_delays_replacement_by_grace(kind: str) -> None:
-    """A disconnect hook that never returns delays the next connection by `disconnect_grace` and no more."""
+    """A disconnect hook that never returns delays the next connection by `disconnect_grace`, but not longer."""
     async with Stage(disconnect_grace=2) as stage:
         tasks: list[asyncio.Task[None]] = []
         hold_disconnect_hooks(stage)
@@ -85,7 +85,7 @@ async def test_hanging_disconnect_hook_delays_replacement_by_grace(kind: str) ->
 @pytest.mark.parametrize("policy", ["replace", "reject"])
 @virtually
 async def test_reconnect_waits_for_disconnect_hook_of_lost_connection(policy: str) -> None:
-    """A connection that broke before the client is back is told as gone before the next one is told as come."""
+    """`on_disconnect` of a lost connection has returned before `on_connect` of the next one begins."""
     async with Stage(on_duplicate=policy) as stage:
         hold_disconnect_hooks(stage)
         line = stage.plain()
@@ -101,7 +101,7 @@ async def test_reconnect_waits_for_disconnect_hook_of_lost_connection(policy: st
 
 @virtually
 async def test_allowed_duplicates_do_not_wait_for_each_other() -> None:
-    """With `on_duplicate="allow"` the connections of a client are independent: none waits for hooks of another."""
+    """With `on_duplicate="allow"` the connections of a client do not wait for each other's hooks."""
     async with Stage(on_duplicate="allow") as stage:
         hold_disconnect_hooks(stage)
         line = stage.plain()
@@ -127,7 +127,7 @@ async def test_connection_replaced_while_waiting_runs_no_hooks() -> None:
 
 @virtually
 async def test_other_clients_do_not_wait_for_disconnect_hooks() -> None:
-    """A disconnect hook that takes long delays the same client id alone."""
+    """A slow disconnect hook delays only connections of the same client id."""
     async with Stage() as stage:
         hold_disconnect_hooks(stage)
         stage.plain()
@@ -140,7 +140,7 @@ async def test_other_clients_do_not_wait_for_disconnect_hooks() -> None:
 
 @virtually
 async def test_client_leaving_while_waiting_runs_no_hooks() -> None:
-    """A client that goes while its connection waits for the one before leaves nothing behind."""
+    """A client that disconnects while its connection waits for the previous one runs no hooks."""
     async with Stage() as stage:
         hold_disconnect_hooks(stage)
         stage.plain()
@@ -172,8 +172,8 @@ async def test_new_session_waits_for_session_end_hook_of_detached_one() -> None:
         assert stage.events[-2:] == ["session end hook done", "connect ann"]
 
 
-def hooks_that_take_long(stage: Stage, event: str, count: int) -> None:
-    """Register hooks for the end, each of which needs nearly the whole of a grace of one second."""
+def add_slow_hooks(stage: Stage, event: str, count: int) -> None:
+    """Register teardown hooks that each take 0.9 s, within a grace of 1 s."""
     for number in range(count):
 
         async def slow(ws: StableSocket, *, number: int = number) -> None:
@@ -187,13 +187,13 @@ def hooks_that_take_long(stage: Stage, event: str, count: int) -> None:
 @kinds
 @virtually
 async def test_replacement_waits_for_all_of_many_hooks(kind: str, event: str) -> None:
-    """`on_connect` begins after the last of the hooks for the end, however many there are and however long each takes.
+    """`on_connect` begins after the last teardown hook, for any number of hooks.
 
     Each hook is within its own limit, `disconnect_grace`.
     """
     async with Stage(disconnect_grace=1) as stage:
         tasks: list[asyncio.Task[None]] = []
-        hooks_that_take_long(stage, event, 9)
+        add_slow_hooks(stage, event, 9)
         await dial(stage, kind, tasks)
         await dial(stage, kind, tasks)
         await asyncio.sleep(20)
@@ -203,9 +203,9 @@ async def test_replacement_waits_for_all_of_many_hooks(kind: str, event: str) ->
 
 @virtually
 async def test_reconnect_waits_for_hooks_queued_for_cleanup_slot() -> None:
-    """`on_connect` begins after `on_disconnect`, also where that waits for those of many others before it."""
+    """`on_connect` begins after `on_disconnect`, also when that hook waits for the hooks of other clients."""
     async with Stage(disconnect_grace=1, max_concurrent_cleanup=1) as stage:
-        hooks_that_take_long(stage, "on_disconnect", 1)
+        add_slow_hooks(stage, "on_disconnect", 1)
         names = [f"client {number}" for number in range(8)]
         lines = [stage.plain(name) for name in names]
         await soon()
@@ -217,16 +217,16 @@ async def test_reconnect_waits_for_hooks_queued_for_cleanup_slot() -> None:
         await asyncio.sleep(20)
         hooks = [event.split()[0] for event in stage.events]
         done = [number for number, word in enumerate(hooks) if word == "hook"]
-        come = [number for number, word in enumerate(hooks) if word == "connect"]
-        assert len(done) == len(come) == len(names)
-        assert all(before < after for before, after in zip(done, come, strict=True))
+        connected = [number for number, word in enumerate(hooks) if word == "connect"]
+        assert len(done) == len(connected) == len(names)
+        assert all(before < after for before, after in zip(done, connected, strict=True))
 
 
 @virtually
 async def test_new_session_waits_for_many_hooks_of_detached_one() -> None:
     """`on_connect` of a new session begins after all `on_session_end` hooks of the detached one that it replaces."""
     async with Stage(disconnect_grace=1) as stage:
-        hooks_that_take_long(stage, "on_session_end", 9)
+        add_slow_hooks(stage, "on_session_end", 9)
         await (await Peer(stage).dial()).leaves()
         stage.events.clear()
         await Peer(stage).dial()

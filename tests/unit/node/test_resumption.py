@@ -1,4 +1,4 @@
-"""Tests of reconnect tokens: what a plain client gets for one, in its query and by hand."""
+"""Tests of reconnect tokens of plain clients, in the query and with explicit `connect()`."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ OLD, NEW = "the secret of last year", "the secret of this year"
 
 @pytest.fixture
 def wall_clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A wall clock that a test moves."""
+    """Return a wall clock that a test can set."""
     now = [1_800_000_000.0]
     monkeypatch.setattr(tokens_module, "wall", lambda: now[0])
     return now
 
 
 async def detach_client(stage: Stage, client_id: str = "ann") -> str:
-    """The token of a plain client that has left its rooms and its user data behind."""
+    """Detach a plain client with rooms and user data, and return its token."""
     line = stage.plain(client_id)
     await soon()
     await stage.socket(client_id).join("lobby", {"name": "Ann"})
@@ -44,16 +44,16 @@ async def detach_client(stage: Stage, client_id: str = "ann") -> str:
     return token
 
 
-async def back(stage: Stage, token: str, client_id: str | None = "ann") -> Line:
-    """A plain client that dials with a token."""
+async def reconnect(stage: Stage, token: str, client_id: str | None = "ann") -> Line:
+    """Connect a plain client with a token."""
     line = stage.plain(client_id, token=token)
     await soon()
     assert line.socket is not None
     return line
 
 
-def assert_new(line: Line) -> None:
-    """It has got nothing."""
+def assert_not_restored(line: Line) -> None:
+    """Assert that the client has no restored state."""
     assert line.socket is not None
     assert (line.socket.rooms, line.socket.user_data, line.socket.resumed.value) == ((), {}, "none")
 
@@ -63,52 +63,52 @@ def assert_new(line: Line) -> None:
 
 @virtually
 async def test_token_restores_rooms_presence_and_user_data() -> None:
-    """Rooms, presence metadata and user data are back, and the outcome is a gap: messages were missed."""
+    """Rooms, presence metadata and user data are restored; the outcome is gap, because messages were missed."""
     async with Stage() as stage:
         token = await detach_client(stage)
         await stage.manager.room("lobby").send("missed")
-        line = await back(stage, token)
+        line = await reconnect(stage, token)
         assert line.socket is not None
         assert (line.socket.rooms, line.socket.user_data) == (("lobby", "kitchen"), {"orders": 3})
         assert line.socket.resumed is ResumeOutcome.GAP
-        assert [dict(who.metadata) for who in stage.manager.room("lobby").presence] == [{"name": "Ann"}]
+        assert [dict(entry.metadata) for entry in stage.manager.room("lobby").presence] == [{"name": "Ann"}]
         assert (stage.events[2:], line.server.data) == (["resume ann gap"], [])
         assert stage.manager.counters.sessions_resumed == 1
 
 
 @virtually
 async def test_return_within_presence_grace_is_not_announced() -> None:
-    """Back within the grace of presence is no departure."""
+    """A return within the presence grace calls no `on_leave` hook."""
     async with Stage(presence_grace=5) as stage:
-        told: list[str] = []
+        left_rooms: list[str] = []
 
         @stage.manager.on_leave
-        async def left(room: Any, who: Any) -> None:
-            told.append(room.name)
+        async def left(room: Any, recipient: Any) -> None:
+            left_rooms.append(room.name)
 
-        await back(stage, await detach_client(stage))
+        await reconnect(stage, await detach_client(stage))
         await asyncio.sleep(10)
-        assert told == []
+        assert left_rooms == []
         assert stage.manager.room("lobby").clients == ["ann"]
 
 
 @virtually
 async def test_token_after_session_ttl_has_outcome_lost() -> None:
-    """Its client is who it says, but what it had is gone: it comes in as a new one, which is reported as lost."""
+    """A token of an expired session is valid, but the client gets a new session with the outcome lost."""
     async with Stage(session_ttl=20) as stage:
         token = await detach_client(stage)
         await asyncio.sleep(30)
-        line = await back(stage, token)
+        line = await reconnect(stage, token)
         assert line.socket is not None
         assert (line.socket.rooms, line.socket.user_data) == ((), {})
         assert line.socket.resumed is ResumeOutcome.LOST
-        assert [report.fields["why"] for report in stage.heard.of("session_lost")] == ["unknown"]
+        assert [event.fields["why"] for event in stage.heard.of("session_lost")] == ["unknown"]
         assert stage.events[-1] == "connect ann"
 
 
 @virtually
 async def test_token_after_clean_close_has_outcome_lost() -> None:
-    """A client that has said goodbye has left nothing behind."""
+    """A clean close of the client discards its state, so that its token has the outcome lost."""
     async with Stage() as stage:
         line = stage.plain()
         await soon()
@@ -116,14 +116,14 @@ async def test_token_after_clean_close_has_outcome_lost() -> None:
         token = stage.manager.generate_reconnect_token("ann")
         await line.leaves(1000)
         assert stage.events == ["connect ann", "disconnect ann client_close", "session_end ann client_close"]
-        line = await back(stage, token)
+        line = await reconnect(stage, token)
         assert line.socket is not None
         assert (line.socket.user_data, line.socket.resumed) == ({}, ResumeOutcome.LOST)
 
 
 @pytest.mark.parametrize("why", ["other_client", "signature", "malformed", "used", "expired"])
 def test_invalid_token_has_outcome_lost_and_emits_cause(why: str, wall_clock: list[float]) -> None:
-    """Its client comes in as a new one, nothing of anybody's is given away, and the reason is reported."""
+    """A client with an invalid token connects without any restored state, and an event has the cause."""
 
     @virtually
     async def play() -> None:
@@ -136,13 +136,13 @@ def test_invalid_token_has_outcome_lost_and_emits_cause(why: str, wall_clock: li
             elif why == "malformed":
                 token = token[:40]
             elif why == "used":
-                await (await back(stage, token)).leaves(1000)
+                await (await reconnect(stage, token)).leaves(1000)
             else:
                 wall_clock[0] += 61
-            line = await back(stage, token, client_id)
-            assert_new(line)
-            (report,) = stage.heard.of("session_lost")
-            assert (report.fields["why"], report.fields["client_id"]) == (why, client_id)
+            line = await reconnect(stage, token, client_id)
+            assert_not_restored(line)
+            (event,) = stage.heard.of("session_lost")
+            assert (event.fields["why"], event.fields["client_id"]) == (why, client_id)
             assert stage.events[-1] == f"connect {client_id}"
             assert stage.bugs == []
 
@@ -151,22 +151,22 @@ def test_invalid_token_has_outcome_lost_and_emits_cause(why: str, wall_clock: li
 
 @virtually
 async def test_token_presented_by_other_client_is_not_consumed() -> None:
-    """Who presents what is not his takes it from nobody."""
+    """A token that another client presents restores nothing for it, and its own client can still use it."""
     async with Stage() as stage:
         token = await detach_client(stage)
-        assert_new(await back(stage, token, "bob"))
-        line = await back(stage, token)
+        assert_not_restored(await reconnect(stage, token, "bob"))
+        line = await reconnect(stage, token)
         assert line.socket is not None
         assert line.socket.user_data == {"orders": 3}
 
 
 @virtually
 async def test_app_token_in_query_is_ignored() -> None:
-    """What is none of ours under that name is the application's: nothing is reported, and it can be read."""
+    """A `token` parameter that is not a reconnect token is left to the application, without an event."""
     async with Stage() as stage:
         await detach_client(stage)
-        line = await back(stage, "eyJhbGciOi")
-        assert_new(line)
+        line = await reconnect(stage, "eyJhbGciOi")
+        assert_not_restored(line)
         assert line.socket is not None
         assert line.socket.query_params["token"] == "eyJhbGciOi"
         assert stage.heard.of("session_lost") == []
@@ -175,7 +175,7 @@ async def test_app_token_in_query_is_ignored() -> None:
 
 @virtually
 async def test_token_restores_state_of_last_connection() -> None:
-    """Of several connections of one client what the last one has left is kept; the others are told to be over."""
+    """The token restores the state of the last connection to close; the sessions of the others end at once."""
     async with Stage(on_duplicate="allow") as stage:
         lines = [stage.plain(), stage.plain()]
         await soon()
@@ -186,38 +186,38 @@ async def test_token_restores_state_of_last_connection() -> None:
         for line in lines:
             await line.leaves()
         assert stage.events.count("session_end ann network_lost") == 1
-        line = await back(stage, token)
+        line = await reconnect(stage, token)
         assert line.socket is not None
         assert line.socket.user_data == {"number": 1}
 
 
 @virtually
 async def test_detached_state_is_bounded_by_max_sessions_away() -> None:
-    """Of more than max_detached_sessions plain clients the one that left first is given up."""
+    """Above max_detached_sessions, the state of the plain client that detached first is discarded."""
     async with Stage(max_detached_sessions=1) as stage:
         token = await detach_client(stage)
         await detach_client(stage, "bob")
         await soon()
         assert stage.events.count("session_end ann network_lost") == 1
-        line = await back(stage, token)
+        line = await reconnect(stage, token)
         assert line.socket is not None
         assert line.socket.resumed is ResumeOutcome.LOST
 
 
 @virtually
 async def test_shutdown_ends_detached_plain_sessions() -> None:
-    """Their sessions end with the server, each once."""
+    """A shutdown ends detached plain sessions, each once."""
     async with Stage() as stage:
         await detach_client(stage)
         await stage.manager.graceful_shutdown(1.0)
         assert [event.split()[0] for event in stage.events] == ["connect", "disconnect", "session_end"]
 
 
-# ── by hand ──
+# ── explicit connect ──
 
 
 async def connect_explicitly(stage: Stage, token: str, client_id: str) -> Any:
-    """The seed's third pattern."""
+    """Validate the token, then connect the client explicitly."""
     server = FakeServer()
     websocket = await server.accepted()
     if await stage.manager.validate_reconnect_token(token) == client_id:
@@ -227,7 +227,7 @@ async def connect_explicitly(stage: Stage, token: str, client_id: str) -> Any:
 
 @virtually
 async def test_validated_token_restores_state_in_same_task() -> None:
-    """The next `connect` of that client gets what it had."""
+    """The next `connect` of that client in the same task restores its state."""
     async with Stage() as stage:
         token = await detach_client(stage)
         socket = await connect_explicitly(stage, token, "ann")
@@ -238,7 +238,7 @@ async def test_validated_token_restores_state_in_same_task() -> None:
 
 @virtually
 async def test_token_validated_in_other_task_restores_nothing() -> None:
-    """It proves nothing about what this task connects."""
+    """A token that another task validated restores nothing for this task's `connect`."""
     async with Stage() as stage:
         token = await detach_client(stage)
         assert await asyncio.ensure_future(stage.manager.validate_reconnect_token(token)) == "ann"
@@ -249,7 +249,7 @@ async def test_token_validated_in_other_task_restores_nothing() -> None:
 
 @virtually
 async def test_validated_token_restores_nothing_for_other_client() -> None:
-    """Another client that the same task connects gets nothing of it."""
+    """A validated token restores nothing for another client that the same task connects."""
     async with Stage() as stage:
         await stage.manager.validate_reconnect_token(await detach_client(stage))
         websocket = await FakeServer().accepted()
@@ -258,7 +258,7 @@ async def test_validated_token_restores_nothing_for_other_client() -> None:
 
 
 def test_invalid_token_raises_error_with_problem(wall_clock: list[float]) -> None:
-    """Each kind has its own error, and each leads to 4401."""
+    """Each kind of invalid token has its own problem, and each has the code 4401."""
 
     @virtually
     async def play() -> None:
@@ -285,7 +285,7 @@ def test_invalid_token_raises_error_with_problem(wall_clock: list[float]) -> Non
 
 @virtually
 async def test_reconnect_disabled_issues_no_token_and_ends_sessions() -> None:
-    """With enable_reconnect=False no tokens are made or taken, and sessions end with their connections."""
+    """With enable_reconnect=False no tokens are issued or accepted, and sessions end with their connections."""
     async with Stage(enable_reconnect=False) as stage:
         for call in (stage.manager.generate_reconnect_token,):
             with pytest.raises(InvalidTokenError) as caught:
@@ -304,17 +304,17 @@ async def test_reconnect_disabled_issues_no_token_and_ends_sessions() -> None:
 
 @virtually
 async def test_valid_token_with_reconnect_disabled_restores_nothing() -> None:
-    """With enable_reconnect=False a token of another worker gives nothing back."""
+    """With enable_reconnect=False a token of another worker restores nothing."""
     issuer = WebSocketConnectionManager(WebSocketConfig(reconnect_secret=NEW))
     async with Stage(enable_reconnect=False, reconnect_secret=NEW) as stage:
-        line = await back(stage, issuer.generate_reconnect_token("ann"))
+        line = await reconnect(stage, issuer.generate_reconnect_token("ann"))
         assert line.socket is not None
         assert line.socket.user_data == {}
         assert stage.events == ["connect ann"]
 
 
 def test_rotated_secrets_verify_old_tokens() -> None:
-    """The first secret signs, all verify: what was signed before the rotation is good until the old one is dropped."""
+    """The first secret signs and all verify: old tokens are valid until the old secret is removed."""
 
     @virtually
     async def play() -> None:
@@ -338,7 +338,7 @@ def test_rotated_secrets_verify_old_tokens() -> None:
 
 @pytest.mark.parametrize("secret", ["short", [NEW, "short"], b"short"])
 def test_short_reconnect_secret_raises(secret: Any) -> None:
-    """One that can be guessed is refused, and is not in the error."""
+    """A secret below 16 bytes raises, and no secret is in the repr of the config."""
     with pytest.raises(ValidationError) as caught:
         WebSocketConfig(reconnect_secret=secret)
     assert "at least 16 bytes" in str(caught.value)
@@ -349,7 +349,7 @@ def test_short_reconnect_secret_raises(secret: Any) -> None:
 def test_several_workers_without_secret_emit_warning(
     monkeypatch: pytest.MonkeyPatch, several: bool, secret: str | None
 ) -> None:
-    """A token that only this worker can verify is warned about, once, if there are others."""
+    """With several workers and no shared secret, issuing tokens emits one warning."""
     monkeypatch.setattr("fastapi_ws_stabilizer.manager.several_workers", lambda: several)
 
     @virtually
@@ -358,13 +358,13 @@ def test_several_workers_without_secret_emit_warning(
             for _ in range(3):
                 stage.manager.generate_reconnect_token("ann")
             warnings = stage.heard.of("reconnect_secret_missing")
-            assert [report.level for report in warnings] == ([logging.WARNING] if several and secret is None else [])
+            assert [event.level for event in warnings] == ([logging.WARNING] if several and secret is None else [])
 
     play()
 
 
 def test_tokens_and_secrets_are_in_no_log(caplog: pytest.LogCaptureFixture) -> None:
-    """Neither a good nor a bad token, nor a secret, nor the token of a welcome, is in any record or report."""
+    """No token and no secret is in a log record or event, including invalid tokens and the tokens of a welcome."""
     caplog.set_level(logging.DEBUG)
 
     @virtually
@@ -373,11 +373,11 @@ def test_tokens_and_secrets_are_in_no_log(caplog: pytest.LogCaptureFixture) -> N
             token = await detach_client(stage)
             words = [token, NEW]
             for bad in (token[:-3], f"{token}x"):
-                await (await back(stage, bad)).leaves()
+                await (await reconnect(stage, bad)).leaves()
                 words.append(bad)
-            line = await back(stage, token)
+            line = await reconnect(stage, token)
             await line.leaves()
-            await (await back(stage, token)).leaves()
+            await (await reconnect(stage, token)).leaves()
             peer = Peer(stage, "bob")
             await (await peer.dial()).leaves()
             words += [peer.token or "", "bogus.bogus"]
@@ -392,12 +392,12 @@ def test_tokens_and_secrets_are_in_no_log(caplog: pytest.LogCaptureFixture) -> N
     play()
 
 
-# ── client ids that the path does not say ──
+# ── client ids that are not in the path ──
 
 
 @virtually
 async def test_resumed_v1_client_retains_generated_client_id() -> None:
-    """Without a client id in the URL a v1 client that proves its session is who it was."""
+    """Without a client id in the URL, a v1 client that resumes its session has the same client id."""
     async with Stage() as stage:
         peer = Peer(stage, None)
         line = await peer.dial()
@@ -409,7 +409,7 @@ async def test_resumed_v1_client_retains_generated_client_id() -> None:
 
 @virtually
 async def test_guessed_session_id_grants_no_client_id() -> None:
-    """Without a client id in the URL the id of a session without its secret makes nobody its client."""
+    """Without a client id in the URL, a session id without its secret does not grant the session's client id."""
     async with Stage() as stage:
         line = await Peer(stage, None).dial()
         (name,) = stage.manager.get_active_connections()
@@ -422,7 +422,7 @@ async def test_guessed_session_id_grants_no_client_id() -> None:
 
 @virtually
 async def test_returning_plain_client_retains_generated_client_id() -> None:
-    """Without a client id in the URL a token says whose it is."""
+    """Without a client id in the URL, a reconnect token determines the client id."""
     async with Stage() as stage:
         line = stage.plain(None)
         await soon()
@@ -430,21 +430,21 @@ async def test_returning_plain_client_retains_generated_client_id() -> None:
         stage.socket(name).user_data["orders"] = 3
         token = stage.manager.generate_reconnect_token(name)
         await line.leaves()
-        line = await back(stage, token, None)
+        line = await reconnect(stage, token, None)
         assert line.socket is not None
         assert (line.socket.client_id, line.socket.user_data) == (name, {"orders": 3})
 
 
 @virtually
 async def test_session_token_of_other_client_is_denied_unconsumed() -> None:
-    """A good token of another client is denied, and neither used nor confirmed by that: its owner can still resume."""
+    """A token of another client's session is denied and not consumed: its own client can still resume."""
     async with Stage() as stage:
         peer = Peer(stage)
         line = await peer.dial()
         first = peer.token
         await line.say({"type": "ack", "seq": 0})
         await line.leaves()
-        line = await peer.dial()  # its welcome, with a second token, gets lost
+        line = await peer.dial()  # the client does not get its welcome, which has a second token
         second, peer.token = peer.token, first
         await line.leaves()
         thief = Peer(stage, "bob")
@@ -455,12 +455,12 @@ async def test_session_token_of_other_client_is_denied_unconsumed() -> None:
         assert "resume bob full" not in stage.events
 
 
-# ── what can be looked at ──
+# ── stats ──
 
 
 @virtually
 async def test_stats_count_sessions_and_resume_outcomes() -> None:
-    """The stats router counts sessions, those that are away, and what became of those who came back."""
+    """The stats router counts sessions, detached sessions and resume outcomes."""
     async with Stage(replay_max_messages=1) as stage:
         peer = Peer(stage)
         await (await peer.dial()).leaves()
@@ -486,7 +486,7 @@ async def test_stats_count_sessions_and_resume_outcomes() -> None:
 
 
 async def tabs(stage: Stage, *rooms: str) -> list[Line]:
-    """Connections of one client, each in a room of its own and with something kept."""
+    """Open connections of one client, each in its own room and with its own user data."""
     lines = []
     for room in rooms:
         line = stage.plain()
@@ -502,17 +502,17 @@ async def tabs(stage: Stage, *rooms: str) -> list[Line]:
 @pytest.mark.parametrize("by_socket", [True, False], ids=["ws.reconnect_token()", "generate_reconnect_token(ws)"])
 @virtually
 async def test_connection_token_restores_state_of_that_connection(leaving: tuple[int, int], by_socket: bool) -> None:
-    """A token names a connection: whichever tab leaves last, each token brings what its own tab had."""
+    """A token names a connection: in any order of closing, each token restores the state of its own connection."""
     async with Stage(on_duplicate="allow") as stage:
         lines = await tabs(stage, "one", "two")
         sockets = [line.socket for line in lines if line.socket is not None]
         generate = stage.manager.generate_reconnect_token
         tokens = [socket.reconnect_token() if by_socket else generate(socket) for socket in sockets]
-        for place in leaving:
-            await lines[place].leaves()
-        back = [stage.plain(token=token) for token in tokens]
+        for index in leaving:
+            await lines[index].leaves()
+        resumed = [stage.plain(token=token) for token in tokens]
         await soon()
-        assert [line.socket and (line.socket.rooms, line.socket.user_data["room"]) for line in back] == [
+        assert [line.socket and (line.socket.rooms, line.socket.user_data["room"]) for line in resumed] == [
             (("one",), "one"),
             (("two",), "two"),
         ]
@@ -520,7 +520,7 @@ async def test_connection_token_restores_state_of_that_connection(leaving: tuple
 
 @virtually
 async def test_second_connection_token_restores_successor_state() -> None:
-    """A second token of a connection brings what the connection leaves that came back with the first."""
+    """A second token of a connection restores the state of the connection that resumed with the first token."""
     async with Stage(on_duplicate="allow") as stage:
         first, other = await tabs(stage, "one", "two")
         assert first.socket is not None
@@ -541,7 +541,7 @@ async def test_second_connection_token_restores_successor_state() -> None:
 
 @virtually
 async def test_client_token_names_current_or_newest_connection() -> None:
-    """In an endpoint it is that connection's; elsewhere that of the connection which came last."""
+    """In an endpoint the token names that connection; elsewhere it names the newest one."""
     async with Stage(on_duplicate="allow") as stage:
         own: list[str] = []
 
@@ -557,14 +557,14 @@ async def test_client_token_names_current_or_newest_connection() -> None:
         await soon()
         for line in lines:
             await line.leaves()
-        back = [stage.plain(token=token) for token in (elsewhere, *own[:2])]
+        resumed = [stage.plain(token=token) for token in (elsewhere, *own[:2])]
         await soon()
-        assert [line.socket and line.socket.rooms for line in back] == [("three",), ("one",), ("two",)]
+        assert [line.socket and line.socket.rooms for line in resumed] == [("three",), ("one",), ("two",)]
 
 
 @virtually
 async def test_session_without_token_ends_without_ttl() -> None:
-    """`on_session_end` comes after `session_ttl` where a token was given out, and at once where none was."""
+    """`on_session_end` is called after `session_ttl` if a token was issued, and at once otherwise."""
     async with Stage(on_duplicate="allow", session_ttl=60) as stage:
         first, second = await tabs(stage, "one", "two")
         assert first.socket is not None
@@ -582,21 +582,21 @@ async def test_session_without_token_ends_without_ttl() -> None:
 @pytest.mark.parametrize("query", ["token=login&reconnect_token={}", "reconnect_token={}", "token={}"])
 @virtually
 async def test_reconnect_token_is_read_from_either_query_parameter(query: str) -> None:
-    """`?reconnect_token=` is the manager's, beside a login's `?token=`; that is read too if it is a reconnect token."""
+    """The manager reads `?reconnect_token=`, and `?token=` too if that is a reconnect token."""
     async with Stage() as stage:
         (line,) = await tabs(stage, "one")
         assert line.socket is not None
         token = line.socket.reconnect_token()
         await line.leaves()
-        back = Line(stage, query=query.format(token))
+        resumed = Line(stage, query=query.format(token))
         await soon()
-        assert back.socket is not None
-        assert (back.socket.rooms, back.socket.resumed.value) == (("one",), "gap")
+        assert resumed.socket is not None
+        assert (resumed.socket.rooms, resumed.socket.resumed.value) == (("one",), "gap")
 
 
 @virtually
 async def test_reconnect_token_of_closed_socket_raises() -> None:
-    """A connection that is over has left what it had: a token for it would bring nothing."""
+    """`reconnect_token()` of a closed connection raises, because it would restore nothing."""
     async with Stage() as stage:
         (line,) = await tabs(stage, "one")
         await line.leaves()
@@ -612,7 +612,7 @@ async def test_reconnect_token_of_closed_socket_raises() -> None:
 
 
 async def test_send_to_detached_plain_client_returns_false() -> None:
-    """`send_to_client` is False for a plain client that may come back with a token, and raises nothing."""
+    """`send_to_client` returns False for a plain client that may return with a token, and does not raise."""
     async with Stage() as stage:
         line = stage.plain("ann")
         await line.server.until(lambda: bool(stage.manager.get_sockets("ann")))
@@ -625,7 +625,7 @@ async def test_send_to_detached_plain_client_returns_false() -> None:
 
 @virtually
 async def test_connection_token_records_expire_with_tokens() -> None:
-    """With several connections of a client, a token names one of them, for as long as the token is good."""
+    """With several connections of a client, the record that maps a token to its connection expires with the token."""
     async with Stage(on_duplicate="allow", reconnect_token_ttl=timedelta(minutes=10)) as stage:
         (line,) = await tabs(stage, "one")
         assert line.socket is not None

@@ -1,4 +1,4 @@
-"""Tests of taking a right away, and of identities that run out, while their clients are still at the door."""
+"""Tests of revocation and of identities that expire during the handshake."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.support.fake_websocket import FakeServer
 from tests.support.stage import Line, Peer, Stage
 
 
-def slowly(stage: Stage) -> None:
-    """Let the application take its time with each handshake."""
+def hold_handshakes(stage: Stage) -> None:
+    """Hold each handshake until the gate of the stage opens."""
 
     @stage.manager.on_handshake
     async def wait(ws: StableSocket) -> None:
@@ -25,24 +25,24 @@ def slowly(stage: Stage) -> None:
 
 @virtually
 async def test_revoke_closes_connections_and_sessions_with_4410() -> None:
-    """Connections of both modes are closed, sessions are over whether their client is here or away, others stay."""
+    """`revoke()` closes plain and v1 connections and ends detached sessions; other clients stay connected."""
     async with Stage(on_duplicate="allow") as stage:
-        away, here = Peer(stage), Peer(stage)
-        await (await away.dial()).leaves()
-        numbered, plain, other = await here.dial(), stage.plain(), stage.plain("bob")
+        detached, connected = Peer(stage), Peer(stage)
+        await (await detached.dial()).leaves()
+        numbered, plain, other = await connected.dial(), stage.plain(), stage.plain("bob")
         await soon()
         assert await stage.manager.revoke("ann") == 3
         await soon()
         assert [line.close_code for line in (numbered, plain, other)] == [4410, 4410, None]
         assert stage.manager.get_session_counts() == {"sessions": 0, "away": 0}
         assert stage.events.count("session_end ann application") == 3
-        # Neither may have heard so yet: a close frame is lost with a network that is dead already.
-        assert [(await peer.dial()).close_code for peer in (away, here)] == [4410, 4410]
+        # A network that is already dead loses the close frame, so that both clients may try again.
+        assert [(await peer.dial()).close_code for peer in (detached, connected)] == [4410, 4410]
 
 
 @virtually
 async def test_revoke_invalidates_only_earlier_tokens_and_tickets() -> None:
-    """Tokens and tickets of before are refused, those of afterwards are good, and so are another client's."""
+    """Earlier tokens and tickets are rejected; later ones, and those of another client, are valid."""
     async with Stage() as stage:
         manager = stage.manager
         token, ticket, bobs = (
@@ -53,8 +53,8 @@ async def test_revoke_invalidates_only_earlier_tokens_and_tickets() -> None:
         await manager.revoke("ann")
         with pytest.raises(InvalidTokenError, match="revoked"):
             await manager.validate_reconnect_token(token)
-        for one, whose in ((manager.issue_ticket("ann"), "ann"), (bobs, "bob")):
-            assert manager._tickets.redeem(one) == whose
+        for one, client_id in ((manager.issue_ticket("ann"), "ann"), (bobs, "bob")):
+            assert manager._tickets.redeem(one) == client_id
         with pytest.raises(InvalidTokenError, match="revoked"):
             manager._tickets.redeem(ticket)
         assert await manager.validate_reconnect_token(manager.generate_reconnect_token("ann")) == "ann"
@@ -63,7 +63,7 @@ async def test_revoke_invalidates_only_earlier_tokens_and_tickets() -> None:
 @pytest.mark.parametrize("client_id", ["", None, 7])
 @virtually
 async def test_revoke_with_invalid_client_id_raises(client_id: Any) -> None:
-    """A number in the place of an id would shut out nobody, and say nothing."""
+    """An id that is not a non-empty string raises, because it would revoke nothing without an error."""
     async with Stage() as stage:
         with pytest.raises(ValueError, match="client_id must be a non-empty str"):
             await stage.manager.revoke(client_id)
@@ -72,9 +72,9 @@ async def test_revoke_with_invalid_client_id_raises(client_id: Any) -> None:
 @pytest.mark.parametrize("subprotocols", [(), (SUBPROTOCOL,)], ids=["plain", "v1"])
 @virtually
 async def test_revoke_during_handshake_closes_with_4410(subprotocols: tuple[str, ...]) -> None:
-    """Who it is was found out before its right was taken away: it is closed 4410, and nothing of it is kept."""
+    """A client that is revoked during its handshake is closed with 4410, and none of its state remains."""
     async with Stage() as stage:
-        slowly(stage)
+        hold_handshakes(stage)
         line = Line(stage, subprotocols=subprotocols)
         await line.say({"type": "hello", "v": 1, "n": 1})
         assert await stage.manager.revoke("ann") == 0
@@ -92,13 +92,13 @@ async def test_revoke_during_handshake_closes_with_4410(subprotocols: tuple[str,
 
 @virtually
 async def test_admission_forgets_finished_handshakes() -> None:
-    """Who has come in, was refused or has left stands at the door no more."""
+    """Accepted, failed and cancelled handshakes leave the set of pending handshakes."""
     async with Stage() as stage:
         peer = Peer(stage)
         lines = [stage.plain(), await peer.dial()]
         await soon()
         assert stage.manager._node.admission._handshakes == set()
-        slowly(stage)
+        hold_handshakes(stage)
         lines.append(stage.plain("bob"))
         await soon()
         assert len(stage.manager._node.admission._handshakes) == 1
@@ -109,7 +109,7 @@ async def test_admission_forgets_finished_handshakes() -> None:
 
 
 class Expiring(Line):
-    """A connection whose identity is good for two seconds."""
+    """Connection with an identity that expires after 2 s."""
 
     async def _serve(self) -> None:
         serve = self._stage.manager.serve
@@ -124,9 +124,9 @@ class Expiring(Line):
 @pytest.mark.parametrize("subprotocols", [(), (SUBPROTOCOL,)], ids=["plain", "v1"])
 @virtually
 async def test_identity_expiry_includes_handshake_time(subprotocols: tuple[str, ...], late: float) -> None:
-    """An identity ends when it ends, however long a hook took, or the client for its hello."""
+    """Identity expiry includes the time that a hook or the client's hello takes."""
     async with Stage() as stage:
-        slowly(stage)
+        hold_handshakes(stage)
         line = Expiring(stage, subprotocols=subprotocols)
         await asyncio.sleep(late)
         stage.gate.set()
@@ -139,7 +139,7 @@ async def test_identity_expiry_includes_handshake_time(subprotocols: tuple[str, 
 
 @virtually
 async def test_connect_with_token_revoked_after_validation_raises() -> None:
-    """Between `validate_reconnect_token` and `connect` the right may be taken away: then that is refused."""
+    """`connect` raises if `revoke` is called after `validate_reconnect_token`."""
     async with Stage() as stage:
         manager, server = stage.manager, FakeServer()
         await manager.validate_reconnect_token(manager.generate_reconnect_token("ann"))
@@ -151,7 +151,7 @@ async def test_connect_with_token_revoked_after_validation_raises() -> None:
 
 @virtually
 async def test_renewal_without_credential_is_not_checked() -> None:
-    """An `on_auth` that lets strangers in at the hello is not asked again about nothing."""
+    """An `on_auth` hook that accepted a missing credential is not called for a renewal without one."""
     async with Stage() as stage:
         asked: list[str | None] = []
 

@@ -1,4 +1,4 @@
-"""Tests of room history: who gets it, what is in it, and how long it lives."""
+"""Tests of room history: its recipients, its content and its lifetime."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ kinds = pytest.mark.parametrize("kind", ["plain", "v1"])
 
 
 async def connected(stage: Stage, kind: str, client_id: str = "ann") -> Line:
-    """A client that has connected."""
+    """Connect a client."""
     line = stage.plain(client_id) if kind == "plain" else await Peer(stage, client_id).dial()
     await soon()
     return line
 
 
 def got(line: Line) -> list[Any]:
-    """What a client has received."""
+    """Return the messages that a client received."""
     return line.got if line.server.websocket.scope["subprotocols"] else line.server.data
 
 
 async def history_of_newcomer(stage: Stage, kind: str = "plain", client_id: str = "newcomer") -> list[Any]:
-    """What a client that joins a room is given of its history."""
+    """Join a room as a new client and return the history that it gets."""
     line = await connected(stage, kind, client_id)
     await stage.socket(client_id).join("lobby", history=10)
     await soon()
     return got(line)
 
 
-async def joins_with_history(ws: StableSocket) -> None:
-    """The endpoint of an application that joins its room in every connection."""
+async def join_with_history(ws: StableSocket) -> None:
+    """Join the room in each connection, as an application's endpoint would."""
     await ws.join("lobby", history=10)
     await ws.run()
 
 
 @virtually
 async def test_resumed_session_gets_no_history_again() -> None:
-    """A session that is back in its room gets what it has missed once, and no history, though its endpoint joins."""
+    """A resumed session gets its missed messages once and no history, although its endpoint joins again."""
     async with Stage(room_history=50) as stage:
-        stage.endpoint = joins_with_history
+        stage.endpoint = join_with_history
         peer, room = Peer(stage), stage.manager.room("lobby")
         line = await peer.dial()
         await room.send("first")
@@ -61,7 +61,7 @@ async def test_resumed_session_gets_no_history_again() -> None:
 @kinds
 @virtually
 async def test_second_join_of_member_sends_no_history(kind: str) -> None:
-    """A member that joins again renews its metadata and gets no history; after leaving it is a newcomer again."""
+    """A member that joins again updates its metadata and gets no history; after leaving it gets history again."""
     async with Stage(room_history=50) as stage:
         await connected(stage, "plain", "bob")
         await stage.socket("bob").join("lobby")
@@ -79,9 +79,9 @@ async def test_second_join_of_member_sends_no_history(kind: str) -> None:
 
 @virtually
 async def test_returning_plain_client_gets_missed_history_once() -> None:
-    """A plain client that comes back with its token is given the history since it left, once, by its next join."""
+    """A plain client that returns with its token gets the history since its disconnect once, at its next join."""
     async with Stage(room_history=50) as stage:
-        stage.endpoint = joins_with_history
+        stage.endpoint = join_with_history
         room = stage.manager.room("lobby")
         line = stage.plain()
         await soon()
@@ -104,7 +104,7 @@ async def test_returning_plain_client_gets_missed_history_once() -> None:
 @kinds
 @virtually
 async def test_excluded_client_does_not_get_message_from_history(kind: str) -> None:
-    """A message that was sent with `exclude` is not in the history of that client, and is in that of others."""
+    """A message sent with `exclude` is missing from the history of the excluded client only."""
     async with Stage(room_history=50) as stage:
         await connected(stage, "plain", "bob")
         await stage.socket("bob").join("lobby")
@@ -126,7 +126,7 @@ async def test_excluded_client_does_not_get_message_from_history(kind: str) -> N
 @kinds
 @virtually
 async def test_history_ends_when_last_member_leaves(kind: str) -> None:
-    """A newcomer to a room that has ended gets nothing of what was said in it, or of what was said to it since."""
+    """A client that joins after a room has ended gets no history of it, nor messages sent to the empty room."""
     async with Stage(room_history=50) as stage:
         await connected(stage, kind)
         await stage.socket().join("lobby")
@@ -140,7 +140,7 @@ async def test_history_ends_when_last_member_leaves(kind: str) -> None:
 
 @virtually
 async def test_history_survives_presence_grace() -> None:
-    """A room whose last member may be back within `presence_grace` keeps its history until that is over."""
+    """A room retains its history while its last member is within `presence_grace`."""
     async with Stage(room_history=50, presence_grace=10) as stage:
         line = await connected(stage, "plain")
         await stage.socket().join("lobby")
@@ -159,7 +159,7 @@ async def test_history_survives_presence_grace() -> None:
 @kinds
 @virtually
 async def test_history_survives_while_member_is_detached(kind: str) -> None:
-    """A client that may come back keeps its room and the history of that, until its session ends."""
+    """A room retains its history while a member is detached, until the member's session ends."""
     async with Stage(room_history=50, session_ttl=60, presence_grace=1) as stage:
         line = await connected(stage, kind)
         await stage.socket().join("lobby")
@@ -174,22 +174,22 @@ async def test_history_survives_while_member_is_detached(kind: str) -> None:
         assert await history_of_newcomer(stage, client_id="stranger") == []
 
 
-@pytest.mark.parametrize("how", ["close", "remove", "disconnect"])
+@pytest.mark.parametrize("action", ["close", "remove", "disconnect"])
 @virtually
-async def test_history_ends_when_room_is_emptied(how: str) -> None:
+async def test_history_ends_when_room_is_emptied(action: str) -> None:
     """`room.close()`, `room.remove()` and `room.disconnect()` of the last member end its history."""
     async with Stage(room_history=50) as stage:
         await connected(stage, "plain")
         await stage.socket().join("lobby")
         room = stage.manager.room("lobby")
         await room.send("private")
-        await (room.close() if how == "close" else room.remove("ann") if how == "remove" else room.disconnect())
+        await (room.close() if action == "close" else room.remove("ann") if action == "remove" else room.disconnect())
         assert await history_of_newcomer(stage) == []
 
 
 @virtually
 async def test_message_before_first_join_is_in_history() -> None:
-    """What is sent to a room that nobody has joined yet is given to the first who joins with history."""
+    """A message to a room without members is in the history for the first client that joins."""
     async with Stage(room_history=50) as stage:
         await stage.manager.room("lobby").send("welcome")
         assert await history_of_newcomer(stage) == ["welcome"]
@@ -197,7 +197,7 @@ async def test_message_before_first_join_is_in_history() -> None:
 
 @virtually
 async def test_message_with_history_false_is_not_stored() -> None:
-    """`history=False` sends a message to the members of a room and keeps it from later ones."""
+    """A message with `history=False` reaches the current members, but is not in the history."""
     async with Stage(room_history=50) as stage:
         line = await connected(stage, "plain")
         await stage.socket().join("lobby")
@@ -209,22 +209,22 @@ async def test_message_with_history_false_is_not_stored() -> None:
         assert await history_of_newcomer(stage) == ["text"]
 
 
-@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("stored", [False, True])
 @virtually
-async def test_hook_announcement_is_stored_only_with_history_true(kept: bool) -> None:
-    """What an `on_join` or `on_leave` hook sends with its `Room` is not remembered, unless it says `history=True`."""
+async def test_hook_announcement_is_stored_only_with_history_true(stored: bool) -> None:
+    """A message that `on_join` or `on_leave` sends with its `Room` is not stored, except with `history=True`."""
     async with Stage(room_history=50) as stage:
 
         @stage.manager.on_join
-        async def came(room: Room, who: Presence) -> None:
-            if kept:
-                await room.send(f"{who.client_id} came", history=True)
+        async def came(room: Room, recipient: Presence) -> None:
+            if stored:
+                await room.send(f"{recipient.client_id} came", history=True)
             else:
-                await room.send(f"{who.client_id} came")
+                await room.send(f"{recipient.client_id} came")
 
         line = await connected(stage, "plain")
         await stage.socket().join("lobby")
         await soon()
         assert line.server.data == ["ann came"]
         found = await history_of_newcomer(stage)
-        assert ("ann came" in found) is kept
+        assert ("ann came" in found) is stored

@@ -1,4 +1,4 @@
-"""Tests of `ws.rooms`, and of what a hook may do with its socket, when the connection has ended."""
+"""Tests of `ws.rooms`, and of hooks that use their socket, after the connection has closed."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from tests.support.stage import Line, Peer, Stage
 End = Callable[[Stage, Line], Awaitable[None]]
 
 
-def note_rooms(stage: Stage) -> list[str]:
-    """Note where each connection and session was when its end is told."""
-    noted: list[str] = []
+def record_rooms(stage: Stage) -> list[str]:
+    """Record the rooms of each connection and session that its hooks see at the end."""
+    recorded: list[str] = []
 
     @stage.manager.on_disconnect
     async def disconnected(ws: StableSocket, reason: DisconnectReason) -> None:
-        noted.append(f"disconnect {' '.join(ws.rooms)}")
+        recorded.append(f"disconnect {' '.join(ws.rooms)}")
 
     @stage.manager.on_session_end
     async def ended(ws: StableSocket, reason: DisconnectReason) -> None:
-        noted.append(f"session_end {' '.join(ws.rooms)}")
+        recorded.append(f"session_end {' '.join(ws.rooms)}")
 
-    return noted
+    return recorded
 
 
 async def client_closes(stage: Stage, line: Line) -> None:
@@ -70,9 +70,9 @@ async def is_drained(stage: Stage, line: Line) -> None:
 )
 @virtually
 async def test_rooms_after_close_are_rooms_of_connection(kind: str, end: End) -> None:
-    """`ws.rooms` in `on_disconnect` and `on_session_end` is where the connection was, whatever ended it."""
+    """`ws.rooms` in `on_disconnect` and `on_session_end` has the connection's rooms, for each cause of the close."""
     async with Stage(session_ttl=30) as stage:
-        noted = note_rooms(stage)
+        recorded = record_rooms(stage)
         line = await Peer(stage).dial() if kind == "v1" else stage.plain()
         await soon()
         socket = stage.socket()
@@ -81,42 +81,42 @@ async def test_rooms_after_close_are_rooms_of_connection(kind: str, end: End) ->
         await end(stage, line)
         await soon()
         await asyncio.sleep(40)
-        assert noted[:2] == ["disconnect lobby kitchen", "session_end lobby kitchen"]
+        assert recorded[:2] == ["disconnect lobby kitchen", "session_end lobby kitchen"]
         assert socket.rooms == ("lobby", "kitchen")
         assert socket not in stage.manager.room("lobby")
 
 
 @virtually
 async def test_rooms_remain_after_close_of_explicit_connection() -> None:
-    """A connection that was connected explicitly has its rooms in `on_disconnect` as well."""
+    """The rooms of an explicit connection are available in `on_disconnect` as well."""
     async with Stage() as stage:
-        noted = note_rooms(stage)
+        recorded = record_rooms(stage)
         server = FakeServer()
         socket = await stage.manager.connect("ann", await server.accepted())
         await socket.join("lobby")
         server.feed_disconnect(1006)
         await soon()
-        assert noted == ["disconnect lobby", "session_end lobby"]
+        assert recorded == ["disconnect lobby", "session_end lobby"]
 
 
 @virtually
 async def test_rooms_of_plain_client_with_token_remain_until_end() -> None:
-    """A plain client that does not come back with its token has its rooms in `on_session_end`."""
+    """The rooms of a plain client that does not return with its token are available in `on_session_end`."""
     async with Stage(session_ttl=30) as stage:
-        noted = note_rooms(stage)
+        recorded = record_rooms(stage)
         line = stage.plain()
         await soon()
         await stage.socket().join("lobby")
         stage.manager.generate_reconnect_token("ann")
         await line.leaves()
-        assert noted == ["disconnect lobby"]
+        assert recorded == ["disconnect lobby"]
         await asyncio.sleep(40)
-        assert noted[1:] == ["session_end lobby"]
+        assert recorded[1:] == ["session_end lobby"]
 
 
 @virtually
 async def test_socket_of_ended_connection_shows_rooms_of_session() -> None:
-    """The socket of a connection that ended shows the rooms of its session as long as that lives."""
+    """The socket of a closed connection shows the rooms of its session until that ends."""
     async with Stage() as stage:
         peer = Peer(stage)
         line = await peer.dial()
@@ -128,7 +128,7 @@ async def test_socket_of_ended_connection_shows_rooms_of_session() -> None:
         assert line.socket.rooms == ("lobby", "kitchen")
 
 
-# ── a hook that uses its socket after the end ──
+# ── hooks that use their socket after the close ──
 
 Use = Callable[[StableSocket], Awaitable[Any]]
 
@@ -150,7 +150,7 @@ USES: dict[str, Use] = {
 @pytest.mark.parametrize("event", ["on_disconnect", "on_session_end", "on_leave"])
 @virtually
 async def test_hook_using_closed_socket_reports_no_error(event: str, kind: str, use: str) -> None:
-    """A hook that writes to its socket after the end is reported without traceback, and the next hook still runs."""
+    """A hook that uses its closed socket emits no error event, and the next hook still runs."""
     async with Stage() as stage:
         sockets: list[StableSocket] = []
 
@@ -169,12 +169,12 @@ async def test_hook_using_closed_socket_reports_no_error(event: str, kind: str, 
         await line.leaves(1000)
         assert stage.notes == ["next hook"]
         assert stage.bugs == []
-        assert [report for report in stage.heard.all if report.level >= logging.ERROR] == []
+        assert [event for event in stage.heard.all if event.level >= logging.ERROR] == []
 
 
 @virtually
 async def test_error_hook_writing_to_closed_socket_reports_no_error() -> None:
-    """An `on_error` hook that writes to the socket of the failed endpoint raises no second error."""
+    """An `on_error` hook that writes to the socket of the failed endpoint causes no second error."""
     async with Stage() as stage:
 
         @stage.manager.on_error
@@ -192,14 +192,14 @@ async def test_error_hook_writing_to_closed_socket_reports_no_error() -> None:
 
 @virtually
 async def test_slow_hook_writing_to_closed_socket_reports_no_error() -> None:
-    """An `on_slow` hook that writes to the client that was disconnected as too slow raises no error."""
+    """An `on_slow` hook that writes to a client disconnected as a slow consumer causes no error."""
     async with Stage(outbox_max_messages=2) as stage:
         seen: list[str] = []
 
         @stage.manager.on_slow
-        async def slow(ws: StableSocket, how: Any) -> None:
+        async def slow(ws: StableSocket, condition: Any) -> None:
             if ws.closed:
-                seen.append(how.value)
+                seen.append(condition.value)
                 await ws.send("hurry")
 
         line = stage.plain()

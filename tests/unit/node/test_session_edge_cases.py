@@ -1,4 +1,4 @@
-"""Tests of sessions and luggage where two things happen at once: what is in hand, in between, or out of time."""
+"""Tests of sessions and detached state when events overlap, come in an unusual order or exceed a timeout."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from tests.support.stage import Line, Peer, Stage
 user: contextvars.ContextVar[str | None] = contextvars.ContextVar("user", default=None)
 
 
-def ends(stage: Stage) -> list[str]:
-    """What was told of ends of sessions."""
+def session_ends(stage: Stage) -> list[str]:
+    """Return the session end events."""
     return [event for event in stage.events if event.startswith("session_end")]
 
 
 async def plain(stage: Stage, client_id: str | None = "ann", *, token: str | None = None) -> Line:
-    """Let a plain client come in."""
+    """Connect a plain client."""
     line = stage.plain(client_id, token=token)
     await soon()
     return line
 
 
 def token_of(stage: Stage, client_id: str = "ann") -> str:
-    """A reconnect token."""
+    """Generate a reconnect token."""
     return stage.manager.generate_reconnect_token(client_id)
 
 
@@ -41,7 +41,7 @@ def token_of(stage: Stage, client_id: str = "ann") -> str:
 
 @virtually
 async def test_used_token_does_not_identify_client_in_handshake() -> None:
-    """What stands in an access log gets no handshake hook to take its finder for the owner."""
+    """A used token, which may come from an access log, does not identify its finder to on_handshake."""
     async with Stage() as stage:
         seen = []
 
@@ -61,7 +61,7 @@ async def test_used_token_does_not_identify_client_in_handshake() -> None:
 
 @virtually
 async def test_slower_handshake_with_same_token_closes_with_4401() -> None:
-    """Both were taken for the owner by the handshake hooks: the slower one goes no further."""
+    """Of two handshakes with the same token, the slower one closes with 4401, after on_handshake."""
     async with Stage() as stage:
         gates = [asyncio.Event(), asyncio.Event()]
         waiting = iter(gates)
@@ -83,32 +83,32 @@ async def test_slower_handshake_with_same_token_closes_with_4401() -> None:
         assert getattr(first.error, "code", None) == 4401
 
 
-# ── plain clients in between ──
+# ── plain clients during handover ──
 
 
-@pytest.mark.parametrize("how", ["lost", "half-open", "shutdown"])
+@pytest.mark.parametrize("loss", ["lost", "half-open", "shutdown"])
 @virtually
-async def test_claimed_but_unused_state_ends_session_once(how: str) -> None:
-    """A client that is lost while it waits for its old connection ends once, and not in silence."""
+async def test_claimed_but_unused_state_ends_session_once(loss: str) -> None:
+    """A client that is lost while it waits for its old connection ends its session once, with a hook."""
     async with Stage(session_ttl=2, disconnect_grace=5) as stage:
         token = token_of(stage)
         line = await plain(stage)
         await line.say({"type": "wait", "data": 1})
-        if how != "half-open":
+        if loss != "half-open":
             await line.leaves()
         new = await plain(stage, token=token)
-        if how == "shutdown":
+        if loss == "shutdown":
             await stage.manager.graceful_shutdown(30)
         else:
             await new.leaves()
         await asyncio.sleep(60)
-        assert len(ends(stage)) == 1
-        assert stage.events[-1] == ends(stage)[0]
+        assert len(session_ends(stage)) == 1
+        assert stage.events[-1] == session_ends(stage)[0]
 
 
 @virtually
 async def test_claimed_but_unused_state_can_be_claimed_again() -> None:
-    """The rooms and the user data are there for the next token."""
+    """State that was claimed but never used can be claimed with the next token."""
     async with Stage(session_ttl=60, disconnect_grace=5) as stage:
         tokens = [token_of(stage), token_of(stage)]
         line = await plain(stage)
@@ -126,7 +126,7 @@ async def test_claimed_but_unused_state_can_be_claimed_again() -> None:
 
 @virtually
 async def test_session_end_hook_follows_disconnect_hook() -> None:
-    """Also where the handler in hand takes longer than the session waits, or another tab leaves in between."""
+    """`on_session_end` follows `on_disconnect`, also after a slow handler or when another connection closes between."""
     async with Stage(session_ttl=2, disconnect_grace=8) as stage:
         token_of(stage)
         line = await plain(stage)
@@ -140,12 +140,12 @@ async def test_session_end_hook_follows_disconnect_hook() -> None:
         for line in lines:
             line.server.feed_disconnect(1006)
         await asyncio.sleep(1)
-        assert stage.events.index("disconnect ann network_lost") < stage.events.index(ends(stage)[0])
+        assert stage.events.index("disconnect ann network_lost") < stage.events.index(session_ends(stage)[0])
 
 
 @virtually
 async def test_plain_client_gets_no_state_of_v1_session() -> None:
-    """What belongs to a session of the same client id ends with that, and is not shared with its successor."""
+    """The state of a v1 session ends with it, and a plain client of the same id does not get it."""
     async with Stage(on_duplicate="replace") as stage:
         line = await Peer(stage).dial()
         assert line.socket is not None
@@ -156,12 +156,12 @@ async def test_plain_client_gets_no_state_of_v1_session() -> None:
         assert new.socket.resumed.value == "lost"
 
 
-# ── messages in hand ──
+# ── messages in progress ──
 
 
 @virtually
 async def test_interrupted_handler_uses_up_idempotency_key() -> None:
-    """It may have done its work: the same key again gets an error, and not a second charge."""
+    """A handler that was interrupted uses up its key: the same key again gets an error, and no second execution."""
     async with Stage() as stage:
 
         @stage.manager.on_message("charge")
@@ -185,7 +185,7 @@ async def test_interrupted_handler_uses_up_idempotency_key() -> None:
 
 @virtually
 async def test_failed_send_in_one_handler_does_not_stop_others() -> None:
-    """One that could not answer any more stops none of those behind it."""
+    """A handler that fails to send does not stop the handlers registered after it."""
     async with Stage() as stage:
 
         @stage.manager.on_message
@@ -207,7 +207,7 @@ async def test_failed_send_in_one_handler_does_not_stop_others() -> None:
 
 @virtually
 async def test_user_data_of_session_is_one_dict() -> None:
-    """What a handler in hand still writes is there for the next connection, whatever the hooks set there."""
+    """What a running handler writes to user data is in the next connection, beside what the hooks set there."""
     async with Stage() as stage:
 
         @stage.manager.on_auth
@@ -231,12 +231,12 @@ async def test_user_data_of_session_is_one_dict() -> None:
         assert new.socket.user_data == {"user": 1, "filled": 5}
 
 
-# ── coming back with a full log ──
+# ── resume with a full replay buffer ──
 
 
 @virtually
 async def test_full_replay_on_resume_does_not_overflow_outbox() -> None:
-    """What it is owed takes no room from what comes meanwhile, on a network that takes nothing for a moment."""
+    """A full replay takes no outbox space from live messages, even while the network accepts no data."""
     async with Stage() as stage:
         peer = Peer(stage)
         await (await peer.dial()).leaves()
@@ -256,11 +256,11 @@ async def test_full_replay_on_resume_does_not_overflow_outbox() -> None:
         assert [frame["data"] for frame in line.of("msg")] == [*range(8, 520), "live"]
 
 
-@pytest.mark.parametrize("kept", [1, 2, 8])
+@pytest.mark.parametrize("replayed", [1, 2, 8])
 @virtually
-async def test_burst_of_broadcasts_does_not_close_v1_client(kept: int) -> None:
-    """However little of it is kept for a client that breaks off."""
-    async with Stage(replay_max_messages=kept) as stage:
+async def test_burst_of_broadcasts_does_not_close_v1_client(replayed: int) -> None:
+    """A burst above `replay_max_messages` reaches a connected client whole and does not close it."""
+    async with Stage(replay_max_messages=replayed) as stage:
         line = await Peer(stage).dial()
         for number in range(40):
             await stage.manager.broadcast(number)
@@ -275,7 +275,7 @@ async def test_burst_of_broadcasts_does_not_close_v1_client(kept: int) -> None:
 @pytest.mark.parametrize("session", [False, True], ids=["plain", "v1"])
 @virtually
 async def test_late_session_end_hook_runs_in_no_client_context(session: bool) -> None:
-    """A context variable of one client's connection is not seen by the hooks for another one."""
+    """A late on_session_end hook does not see context variables of another client's connection."""
     async with Stage(session_ttl=5) as stage:
         seen = []
 
@@ -288,9 +288,9 @@ async def test_late_session_end_hook_runs_in_no_client_context(session: bool) ->
             seen.append((ws.client_id, user.get()))
 
         lines = []
-        for who in ("ann", "bob"):
-            token_of(stage, who)
-            lines.append(await Peer(stage, who).dial() if session else await plain(stage, who))
+        for client_id in ("ann", "bob"):
+            token_of(stage, client_id)
+            lines.append(await Peer(stage, client_id).dial() if session else await plain(stage, client_id))
         for line in lines:
             await line.leaves()
             await asyncio.sleep(1)
@@ -301,13 +301,13 @@ async def test_late_session_end_hook_runs_in_no_client_context(session: bool) ->
 @pytest.mark.parametrize("session", [False, True], ids=["plain", "v1"])
 @virtually
 async def test_session_timer_does_not_hold_closed_connection(session: bool) -> None:
-    """While clients come and go, none of those that are over for good stays in memory."""
+    """A session timer does not keep a closed connection in memory."""
     async with Stage(session_ttl=5) as stage:
         first = None
         for number in range(20):
-            who = f"client {number}"
-            token_of(stage, who)
-            line = await Peer(stage, who).dial() if session else await plain(stage, who)
+            client_id = f"client {number}"
+            token_of(stage, client_id)
+            line = await Peer(stage, client_id).dial() if session else await plain(stage, client_id)
             assert line.socket is not None
             first = first or line.socket.connection_id
             await line.leaves()
@@ -315,13 +315,13 @@ async def test_session_timer_does_not_hold_closed_connection(session: bool) -> N
             await asyncio.sleep(2)
         del line
         gc.collect()
-        kept = [one for one in gc.get_objects() if isinstance(one, Connection) and one.connection_id == first]
-        assert kept == []
+        remaining = [one for one in gc.get_objects() if isinstance(one, Connection) and one.connection_id == first]
+        assert remaining == []
 
 
 @virtually
 async def test_context_set_by_on_auth_reaches_handlers() -> None:
-    """As with every other hook: the endpoint and the handlers find it."""
+    """A context variable that on_auth sets is visible in the endpoint and the handlers."""
     async with Stage() as stage:
 
         @stage.manager.on_auth
@@ -336,19 +336,19 @@ async def test_context_set_by_on_auth_reaches_handlers() -> None:
         assert stage.notes == ["ann!"]
 
 
-# ── out of time ──
+# ── timeouts ──
 
 
 @pytest.mark.parametrize("kind", ["plain", "session", "clean close"])
-@pytest.mark.parametrize("what", ["hook", "handler"])
+@pytest.mark.parametrize("slow_part", ["hook", "handler"])
 @virtually
-async def test_shutdown_timeout_still_runs_every_session_end_hook(kind: str, what: str) -> None:
-    """A disconnect hook or a handler that holds out too long costs nobody the word that a session is over."""
+async def test_shutdown_timeout_still_runs_every_session_end_hook(kind: str, slow_part: str) -> None:
+    """A disconnect hook or handler that exceeds the shutdown timeout does not suppress on_session_end."""
     async with Stage(disconnect_grace=20) as stage:
 
         @stage.manager.on_disconnect
         async def slow(ws: StableSocket) -> None:
-            await asyncio.sleep(15 if what == "hook" else 0)
+            await asyncio.sleep(15 if slow_part == "hook" else 0)
 
         @stage.manager.on_message("stubborn")
         async def stubborn(ws: StableSocket, data: Any) -> None:
@@ -359,23 +359,23 @@ async def test_shutdown_timeout_still_runs_every_session_end_hook(kind: str, wha
                     pass
 
         line = await plain(stage) if kind == "plain" else await Peer(stage).dial()
-        if what == "handler" and kind == "plain":
+        if slow_part == "handler" and kind == "plain":
             await line.say({"type": "stubborn", "data": 1})
-        elif what == "handler":
+        elif slow_part == "handler":
             await line.message("stubborn", 1)
         if kind == "clean close":
             await line.leaves(1000)
         await stage.manager.graceful_shutdown(1.0)
         await asyncio.sleep(60)
-        assert len(ends(stage)) == 1
+        assert len(session_ends(stage)) == 1
 
 
-# ── strangers ──
+# ── failed handshakes and duplicates ──
 
 
 @virtually
 async def test_disconnect_during_hello_reports_no_error() -> None:
-    """Whether its refusal cannot be sent or nothing can be received: no error in the log, and none that escapes."""
+    """A connection that fails during the hello emits no error event, and the dependency raises no other exception."""
     async with Stage() as stage:
         line = Line(stage, "ann", subprotocols=(SUBPROTOCOL,))
         await soon()
@@ -391,7 +391,7 @@ async def test_disconnect_during_hello_reports_no_error() -> None:
 
 @virtually
 async def test_client_with_lost_welcome_is_not_rejected_as_duplicate() -> None:
-    """With on_duplicate="reject" its half-open connection does not keep it out."""
+    """With on_duplicate="reject" a client that lost its welcome may replace its own half-open connection."""
     async with Stage(on_duplicate="reject") as stage:
         peer = Peer(stage)
         await peer.dial()
@@ -402,7 +402,7 @@ async def test_client_with_lost_welcome_is_not_rejected_as_duplicate() -> None:
 
 @virtually
 async def test_drain_request_to_ended_connection_returns_false() -> None:
-    """A connection that has ended is not asked to leave: nothing would take back the note that it was."""
+    """A drain request to a closed connection returns False and leaves no record."""
     async with Stage() as stage:
         line = await Peer(stage).dial()
         assert line.socket is not None

@@ -1,4 +1,4 @@
-"""Tests of who has a session, who loses it, and that its end is told: once, whatever it comes in between."""
+"""Tests of sessions: their acceptance, their loss, and the on_session_end call, exactly once in any order of events."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from tests.support.stage import Line, Peer, Stage
 from tests.unit.node.test_python_client import World
 
 
-def ends(stage: Stage, client_id: str = "ann") -> list[str]:
-    """What was told of ends of sessions."""
+def session_ends(stage: Stage, client_id: str = "ann") -> list[str]:
+    """Return the session end events of a client."""
     return [event for event in stage.events if event.startswith(f"session_end {client_id}")]
 
 
-# ── who is let in ──
+# ── acceptance ──
 
 
 @pytest.mark.parametrize("error", [HTTPException(401), HTTPException(429), WebSocketException(1008), RuntimeError()])
 @virtually
 async def test_session_rejected_by_on_connect_cannot_be_resumed(error: Exception) -> None:
-    """A session whose on_connect has refused it is over: its token gets nobody past on_connect."""
+    """A session that on_connect rejected has ended: its token cannot be used to skip on_connect."""
     async with Stage() as stage:
         stage.rejection = error
         peer = Peer(stage)
@@ -43,7 +43,7 @@ async def test_session_rejected_by_on_connect_cannot_be_resumed(error: Exception
 
 @virtually
 async def test_session_lost_during_on_connect_runs_on_connect_again() -> None:
-    """on_resume is for clients whose on_connect was through."""
+    """A session that is lost before on_connect has returned runs on_connect again instead of on_resume."""
     async with Stage(disconnect_grace=3) as stage:
 
         @stage.manager.on_connect
@@ -61,7 +61,7 @@ async def test_session_lost_during_on_connect_runs_on_connect_again() -> None:
 
 @virtually
 async def test_handover_during_on_connect_runs_on_connect_again() -> None:
-    """The newer connection of a half-open one whose on_connect was cut off is no resumed one."""
+    """A connection that replaces a half-open one during its on_connect runs on_connect again instead of on_resume."""
     async with Stage(disconnect_grace=3) as stage:
 
         @stage.manager.on_connect
@@ -85,7 +85,7 @@ async def test_handover_during_on_connect_runs_on_connect_again() -> None:
 @pytest.mark.parametrize("half_open", [False, True], ids=["lost", "half-open"])
 @virtually
 async def test_third_connection_waits_for_handler_of_first(half_open: bool) -> None:
-    """A message in hand is handled before those that come after it, however often the client reconnects meanwhile."""
+    """A message in progress is handled before later messages, over any number of reconnects."""
     async with Stage() as stage:
         peer = Peer(stage)
         line = await peer.dial()
@@ -104,7 +104,7 @@ async def test_third_connection_waits_for_handler_of_first(half_open: bool) -> N
 
 @virtually
 async def test_connection_lost_during_handover_runs_no_hooks() -> None:
-    """One that was lost while it waited for the one before tells nobody that it was there."""
+    """A connection that is lost while it waits for the previous one runs no hooks."""
     async with Stage() as stage:
         peer = Peer(stage)
         line = await peer.dial()
@@ -117,30 +117,30 @@ async def test_connection_lost_during_handover_runs_no_hooks() -> None:
         assert stage.events == ["connect ann", "disconnect ann network_lost", "resume ann full"]
 
 
-@pytest.mark.parametrize("how", ["clean close", "ttl", "manager.disconnect"])
+@pytest.mark.parametrize("cause", ["clean close", "ttl", "manager.disconnect"])
 @virtually
-async def test_session_end_hook_runs_after_loss_during_handover(how: str) -> None:
-    """The last connection of a session may have had no hooks: the end of the session is told all the same, once."""
+async def test_session_end_hook_runs_after_loss_during_handover(cause: str) -> None:
+    """`on_session_end` is called once, also if the last connection of the session ran no hooks."""
     async with Stage(session_ttl=2, disconnect_grace=5) as stage:
         peer = Peer(stage)
         line = await peer.dial()
         await line.message("wait", "in hand")
         await line.leaves()
         second = await peer.dial()
-        if how == "manager.disconnect":
+        if cause == "manager.disconnect":
             await stage.manager.disconnect("ann")
         else:
-            await second.leaves(1000 if how == "clean close" else 1006)
+            await second.leaves(1000 if cause == "clean close" else 1006)
         await asyncio.sleep(60)
-        assert len(ends(stage)) == 1
-        assert stage.events[-1] == ends(stage)[0]
+        assert len(session_ends(stage)) == 1
+        assert stage.events[-1] == session_ends(stage)[0]
 
 
-@pytest.mark.parametrize("how", ["ttl", "manager.disconnect", "evicted", "shutdown"])
+@pytest.mark.parametrize("cause", ["ttl", "manager.disconnect", "evicted", "shutdown"])
 @virtually
-async def test_session_end_hook_runs_while_endpoint_finishes(how: str) -> None:
-    """A session may end between the disconnect hooks of its last connection and the return of its endpoint."""
-    ttl = 3 if how == "ttl" else 100
+async def test_session_end_hook_runs_while_endpoint_finishes(cause: str) -> None:
+    """`on_session_end` is called once if a session ends between its disconnect hooks and the endpoint's return."""
+    ttl = 3 if cause == "ttl" else 100
     async with Stage(session_ttl=ttl, disconnect_grace=8, max_detached_sessions=1) as stage:
 
         async def endpoint(ws: StableSocket) -> None:
@@ -152,33 +152,33 @@ async def test_session_end_hook_runs_while_endpoint_finishes(how: str) -> None:
         stage.endpoint = endpoint
         await (await Peer(stage).dial()).leaves()
         await asyncio.sleep(1)
-        if how == "manager.disconnect":
+        if cause == "manager.disconnect":
             await stage.manager.disconnect("ann")
-        elif how == "evicted":
+        elif cause == "evicted":
             await (await Peer(stage, "bob").dial()).leaves()
-        elif how == "shutdown":
+        elif cause == "shutdown":
             await stage.manager.graceful_shutdown(2)
         await asyncio.sleep(20)
-        assert len(ends(stage)) == 1
+        assert len(session_ends(stage)) == 1
 
 
-# ── several of one client ──
+# ── several connections of one client ──
 
 
 @virtually
 async def test_reject_policy_closes_returning_duplicate_with_4409() -> None:
-    """The client is closed 4409 before its token is used up; the end of its older session was told."""
+    """The client is closed with 4409 before its token is used, and its older session has ended."""
     async with Stage(on_duplicate="reject") as stage:
         peer = Peer(stage)
         await (await peer.dial()).leaves()
         await Peer(stage).dial()
         assert (await peer.dial()).close_code == 4409
-        assert len(ends(stage)) == 1
+        assert len(session_ends(stage)) == 1
 
 
 @virtually
 async def test_two_clients_with_one_id_do_not_reconnect_forever() -> None:
-    """The older one is closed 4410, which is final: with 4409 each would come back and throw the other one out."""
+    """The older client is closed with 4410, which is final, so that the two do not replace each other repeatedly."""
     async with World() as world:
         clients = [world.client(base_delay=1.0) for _ in range(2)]
         for client in clients:
@@ -189,18 +189,18 @@ async def test_two_clients_with_one_id_do_not_reconnect_forever() -> None:
 
 @virtually
 async def test_replace_policy_ends_detached_sessions_of_client() -> None:
-    """With on_duplicate="replace" a client is there once: a newer session ends those that are away."""
+    """With on_duplicate="replace" a new session ends the detached sessions of its client."""
     async with Stage(on_duplicate="replace") as stage:
         await (await Peer(stage).dial()).leaves()
         await Peer(stage).dial()
         assert stage.manager.get_session_counts() == {"sessions": 1, "away": 0}
         await soon()
-        assert ends(stage) == ["session_end ann replaced"]
+        assert session_ends(stage) == ["session_end ann replaced"]
 
 
 @virtually
 async def test_allow_policy_bounds_detached_sessions_of_client() -> None:
-    """With on_duplicate="allow" a client that begins anew each time leaves a bounded number of sessions."""
+    """With on_duplicate="allow" the number of detached sessions of a client is bounded."""
     async with Stage(on_duplicate="allow") as stage:
         for _ in range(MAX_DETACHED_PER_CLIENT + 4):
             await (await Peer(stage).dial()).leaves()
@@ -209,7 +209,7 @@ async def test_allow_policy_bounds_detached_sessions_of_client() -> None:
             "away": MAX_DETACHED_PER_CLIENT,
         }
         await soon()
-        assert len(ends(stage)) == 4
+        assert len(session_ends(stage)) == 4
 
 
 # ── plain clients with a token ──
@@ -218,7 +218,7 @@ async def test_allow_policy_bounds_detached_sessions_of_client() -> None:
 @pytest.mark.parametrize("half_open", [False, True], ids=["lost", "half-open"])
 @virtually
 async def test_returning_plain_client_waits_for_on_disconnect(half_open: bool) -> None:
-    """What the hooks of the old connection put into user_data is there for the new one."""
+    """User data that on_disconnect of the old connection writes is in the new connection."""
     async with Stage() as stage:
 
         @stage.manager.on_disconnect
@@ -235,15 +235,15 @@ async def test_returning_plain_client_waits_for_on_disconnect(half_open: bool) -
         await soon()
         stage.gate.set()
         await soon()
-        how = "replaced" if half_open else "network_lost"
-        assert stage.events == ["connect ann", f"disconnect ann {how}", "resume ann gap"]
+        cause = "replaced" if half_open else "network_lost"
+        assert stage.events == ["connect ann", f"disconnect ann {cause}", "resume ann gap"]
         assert new.socket is not None
         assert new.socket.user_data == {"saved": True}
 
 
 @virtually
 async def test_reject_policy_allows_plain_takeover_with_token() -> None:
-    """With on_duplicate="reject" too: who proves to be the same client is no duplicate of itself."""
+    """With on_duplicate="reject" a client with a token for its own connection is not a duplicate."""
     async with Stage(on_duplicate="reject") as stage:
         line = stage.plain()
         await soon()
@@ -259,7 +259,7 @@ async def test_reject_policy_allows_plain_takeover_with_token() -> None:
 
 @virtually
 async def test_second_connection_with_token_has_own_user_data() -> None:
-    """With on_duplicate="allow" both go on, each with user data of its own, and the end of each is told."""
+    """With on_duplicate="allow" both connections stay, with separate user data, and each session ends once."""
     async with Stage(on_duplicate="allow") as stage:
         first = stage.plain()
         await soon()
@@ -273,12 +273,12 @@ async def test_second_connection_with_token_has_own_user_data() -> None:
         await first.leaves(1000)
         await second.leaves(1000)
         await soon()
-        assert len(ends(stage)) == 2
+        assert len(session_ends(stage)) == 2
 
 
 @virtually
 async def test_token_with_reconnect_disabled_identifies_no_client() -> None:
-    """With enable_reconnect=False nobody is taken for who a token names."""
+    """With enable_reconnect=False a token does not determine the client id."""
     issuer = WebSocketConnectionManager(WebSocketConfig(reconnect_secret="x" * 20))
     async with Stage(enable_reconnect=False, reconnect_secret="x" * 20) as stage:
         line = stage.plain(None, token=issuer.generate_reconnect_token("ann"))
@@ -287,12 +287,12 @@ async def test_token_with_reconnect_disabled_identifies_no_client() -> None:
         assert line.socket.client_id != "ann"
 
 
-# ── at the end of the server ──
+# ── shutdown ──
 
 
 @virtually
 async def test_shutdown_closes_connection_awaiting_hello_with_1012() -> None:
-    """1012, as everybody else."""
+    """A shutdown closes a connection that awaits its hello with 1012, like all others."""
     async with Stage() as stage:
         line = Line(stage, subprotocols=(SUBPROTOCOL,))
         await soon()
@@ -303,7 +303,7 @@ async def test_shutdown_closes_connection_awaiting_hello_with_1012() -> None:
 
 @virtually
 async def test_shutdown_during_handover_leaks_no_cancellation() -> None:
-    """The dependency ends in its own way, whoever it waits for."""
+    """The dependency of a connection that waits for handover ends without a cancellation."""
     async with Stage(disconnect_grace=5) as stage:
         peer = Peer(stage)
         line = await peer.dial()
@@ -317,7 +317,7 @@ async def test_shutdown_during_handover_leaks_no_cancellation() -> None:
 
 @virtually
 async def test_slow_on_auth_after_shutdown_creates_no_session() -> None:
-    """A credential that was looked at too slowly makes no session that nobody would end."""
+    """An on_auth hook that returns after the shutdown creates no session."""
     async with Stage() as stage:
 
         @stage.manager.on_auth
@@ -337,7 +337,7 @@ async def test_slow_on_auth_after_shutdown_creates_no_session() -> None:
 
 @virtually
 async def test_on_auth_over_hello_timeout_closes_with_1011() -> None:
-    """One that hangs ends as a bug, and does not keep the client for ever."""
+    """An on_auth hook that exceeds `hello_timeout` closes with 1011 and is reported as a bug."""
     async with Stage(hello_timeout=2) as stage:
 
         @stage.manager.on_auth
@@ -351,7 +351,7 @@ async def test_on_auth_over_hello_timeout_closes_with_1011() -> None:
 
 @virtually
 async def test_on_auth_sees_client_id_of_session() -> None:
-    """Where the endpoint does not say who a client is, its token does, before its credential is looked at."""
+    """If the endpoint sets no client id, the session token determines it before on_auth is called."""
     async with Stage() as stage:
         seen = []
 
@@ -368,7 +368,7 @@ async def test_on_auth_sees_client_id_of_session() -> None:
 
 @virtually
 async def test_infinite_credential_expiry_is_accepted() -> None:
-    """`inf` is what JWT libraries return for a token without an end."""
+    """An infinite expiry is accepted, because JWT libraries return it for a token without an end."""
     async with Stage() as stage:
 
         @stage.manager.on_auth
@@ -383,7 +383,7 @@ async def test_infinite_credential_expiry_is_accepted() -> None:
 
 @virtually
 async def test_presence_set_while_detached_survives_resume() -> None:
-    """Coming back does not bring an older description back."""
+    """A resume does not restore presence metadata older than what was set while detached."""
     async with Stage() as stage:
         peer = Peer(stage)
         line = await peer.dial()
@@ -392,4 +392,4 @@ async def test_presence_set_while_detached_survives_resume() -> None:
         room = stage.manager.room("lobby")
         assert room.set_presence("ann", n=2)
         await peer.dial()
-        assert [dict(who.metadata) for who in room.presence] == [{"n": 2}]
+        assert [dict(entry.metadata) for entry in room.presence] == [{"n": 2}]

@@ -1,4 +1,4 @@
-"""Tests of what sessions are sent, while their clients are here and while they are away."""
+"""Tests of messages to sessions, both connected and detached."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from tests.support.fake_websocket import with_deadline
 from tests.support.stage import Peer, Stage
 
 
-async def begun(coroutine: Any) -> asyncio.Task[Any]:
-    """Start something that waits, and let it come to where it does."""
+async def start(coroutine: Any) -> asyncio.Task[Any]:
+    """Start a coroutine and let it run until it waits."""
     task = asyncio.ensure_future(coroutine)
     await soon()
     return task
 
 
-# ── acknowledged ──
+# ── acknowledgements ──
 
 
 @virtually
 async def test_send_with_ack_waits_for_ack_of_its_message() -> None:
-    """`ws.send(..., ack=True)` returns when the client has acknowledged that number, and not one before it."""
+    """`ws.send(..., ack=True)` returns when the client acknowledges that sequence number, not an earlier one."""
     async with Stage() as stage:
         line = await Peer(stage).dial()
         await stage.socket().send("before")
-        sending = await begun(stage.socket().send("it", ack=True))
+        sending = await start(stage.socket().send("it", ack=True))
         assert line.of("ping")[-1]["seq"] == 2
         await line.say({"type": "ack", "seq": 1})
         assert not sending.done()
@@ -47,11 +47,11 @@ async def test_send_with_ack_waits_for_ack_of_its_message() -> None:
 
 @virtually
 async def test_send_with_ack_completes_with_resume() -> None:
-    """The hello of the next connection says that the client has it."""
+    """A resume that acknowledges the message in its hello completes the send."""
     async with Stage() as stage:
         peer = Peer(stage)
         line = await peer.dial()
-        sending = await begun(stage.socket().send("it", ack=True))
+        sending = await start(stage.socket().send("it", ack=True))
         await line.leaves()
         assert not sending.done()
         await peer.dial(seq=1)
@@ -60,11 +60,11 @@ async def test_send_with_ack_completes_with_resume() -> None:
 
 @virtually
 async def test_send_with_ack_completes_in_later_connection() -> None:
-    """What the client had not got is sent again, and acknowledged there."""
+    """An unacknowledged message is replayed after the resume, and the send completes with its acknowledgement there."""
     async with Stage() as stage:
         peer = Peer(stage)
         line = await peer.dial()
-        sending = await begun(stage.socket().send("it", ack=True))
+        sending = await start(stage.socket().send("it", ack=True))
         await line.leaves()
         line = await peer.dial(seq=0)
         assert (line.got, sending.done()) == (["it"], False)
@@ -74,11 +74,11 @@ async def test_send_with_ack_completes_in_later_connection() -> None:
 
 @virtually
 async def test_send_with_ack_after_gap_raises_missed() -> None:
-    """A client that comes back too late will not get it: the sender is told so, and not that it was acknowledged."""
+    """A message that is lost in a gap raises `RequestError` with the code `missed` at its sender."""
     async with Stage(replay_max_messages=2) as stage:
         peer = Peer(stage)
         line = await peer.dial()
-        sending = await begun(stage.socket().send("it", ack=True))
+        sending = await start(stage.socket().send("it", ack=True))
         await line.leaves()
         for number in range(5):
             await stage.manager.send_to_client("ann", number)
@@ -91,10 +91,10 @@ async def test_send_with_ack_after_gap_raises_missed() -> None:
 
 @virtually
 async def test_send_with_ack_raises_when_session_ends() -> None:
-    """Nobody will acknowledge it any more."""
+    """A send that waits for an acknowledgement raises `SessionEndedError` when the session ends."""
     async with Stage(session_ttl=20) as stage:
         line = await Peer(stage).dial()
-        sending = await begun(stage.socket().send("it", ack=True))
+        sending = await start(stage.socket().send("it", ack=True))
         await line.leaves()
         await asyncio.sleep(30)
         with pytest.raises(SessionEndedError):
@@ -103,7 +103,7 @@ async def test_send_with_ack_raises_when_session_ends() -> None:
 
 @virtually
 async def test_ack_beyond_last_sequence_number_confirms_nothing() -> None:
-    """A client that claims more than there is gets a gap, and has not acknowledged what is sent after that."""
+    """A client that claims a number never sent gets a gap, and later messages do not count as acknowledged."""
     async with Stage() as stage:
         peer = Peer(stage)
         line = await peer.dial()
@@ -111,7 +111,7 @@ async def test_ack_beyond_last_sequence_number_confirms_nothing() -> None:
         await line.leaves()
         line = await peer.dial(seq=50)
         assert (line.outcome, line.welcome["why"], line.welcome["seq"]) == ("gap", "ahead", 1)
-        sending = await begun(stage.socket().send("two", ack=True))
+        sending = await start(stage.socket().send("two", ack=True))
         assert not sending.done()
         await line.say({"type": "ack", "seq": 2})
         assert await with_deadline(sending) is None
@@ -119,7 +119,7 @@ async def test_ack_beyond_last_sequence_number_confirms_nothing() -> None:
 
 @virtually
 async def test_ack_of_plain_client_or_volatile_message_raises() -> None:
-    """A plain client can acknowledge nothing, and a volatile message is not worth it."""
+    """`ack=True` raises for a plain client, which cannot acknowledge, and for a volatile message."""
     async with Stage() as stage:
         plain = stage.plain("bob")
         await Peer(stage).dial()
@@ -142,7 +142,7 @@ async def test_request_returns_data_of_reply() -> None:
     """`ws.request` returns the data of the reply."""
     async with Stage() as stage:
         line = await Peer(stage).dial()
-        asking = await begun(stage.socket().request("confirm", {"price": 3}))
+        asking = await start(stage.socket().request("confirm", {"price": 3}))
         (asked,) = line.of("msg")
         assert (asked["event"], asked["data"]) == ("confirm", {"price": 3})
         await line.say({"type": "reply", "seq": 1, "re": asked["id"], "data": True})
@@ -153,10 +153,10 @@ async def test_request_returns_data_of_reply() -> None:
 
 @virtually
 async def test_request_raises_error_of_reply() -> None:
-    """It is raised, with its code and message."""
+    """`ws.request` raises the error of the reply, with code and message."""
     async with Stage() as stage:
         line = await Peer(stage).dial()
-        asking = await begun(stage.socket().request("confirm"))
+        asking = await start(stage.socket().request("confirm"))
         error = {"code": "busy", "message": "not now"}
         await line.say({"type": "reply", "seq": 1, "re": line.of("msg")[0]["id"], "error": error})
         with pytest.raises(RequestError) as caught:
@@ -166,10 +166,10 @@ async def test_request_raises_error_of_reply() -> None:
 
 @virtually
 async def test_request_without_reply_raises_after_timeout() -> None:
-    """RequestTimeoutError after the timeout; an answer that comes later is ignored."""
+    """`ws.request` raises RequestTimeoutError after its timeout, and a later reply is ignored."""
     async with Stage() as stage:
         line = await Peer(stage).dial()
-        asking = await begun(stage.socket().request("confirm", timeout=3))
+        asking = await start(stage.socket().request("confirm", timeout=3))
         await asyncio.sleep(2.9)
         assert not asking.done()
         await asyncio.sleep(0.2)
@@ -181,11 +181,11 @@ async def test_request_without_reply_raises_after_timeout() -> None:
 
 @virtually
 async def test_request_survives_reconnect() -> None:
-    """It is asked again in the next connection if the client had not got it, and answered there."""
+    """A request is replayed in the next connection if the client has not received it, and answered there."""
     async with Stage() as stage:
         peer = Peer(stage)
         line = await peer.dial()
-        asking = await begun(stage.socket().request("confirm", timeout=60))
+        asking = await start(stage.socket().request("confirm", timeout=60))
         await line.leaves()
         line = await peer.dial(seq=0)
         await line.say({"type": "reply", "seq": 1, "re": line.of("msg")[0]["id"], "data": "yes"})
@@ -194,10 +194,10 @@ async def test_request_survives_reconnect() -> None:
 
 @virtually
 async def test_request_raises_when_session_ends() -> None:
-    """Nobody will answer it any more."""
+    """A pending request raises `SessionEndedError` when the session ends."""
     async with Stage() as stage:
         line = await Peer(stage).dial()
-        asking = await begun(stage.socket().request("confirm", timeout=60))
+        asking = await start(stage.socket().request("confirm", timeout=60))
         await line.leaves(1000)
         with pytest.raises(SessionEndedError):
             await with_deadline(asking)
@@ -205,40 +205,40 @@ async def test_request_raises_when_session_ends() -> None:
 
 @virtually
 async def test_requests_over_max_open_raise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than MAX_OPEN at the same time are refused, and nothing is sent for them."""
+    """More than MAX_OPEN concurrent requests raise, and nothing is sent for them."""
     monkeypatch.setattr(requests_module, "MAX_OPEN", 2)
     async with Stage() as stage:
         line = await Peer(stage).dial()
         for _ in range(2):
-            await begun(stage.socket().request("confirm", timeout=5))
+            await start(stage.socket().request("confirm", timeout=5))
         with pytest.raises(RequestError) as caught:
             await stage.socket().request("confirm")
         assert caught.value.code == "too_many"
         assert len(line.of("msg")) == 2
         await asyncio.sleep(6)
-        await begun(stage.socket().request("confirm", timeout=1))
+        await start(stage.socket().request("confirm", timeout=1))
         assert len(line.of("msg")) == 3
 
 
 @virtually
 async def test_sends_with_ack_over_max_open_raise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than MAX_OPEN senders at the same time do not wait."""
+    """More than MAX_OPEN concurrent sends with `ack=True` raise instead of waiting."""
     monkeypatch.setattr(requests_module, "MAX_OPEN", 2)
     async with Stage() as stage:
         await Peer(stage).dial()
         for _ in range(2):
-            await begun(stage.socket().send("x", ack=True))
+            await start(stage.socket().send("x", ack=True))
         with pytest.raises(RequestError) as caught:
             await with_deadline(stage.socket().send("x", ack=True))
         assert caught.value.code == "too_many"
 
 
-# ── volatile, and room that is left ──
+# ── volatile messages and limits ──
 
 
 @virtually
 async def test_volatile_message_is_skipped_for_detached_client() -> None:
-    """It is neither kept nor numbered, and the result says how many have missed it."""
+    """A volatile message to a detached client is not stored or numbered, and counts as skipped."""
     async with Stage() as stage:
         peer = Peer(stage)
         await (await peer.dial()).leaves()
@@ -256,7 +256,7 @@ async def test_volatile_message_is_skipped_for_detached_client() -> None:
 @pytest.mark.parametrize("overflow", ["disconnect", "drop_oldest", "drop_newest"])
 @virtually
 async def test_volatile_message_over_outbox_limit_is_dropped(overflow: str) -> None:
-    """Whatever outbox_overflow says, it is dropped and counted, and the connection stays."""
+    """A volatile message above the outbox limit is dropped and counted under each policy; the connection stays."""
     async with Stage(outbox_max_messages=3, outbox_overflow=overflow) as stage:
         line = await Peer(stage).dial()
         line.server.block()
@@ -272,7 +272,7 @@ async def test_volatile_message_over_outbox_limit_is_dropped(overflow: str) -> N
 
 @virtually
 async def test_volatile_messages_are_coalesced_by_key() -> None:
-    """A newer one takes the place of one that still waits; numbered ones with a key all arrive."""
+    """A newer volatile message replaces a queued one with its key, but numbered messages with a key all arrive."""
     async with Stage() as stage:
         line = await Peer(stage).dial()
         line.server.block()
@@ -291,7 +291,7 @@ async def test_volatile_messages_are_coalesced_by_key() -> None:
 @pytest.mark.parametrize("overflow", ["disconnect", "drop_oldest", "drop_newest"])
 @virtually
 async def test_slow_v1_client_is_closed_4507_and_resumes_in_full(overflow: str) -> None:
-    """No numbered message is dropped: 4507, whatever outbox_overflow says, and the resume brings all of them."""
+    """A full outbox closes a v1 client with 4507 under each policy, and the resume replays all numbered messages."""
     async with Stage(outbox_max_messages=4, outbox_overflow=overflow) as stage:
         peer = Peer(stage)
         line = await peer.dial()
@@ -309,7 +309,7 @@ async def test_slow_v1_client_is_closed_4507_and_resumes_in_full(overflow: str) 
 
 @virtually
 async def test_stalled_v1_client_is_closed_and_resumes_in_full() -> None:
-    """A send that makes no progress ends the connection with 4507, and nothing of the session."""
+    """A stalled send closes the connection with 4507, but the session resumes in full."""
     async with Stage(send_timeout=2) as stage:
         peer = Peer(stage)
         line = await peer.dial()
@@ -325,7 +325,7 @@ async def test_stalled_v1_client_is_closed_and_resumes_in_full() -> None:
 
 @virtually
 async def test_ended_session_enqueues_no_message() -> None:
-    """Messages that are offered to it are refused, and kept nowhere."""
+    """An ended session enqueues no message and holds no bytes."""
     async with Stage() as stage:
         line = await Peer(stage).dial()
         session = stage.socket()._connection.recipient
@@ -337,7 +337,7 @@ async def test_ended_session_enqueues_no_message() -> None:
 
 @virtually
 async def test_message_over_replay_max_age_causes_gap() -> None:
-    """After replay_max_age a message is gone, and who has missed it is told of a gap."""
+    """A message older than replay_max_age is discarded, and a client that missed it resumes with a gap."""
     async with Stage(replay_max_age=5) as stage:
         peer = Peer(stage)
         line = await peer.dial()
@@ -347,4 +347,4 @@ async def test_message_over_replay_max_age_causes_gap() -> None:
         await stage.manager.send_to_client("ann", "young")
         line = await peer.dial()
         assert (line.outcome, line.welcome["why"], line.welcome["seq"], line.got) == ("gap", "overflow", 2, [])
-        assert [report.fields["missed_messages"] for report in stage.heard.of("session_gap")] == [2]
+        assert [event.fields["missed_messages"] for event in stage.heard.of("session_gap")] == [2]

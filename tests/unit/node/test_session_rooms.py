@@ -1,4 +1,4 @@
-"""Tests of sessions in rooms: what those get who are away, who is present, and what newcomers get of the history."""
+"""Tests of sessions in rooms: messages for detached sessions, presence, and room history."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fastapi_ws_stabilizer.socket import StableSocket
 from tests.support.fake_link import soon, virtually
 from tests.support.stage import Peer, Stage
 
-# ── who is away is there ──
+# ── detached sessions ──
 
 
 @virtually
 async def test_detached_session_queues_broadcasts_and_messages() -> None:
-    """A broadcast, a message to its room and one to its client id are kept for it, and count as queued."""
+    """Broadcasts, room messages and messages to the client id are queued for a detached session, as succeeded."""
     async with Stage() as stage:
         peer = Peer(stage)
         line = await peer.dial()
@@ -37,7 +37,7 @@ async def test_detached_session_queues_broadcasts_and_messages() -> None:
 
 @virtually
 async def test_detached_session_can_be_excluded() -> None:
-    """By its client id, and by any socket that it has had; others get it."""
+    """A detached session can be excluded by its client id and by any of its sockets; others get the message."""
     async with Stage() as stage:
         ann, bob = Peer(stage), Peer(stage, "bob")
         lines = [await ann.dial(), await bob.dial()]
@@ -56,7 +56,7 @@ async def test_detached_session_can_be_excluded() -> None:
 
 @virtually
 async def test_room_contains_detached_session() -> None:
-    """A session that is away is in its room, for `len()`, `in`, `members` and `get_rooms()`."""
+    """A detached session is in its room for `len()`, `in`, `members` and `get_rooms()`."""
     async with Stage() as stage:
         peer = Peer(stage)
         line = await peer.dial()
@@ -71,7 +71,7 @@ async def test_room_contains_detached_session() -> None:
 
 @virtually
 async def test_room_disconnect_ends_detached_sessions() -> None:
-    """`Room.disconnect` means those too; they hear its code when they come back."""
+    """`Room.disconnect` ends detached sessions too; their clients get its code at the next connect."""
     async with Stage() as stage:
         peers = [Peer(stage), Peer(stage, "bob")]
         lines = [await peer.dial() for peer in peers]
@@ -90,7 +90,7 @@ async def test_room_disconnect_ends_detached_sessions() -> None:
 
 @virtually
 async def test_room_close_removes_detached_sessions() -> None:
-    """`Room.close` takes them out, and they are not in it when they come back."""
+    """`Room.close` removes detached sessions, which are not in the room after a resume."""
     async with Stage() as stage:
         peer = Peer(stage)
         line = await peer.dial()
@@ -103,7 +103,7 @@ async def test_room_close_removes_detached_sessions() -> None:
 
 @virtually
 async def test_disconnect_ends_detached_session_of_client() -> None:
-    """`manager.disconnect` means sessions that are away as well; their clients hear its code when they come back."""
+    """`manager.disconnect` ends detached sessions as well; their clients get its code at the next connect."""
     async with Stage() as stage:
         peer = Peer(stage)
         await (await peer.dial()).leaves()
@@ -120,17 +120,17 @@ async def test_disconnect_ends_detached_session_of_client() -> None:
 
 @virtually
 async def test_session_leaves_presence_after_grace_and_rejoins() -> None:
-    """Back within the grace is no departure; after it the client has left, and joins again when it is back."""
+    """A resume within the grace is not announced; after the grace the client leaves, and joins again at its resume."""
     async with Stage(presence_grace=5) as stage:
         seen: list[tuple[str, str, dict[str, Any]]] = []
 
         @stage.manager.on_join
-        async def joined(room: Any, who: Presence) -> None:
-            seen.append(("join", who.client_id, dict(who.metadata)))
+        async def joined(room: Any, entry: Presence) -> None:
+            seen.append(("join", entry.client_id, dict(entry.metadata)))
 
         @stage.manager.on_leave
-        async def left(room: Any, who: Presence) -> None:
-            seen.append(("leave", who.client_id, dict(who.metadata)))
+        async def left(room: Any, entry: Presence) -> None:
+            seen.append(("leave", entry.client_id, dict(entry.metadata)))
 
         peer, room = Peer(stage), stage.manager.room("lobby")
         line = await peer.dial()
@@ -147,19 +147,19 @@ async def test_session_leaves_presence_after_grace_and_rejoins() -> None:
         await asyncio.sleep(6)
         assert (room.presence, room.clients, [event for event, *_ in seen]) == ([], ["ann"], ["join", "leave"])
         await peer.dial()
-        assert [dict(who.metadata) for who in room.presence] == [{"name": "Ann", "colour": "red"}]
+        assert [dict(entry.metadata) for entry in room.presence] == [{"name": "Ann", "colour": "red"}]
         assert seen[2:] == [("join", "ann", {"name": "Ann", "colour": "red"})]
 
 
 @virtually
 async def test_takeover_of_half_open_connection_announces_no_leave() -> None:
-    """Who takes a half-open connection over has been there all the time."""
+    """A client that replaces its half-open connection stays present, without a leave."""
     async with Stage(presence_grace=0) as stage:
         left: list[str] = []
 
         @stage.manager.on_leave
-        async def leaves(room: Any, who: Presence) -> None:
-            left.append(who.client_id)
+        async def leaves(room: Any, entry: Presence) -> None:
+            left.append(entry.client_id)
 
         peer = Peer(stage)
         await peer.dial()
@@ -171,7 +171,7 @@ async def test_takeover_of_half_open_connection_announces_no_leave() -> None:
 
 @virtually
 async def test_clean_close_ends_presence_immediately() -> None:
-    """Nobody is expected back after a goodbye."""
+    """A clean close ends presence at once, despite `presence_grace`."""
     async with Stage(presence_grace=5) as stage:
         line = await Peer(stage).dial()
         await stage.socket().join("lobby")
@@ -186,7 +186,7 @@ async def test_clean_close_ends_presence_immediately() -> None:
 @pytest.mark.parametrize("kind", ["plain", "v1"])
 @virtually
 async def test_join_with_history_sends_last_room_messages(kind: str) -> None:
-    """The last n in order, before anything newer; volatile ones and those of other rooms are not among them."""
+    """A join gets the last n messages in order before newer ones, without volatile ones and those of other rooms."""
     async with Stage(room_history=4) as stage:
         room = stage.manager.room("lobby")
         for number in range(6):
@@ -210,7 +210,7 @@ async def test_join_with_history_sends_last_room_messages(kind: str) -> None:
 
 @virtually
 async def test_join_sends_at_most_available_history() -> None:
-    """A room remembers room_history messages, and gives what it has; without that option none."""
+    """A room stores `room_history` messages and sends what it has; without that option it stores none."""
     async with Stage(room_history=2) as stage:
         for number in range(5):
             await stage.manager.room("lobby").send(number)
@@ -229,7 +229,7 @@ async def test_join_sends_at_most_available_history() -> None:
 
 @virtually
 async def test_history_over_max_age_is_not_sent() -> None:
-    """A message is remembered for room_history_max_age."""
+    """A message is stored for room_history_max_age."""
     async with Stage(room_history=5, room_history_max_age=10) as stage:
         room = stage.manager.room("lobby")
         await room.send("old")
@@ -244,7 +244,7 @@ async def test_history_over_max_age_is_not_sent() -> None:
 
 @virtually
 async def test_history_is_replayed_after_resume() -> None:
-    """What a session was given of a room's history is numbered, and comes again after a resume."""
+    """History that a session gets at a join is numbered, and is replayed after a resume."""
     async with Stage(room_history=5) as stage:
         for number in range(3):
             await stage.manager.room("lobby").send(number)
@@ -257,7 +257,7 @@ async def test_history_is_replayed_after_resume() -> None:
 
 @virtually
 async def test_replay_age_of_history_starts_at_join() -> None:
-    """What a newcomer is given counts as sent now: it is not too old to be replayed because it was said long ago."""
+    """History counts as sent at the join, so that an old message is still replayed after a resume."""
     async with Stage(room_history=5, replay_max_age=5) as stage:
         await Peer(stage, "bob").dial()
         await stage.socket("bob").join("lobby")

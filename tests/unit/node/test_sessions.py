@@ -1,4 +1,4 @@
-"""Tests of the life of sessions, as hooks see it."""
+"""Tests of the life of sessions through the hooks that are called."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fastapi_ws_stabilizer.socket import StableSocket
 from tests.support.fake_link import soon, virtually
 from tests.support.stage import Peer, Stage
 
-# ── which hooks are called ──
+# ── calls of hooks ──
 
 
 @virtually
 async def test_clean_close_ends_connection_and_session() -> None:
-    """1000 from the client is a goodbye: on_disconnect, and on_session_end right after it."""
+    """A close with 1000 by the client calls on_disconnect and then on_session_end."""
     async with Stage() as stage:
         line = await Peer(stage).dial()
         await line.leaves(1000)
@@ -27,7 +27,7 @@ async def test_clean_close_ends_connection_and_session() -> None:
 
 @virtually
 async def test_returning_endpoint_ends_session_with_4410() -> None:
-    """An endpoint that returns has ended the conversation: 4410, and the session is over."""
+    """The return of an endpoint closes with 4410 and ends the session."""
     async with Stage() as stage:
 
         async def receive_one(ws: StableSocket) -> None:
@@ -42,7 +42,7 @@ async def test_returning_endpoint_ends_session_with_4410() -> None:
 
 @virtually
 async def test_socket_close_ends_session_with_4410() -> None:
-    """`ws.close()` is a goodbye: a v1 client gets 4410, and its session is over."""
+    """`ws.close()` closes a v1 client with 4410 and ends its session."""
     async with Stage() as stage:
         line = await Peer(stage).dial()
         await stage.socket().close()
@@ -53,7 +53,7 @@ async def test_socket_close_ends_session_with_4410() -> None:
 
 @virtually
 async def test_reconnects_resume_session_without_connect_hook() -> None:
-    """A client that comes back is resumed and not connected, as often as it comes; its session ends once."""
+    """Each reconnect calls on_resume instead of on_connect, and the session ends once."""
     async with Stage() as stage:
         peer = Peer(stage)
         await (await peer.dial()).leaves()
@@ -67,7 +67,7 @@ async def test_reconnects_resume_session_without_connect_hook() -> None:
 
 @virtually
 async def test_session_ends_after_session_ttl() -> None:
-    """A session whose client is not back within session_ttl ends as its last connection did, and not before."""
+    """A session ends after session_ttl without a resume, not earlier, and with the cause of its last connection."""
     async with Stage(session_ttl=20) as stage:
         peer = Peer(stage)
         await (await peer.dial()).leaves()
@@ -81,7 +81,7 @@ async def test_session_ends_after_session_ttl() -> None:
 
 @virtually
 async def test_half_open_connection_is_closed_4409_on_resume() -> None:
-    """The new connection has the session at once; the old one is closed 4409, and its end is no end of the session."""
+    """The new connection has the session at once; the old one is closed with 4409, and the session continues."""
     async with Stage() as stage:
         peer = Peer(stage)
         old = await peer.dial()
@@ -97,7 +97,7 @@ async def test_half_open_connection_is_closed_4409_on_resume() -> None:
 
 @virtually
 async def test_frames_on_replaced_connection_are_ignored() -> None:
-    """Messages that arrive on a connection whose session was taken over are another connection's to bring."""
+    """Frames that arrive on a connection after a handover are ignored."""
     async with Stage() as stage:
         peer = Peer(stage)
         old = await peer.dial()
@@ -114,20 +114,20 @@ async def test_frames_on_replaced_connection_are_ignored() -> None:
 
 @virtually
 async def test_sessions_over_max_sessions_away_end_oldest_first() -> None:
-    """Of more than max_detached_sessions sessions the one that left first ends, with hooks and a report."""
+    """Above max_detached_sessions the session that detached first ends, with its hooks and an event."""
     async with Stage(max_detached_sessions=1) as stage:
         for name in ("ann", "bob"):
             await (await Peer(stage, name).dial()).leaves()
         await soon()
         assert stage.events[2] == "connect bob"
         assert sorted(stage.events[3:]) == ["disconnect bob network_lost", "session_end ann network_lost"]
-        assert [report.fields["client_id"] for report in stage.heard.of("session_evicted")] == ["ann"]
+        assert [event.fields["client_id"] for event in stage.heard.of("session_evicted")] == ["ann"]
         assert stage.manager.get_session_counts() == {"sessions": 1, "away": 1}
 
 
 @virtually
 async def test_shutdown_ends_all_sessions_once() -> None:
-    """A graceful shutdown ends sessions with a connection and those that are away, each with its hooks, once."""
+    """A graceful shutdown ends connected and detached sessions, each with its hooks, once."""
     async with Stage() as stage:
         await (await Peer(stage, "bob").dial()).leaves()
         line = await Peer(stage).dial()
@@ -144,7 +144,7 @@ async def test_shutdown_ends_all_sessions_once() -> None:
 
 @virtually
 async def test_failing_handler_closes_1011_and_session_resumes() -> None:
-    """A handler that fails closes 1011; the client comes back, and does not get the failing message handled again."""
+    """A failing handler closes with 1011; the session resumes, and the failing message is not handled again."""
     async with Stage() as stage:
         peer = Peer(stage)
         line = await peer.dial()
@@ -162,7 +162,7 @@ async def test_failing_handler_closes_1011_and_session_resumes() -> None:
 
 @virtually
 async def test_connect_hook_403_closes_4403_and_ends_session() -> None:
-    """A connect hook that raises 403 closes 4403, and the session is over before it has begun."""
+    """A connect hook that raises 403 closes with 4403 and ends the session."""
     async with Stage() as stage:
         stage.rejection = HTTPException(403)
         line = await Peer(stage).dial()
@@ -173,7 +173,7 @@ async def test_connect_hook_403_closes_4403_and_ends_session() -> None:
 
 @virtually
 async def test_replace_policy_closes_older_client_with_4410() -> None:
-    """With on_duplicate="replace" the older one is closed 4410, so that it stays away: its session is over."""
+    """With on_duplicate="replace" the older client is closed with 4410, which is final, and its session ends."""
     async with Stage(on_duplicate="replace") as stage:
         old, new = await Peer(stage).dial(), await Peer(stage).dial()
         assert old.close_code == 4410
@@ -189,7 +189,7 @@ async def test_replace_policy_closes_older_client_with_4410() -> None:
 
 @virtually
 async def test_reject_policy_closes_newer_client_with_4409() -> None:
-    """With on_duplicate="reject" the newer one is closed 4409 without any hook, and leaves no session."""
+    """With on_duplicate="reject" the newer client is closed with 4409 without hooks, and leaves no session."""
     async with Stage(on_duplicate="reject") as stage:
         old, new = await Peer(stage).dial(), await Peer(stage).dial()
         assert new.close_code == 4409
@@ -200,7 +200,7 @@ async def test_reject_policy_closes_newer_client_with_4409() -> None:
 
 @virtually
 async def test_reject_policy_allows_resume_of_own_session() -> None:
-    """Taking one's own session over is no duplicate."""
+    """With on_duplicate="reject" a client that resumes its own session is not a duplicate."""
     async with Stage(on_duplicate="reject") as stage:
         peer = Peer(stage)
         await peer.dial()
@@ -211,7 +211,7 @@ async def test_reject_policy_allows_resume_of_own_session() -> None:
 
 @virtually
 async def test_allow_policy_gives_each_client_its_own_session() -> None:
-    """With on_duplicate="allow" each has a session of its own, and comes back to its own."""
+    """With on_duplicate="allow" each client has its own session and resumes that one."""
     async with Stage(on_duplicate="allow") as stage:
         peers = [Peer(stage), Peer(stage)]
         lines = [await peer.dial() for peer in peers]
@@ -225,7 +225,7 @@ async def test_allow_policy_gives_each_client_its_own_session() -> None:
 
 @virtually
 async def test_session_of_plain_client_without_token_ends_at_close() -> None:
-    """A plain client without a token cannot come back: on_session_end follows on_disconnect."""
+    """A plain client without a token cannot resume: on_session_end follows on_disconnect."""
     async with Stage() as stage:
         line = stage.plain()
         await soon()
@@ -235,7 +235,7 @@ async def test_session_of_plain_client_without_token_ends_at_close() -> None:
 
 @virtually
 async def test_session_of_plain_client_with_token_ends_after_ttl() -> None:
-    """A plain client that holds a token may be back: on_session_end is called when session_ttl is over."""
+    """A plain client with a token may resume: on_session_end is called after session_ttl."""
     async with Stage(session_ttl=20) as stage:
         line = stage.plain()
         await soon()
@@ -249,15 +249,15 @@ async def test_session_of_plain_client_with_token_ends_after_ttl() -> None:
 
 @virtually
 async def test_returning_plain_client_resumes_with_gap() -> None:
-    """It is resumed, with a gap; its session ends once, when it has said goodbye."""
+    """A plain client that returns with a token resumes with a gap, and its session ends once."""
     async with Stage(session_ttl=20) as stage:
         line = stage.plain()
         await soon()
         token = stage.manager.generate_reconnect_token("ann")
         await line.leaves()
-        back = stage.plain(token=token)
+        resumed = stage.plain(token=token)
         await soon()
-        await back.leaves(1000)
+        await resumed.leaves(1000)
         await asyncio.sleep(60)
         first, second = (
             ["connect ann", "disconnect ann network_lost"],
@@ -268,7 +268,7 @@ async def test_returning_plain_client_resumes_with_gap() -> None:
 
 @virtually
 async def test_plain_client_with_token_replaces_half_open_connection() -> None:
-    """It is resumed while the server takes the old connection for alive, and its session does not end with that."""
+    """A plain client with a token resumes while its old connection is half-open, and the session continues."""
     async with Stage(presence_grace=5) as stage:
         old = stage.plain()
         await soon()
@@ -285,13 +285,13 @@ async def test_plain_client_with_token_replaces_half_open_connection() -> None:
 
 @virtually
 async def test_expired_detached_state_ends_session_before_timer() -> None:
-    """A plain client that comes a moment too late, before the timer has rung, is new; the old session's end is told."""
+    """A token that comes after session_ttl but before the timer gets a new session, and the old one ends."""
     async with Stage(session_ttl=20) as stage:
         line = stage.plain()
         await soon()
         token = stage.manager.generate_reconnect_token("ann")
         line.server.feed_disconnect(1006)
-        await asyncio.sleep(20.005)  # the timer rings 0.01 after the end
+        await asyncio.sleep(20.005)  # the timer fires 0.01 s after the end
         assert stage.events == ["connect ann", "disconnect ann network_lost"]
         stage.plain(token=token)
         await soon()
@@ -300,7 +300,7 @@ async def test_expired_detached_state_ends_session_before_timer() -> None:
 
 @virtually
 async def test_failing_session_end_hook_is_reported_and_others_run() -> None:
-    """It is reported as a bug, and the others are called all the same."""
+    """A failing session end hook is reported as a bug, and the others are called."""
     async with Stage() as stage:
 
         @stage.manager.on_session_end
@@ -313,7 +313,7 @@ async def test_failing_session_end_hook_is_reported_and_others_run() -> None:
         assert stage.bugs == ["session_end_hook_failed"]
 
 
-# ── malformed frames, and what is counted ──
+# ── malformed frames and counters ──
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ async def test_failing_session_end_hook_is_reported_and_others_run() -> None:
 )
 @virtually
 async def test_malformed_ack_closes_with_4400(frame: str) -> None:
-    """The short way that acknowledgements take refuses what the long way does."""
+    """The fast path for acknowledgements rejects all frames that the slow path rejects."""
     async with Stage() as stage:
         line = await Peer(stage).dial()
         await line.say(frame)
@@ -344,7 +344,7 @@ async def test_malformed_ack_closes_with_4400(frame: str) -> None:
 
 @virtually
 async def test_ping_with_long_timestamp_closes_with_4400() -> None:
-    """A ping that asks for more than a stamp is malformed; nothing large is held for who does not read its pongs."""
+    """A ping with a timestamp above 64 characters closes with 4400, so that queued pongs stay small."""
     async with Stage() as stage:
         line = await Peer(stage).dial()
         line.server.block()
@@ -359,7 +359,7 @@ async def test_ping_with_long_timestamp_closes_with_4400() -> None:
 
 @virtually
 async def test_protocol_violation_closes_4400_and_ends_session() -> None:
-    """4400 is final: the session ends with the connection."""
+    """A protocol violation closes with 4400 and ends the session, because 4400 is final."""
     async with Stage() as stage:
         line = await Peer(stage).dial()
         await line.say("no json")
@@ -368,7 +368,7 @@ async def test_protocol_violation_closes_4400_and_ends_session() -> None:
 
 @virtually
 async def test_session_counts_and_memory_include_detached() -> None:
-    """Sessions are counted, those that are away too, and what is kept for them is in the memory that is held."""
+    """Session counts and held memory include detached sessions."""
     async with Stage() as stage:
         before = stage.manager.get_memory_usage()["total_memory"]
         peer = Peer(stage)

@@ -1,4 +1,4 @@
-"""Property: an exception in any call that the end of a connection makes does not stop the end."""
+"""Property: an exception in any call of the teardown does not stop the teardown."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from tests.unit.connection.test_direct_transport import LinkServer
 
 PACKAGE = Path(fastapi_ws_stabilizer.__file__).parent
 
-END = {
+TEARDOWN = {
     "connection/connection.py": (
         "_start_closing",
         "_close_outbox",
@@ -64,7 +64,7 @@ END = {
     "handshake/session_lifecycle.py": ("detach", "_save_state", "_leave_presence"),
     "hub/hub.py": ("remove", "end_session"),
 }
-"""The functions that the end of a connection consists of."""
+"""Functions that make up the teardown, by module."""
 
 CALLS: dict[str, tuple[type, ...]] = {
     "_on_closing": (Closer,),
@@ -112,7 +112,7 @@ CALLS: dict[str, tuple[type, ...]] = {
     "_detached_state_of": (SessionLifecycle,),
     "keep_rooms": (Hub,),
 }
-"""The calls that these functions make, by name, and the classes in which each is made to raise."""
+"""Calls of these functions, by name, and the classes in which the test makes each raise."""
 
 SAFE = {
     *("attempt", "_attempt_async", "emit", "monotonic", "replace", "get_running_loop", "call_later", "current_task"),
@@ -158,26 +158,29 @@ SAFE = {
     ),
     *("_abandon_endpoint", "len", "mark_ended"),
 }
-"""Calls that are not made to raise: those that cannot, those that hold the end together, and those that belong to a
-step which is made to raise as a whole."""
+"""Calls that the test does not make raise.
 
-RUNNERS = {"disconnect", "run_disconnect_hooks", "_on_closed"}
-"""Calls without which the hooks are not told, or the connection not taken out: made to raise after their work only."""
+They cannot raise, they hold the teardown together, or they belong to a step that raises as a whole.
+"""
+
+ESSENTIAL = {"disconnect", "run_disconnect_hooks", "_on_closed"}
+"""Calls that run the hooks or remove the connection: they raise only after their work."""
 
 TARGETS = [(owner, name) for name, owners in CALLS.items() for owner in owners]
 
 
 class Boom(Exception):
-    """What a call is made to raise."""
+    """Exception that the test makes a call raise."""
 
 
 class Bomb:
-    """Makes one method raise, once, when it is armed.
+    """Patch that makes one method raise once after it is armed.
 
     Args:
+        patch: The patches of the test.
         owner: The class.
         name: The method.
-        after: Whether it does its work before it raises.
+        after: Whether the method does its work before it raises.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, owner: type, name: str, *, after: bool) -> None:
@@ -185,26 +188,26 @@ class Bomb:
         self.hit = False
         real = getattr(owner, name)
 
-        def went_off() -> bool:
-            goes, self.armed = self.armed, False
-            self.hit = self.hit or goes
-            return goes
+        def explode() -> bool:
+            exploded, self.armed = self.armed, False
+            self.hit = self.hit or exploded
+            return exploded
 
         def sync(this: Any, *args: Any, **options: Any) -> Any:
-            goes = went_off()
-            if goes and not after:
+            exploded = explode()
+            if exploded and not after:
                 raise Boom
             result = real(this, *args, **options)
-            if goes:
+            if exploded:
                 raise Boom
             return result
 
         async def waiting(this: Any, *args: Any, **options: Any) -> Any:
-            goes = went_off()
-            if goes and not after:
+            exploded = explode()
+            if exploded and not after:
                 raise Boom
             result = await real(this, *args, **options)
-            if goes:
+            if exploded:
                 raise Boom
             return result
 
@@ -212,7 +215,7 @@ class Bomb:
 
 
 def dial(stage: Stage, kind: str) -> Line:
-    """Connect a client of a kind."""
+    """Connect a client of the given kind."""
     if kind == "link":
         line = Line.__new__(Line)
         line.server, line.socket, line.error, line._stage = LinkServer(), None, None, stage
@@ -224,37 +227,37 @@ def dial(stage: Stage, kind: str) -> Line:
 
 
 def end_by_client(line: Line) -> None:
-    """The client says goodbye."""
-    gone = {"type": "websocket.disconnect", "code": 1000, "reason": ""}
+    """Close the connection as the client, with 1000."""
+    disconnect = {"type": "websocket.disconnect", "code": 1000, "reason": ""}
     if isinstance(line.server, LinkServer):
-        line.server.sink.connection_lost(gone)
+        line.server.sink.connection_lost(disconnect)
     else:
-        line.server.feed(gone)
+        line.server.feed(disconnect)
 
 
 def end_by_network(line: Line) -> None:
-    """The network is lost."""
-    gone = {"type": "websocket.disconnect", "code": 1006}
+    """Lose the network."""
+    disconnect = {"type": "websocket.disconnect", "code": 1006}
     if isinstance(line.server, LinkServer):
-        line.server.sink.connection_lost(gone)
+        line.server.sink.connection_lost(disconnect)
     else:
-        line.server.feed(gone)
+        line.server.feed(disconnect)
 
 
 def end_by_server(line: Line) -> None:
-    """The server ends the connection, and flushes nothing."""
+    """Close the connection as the server, without a flush."""
     assert line.socket is not None
     line.socket._connection.close(DisconnectReason.MEMORY)
 
 
 def end_by_endpoint(line: Line) -> None:
-    """The application closes it."""
+    """Close the connection as the application."""
     assert line.socket is not None
     line.socket._connection.close(DisconnectReason.APPLICATION)
 
 
 def end_by_kick(line: Line) -> None:
-    """The application closes it with a code that tells the client to stay away."""
+    """Close the connection as the application, with a code that is final for the client."""
     assert line.socket is not None
     line.socket._connection.close(DisconnectReason.APPLICATION, code=4403)
 
@@ -263,7 +266,7 @@ ENDS: tuple[Callable[[Line], None], ...] = (end_by_client, end_by_network, end_b
 
 
 def left_over(stage: Stage) -> dict[str, int]:
-    """What a manager still holds of connections."""
+    """Return what the manager still holds of connections."""
     node = stage.manager._node
     admission = node.admission.limiter
     return {
@@ -274,12 +277,12 @@ def left_over(stage: Stage) -> dict[str, int]:
         "rooms": len(node.hub.rooms) - node.sessions.detached_count - len(node.resumption.detached),
         "present": len(node.hub.presence),
         "lifetimes": len(node.reaper),
-        "places": len(admission),
+        "reservations": len(admission),
     }
 
 
-async def play(bomb: Bomb, kind: str, how: Callable[[Line], None], *, complete: bool) -> None:
-    """Let one connection end, and look at what is left."""
+async def play(bomb: Bomb, kind: str, end: Callable[[Line], None], *, complete: bool) -> None:
+    """Close one connection, and check what is left."""
     options = {
         "disconnect_grace": 2,
         "send_timeout": 1,
@@ -292,7 +295,7 @@ async def play(bomb: Bomb, kind: str, how: Callable[[Line], None], *, complete: 
 
         async def endpoint(ws: StableSocket) -> None:
             await ws.join("lobby")
-            ws.user_data["kept"] = 1
+            ws.user_data["saved"] = 1
             await ws.receive()
             await stage.gate.wait()
 
@@ -308,19 +311,19 @@ async def play(bomb: Bomb, kind: str, how: Callable[[Line], None], *, complete: 
             connection.credential.reset(500)
             await line.message("note", "unread", "unread")
         bomb.armed = True
-        how(line)
-        bomb_is_for_later = bomb.armed
+        end(line)
+        hits_later = bomb.armed
         await asyncio.wait({connection.finished}, timeout=60)
         bomb.armed = False
         await asyncio.wait({line.task}, timeout=60)
-        assert connection.is_finished, "the end did not reach its last step"
+        assert connection.is_finished, "the teardown did not reach its last step"
         assert line.task.done(), "the endpoint did not end"
-        assert bomb_is_for_later or bomb.hit
+        assert hits_later or bomb.hit
         assert [event for event in stage.events if event.startswith("disconnect ann")] == [
             f"disconnect ann {connection.close_info.cause.value}"
         ]
-        reported = [report for report in stage.heard.all if isinstance(report.error, Boom)]
-        assert len(reported) == bomb.hit, [report.event for report in reported]
+        events = [event for event in stage.heard.all if isinstance(event.error, Boom)]
+        assert len(events) == bomb.hit, [event.event for event in events]
         await asyncio.sleep(10)
         if complete:
             assert not any(left_over(stage).values()), left_over(stage)
@@ -328,7 +331,7 @@ async def play(bomb: Bomb, kind: str, how: Callable[[Line], None], *, complete: 
 
 @pytest.fixture
 def patch() -> Iterator[pytest.MonkeyPatch]:
-    """Patches that are undone in a test, too."""
+    """Patches that are undone within the test."""
     with pytest.MonkeyPatch.context() as patch:
         yield patch
 
@@ -336,24 +339,24 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 @pytest.mark.parametrize(("owner", "name"), TARGETS, ids=lambda one: getattr(one, "__name__", one))
 @virtually
 async def test_teardown_completes_when_one_call_raises(owner: type, name: str) -> None:
-    """Whatever one call of the end raises, the end reaches its last step, and the failure is reported once."""
+    """If any single call of the teardown raises, the teardown completes and the failure is reported once."""
     hits = 0
     for after in (False, True):
-        if name in RUNNERS and not after:
+        if name in ESSENTIAL and not after:
             continue
         for kind in ("plain", "link", "v1"):
-            for how in ENDS:
+            for end in ENDS:
                 with pytest.MonkeyPatch.context() as patch:
                     bomb = Bomb(patch, owner, name, after=after)
-                    await play(bomb, kind, how, complete=after)
+                    await play(bomb, kind, end, complete=after)
                 hits += bomb.hit
-    assert hits, "no end makes this call: take it out of the list"
+    assert hits, "no teardown makes this call: remove it from the list"
 
 
 def test_every_call_of_teardown_is_covered() -> None:
-    """The functions of the end make no call that is neither made to raise nor known to be safe."""
+    """Each call in a function of the teardown is either made to raise or known to be safe."""
     unknown = []
-    for module, functions in END.items():
+    for module, functions in TEARDOWN.items():
         tree = ast.parse((PACKAGE / module).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name in functions:
