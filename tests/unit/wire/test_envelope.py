@@ -140,8 +140,7 @@ def test_unencodable_reply_raises_value_error() -> None:
         sequenced_frame("reply", object(), re="c1")
 
 
-@pytest.mark.parametrize("event", ["x" * 257, "a
-b", "\ud800", 7])
+@pytest.mark.parametrize("event", ["x" * 257, "a\nb", "\ud800", 7])
 def test_request_with_invalid_event_raises(event: Any) -> None:
     """An event name that clients cannot read raises at the sender."""
     with pytest.raises(MessageEncodeError, match="an event must be a string"):
