@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import gc
-import json
 import os
 import resource
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, HTTPException, WebSocket, WebSocketDisconnect, WebSocketException
@@ -22,16 +18,14 @@ from fastapi_ws_stabilizer import (
     SocketClosed,
     StableSocket,
     StableSocketDep,
-    WebSocketConfig,
-    WebSocketConnectionManager,
     configure_logging,
     stable_socket,
     stats_router,
 )
+from tests.support.live_apps import collect_garbage, manager_from_env
 
 configure_logging(json_lines=bool(os.environ.get("TEST_JSON_LOG")))
-config = WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}")))
-manager = WebSocketConnectionManager(config)
+manager = manager_from_env(logs=False)
 events: list[str] = []
 released = asyncio.Event()
 
@@ -93,11 +87,7 @@ async def probe() -> dict[str, Any]:
 
 @app.post("/collect")
 async def collect() -> dict[str, int]:
-    """Collect garbage, give back what the allocator keeps for later, and tell the memory that the process holds now."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return {"rss": pages * os.sysconf("SC_PAGE_SIZE"), "objects": len(gc.get_objects())}
+    return collect_garbage()
 
 
 @app.post("/broadcast")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.server import LiveServer
+from tests.support.wire_client import Witness
 
 HERE = Path(__file__).parent
 
@@ -102,3 +103,18 @@ def server() -> Iterator[LiveServer]:
     """One uvicorn for all tests of a module that can share it."""
     with LiveServer() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def witness(server: LiveServer) -> Iterator[Witness]:
+    """Well-behaved connection that lives as long as the `server` of the module."""
+    witness = Witness(server)
+    yield witness
+    witness.close()
+
+
+@pytest.fixture
+def witness_is_unaffected(witness: Witness) -> Iterator[None]:
+    """Check after the test that the witness still echoes and that the server has logged no error."""
+    yield
+    witness.check()

@@ -17,13 +17,10 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool
 from fastapi_ws_stabilizer import (
     StableSocket,
     StableSocketDep,
-    WebSocketConfig,
-    WebSocketConnectionManager,
-    configure_logging,
 )
+from tests.support.live_apps import manager_from_env
 
-configure_logging()
-manager = WebSocketConnectionManager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
+manager = manager_from_env()
 engine = create_async_engine(
     f"sqlite+aiosqlite:///{os.environ['TEST_DATABASE']}",
     poolclass=AsyncAdaptedQueuePool,

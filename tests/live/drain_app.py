@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,10 +10,10 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from fastapi_ws_stabilizer import DisconnectReason, StableSocket, StableSocketDep, WebSocketConfig, stats_router
-from fastapi_ws_stabilizer import WebSocketConnectionManager as Manager
+from fastapi_ws_stabilizer import DisconnectReason, StableSocket, StableSocketDep, stats_router
+from tests.support.live_apps import manager_from_env
 
-manager = Manager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
+manager = manager_from_env(logs=False)
 counts = {"hooks": 0, "clean-ups": 0}
 reasons: list[str] = []
 ended_at: list[float] = []

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from dataclasses import asdict
 from typing import Any
 
 from fastapi import Depends, FastAPI, WebSocket
 
-from fastapi_ws_stabilizer import DisconnectReason, StableSocket, StableSocketDep, WebSocketConfig
-from fastapi_ws_stabilizer import WebSocketConnectionManager as Manager
+from fastapi_ws_stabilizer import DisconnectReason, StableSocket, StableSocketDep
+from tests.support.live_apps import manager_from_env
 
-manager = Manager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
+manager = manager_from_env(logs=False)
 app = FastAPI(lifespan=manager.lifespan)
 events: list[str] = []
 

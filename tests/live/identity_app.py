@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ from fastapi_ws_stabilizer import (
     DisconnectReason,
     StableSocket,
     StableSocketDep,
-    WebSocketConfig,
     WebSocketConnectionManager,
     configure_logging,
 )
 from fastapi_ws_stabilizer.auth import Credential, bearer, cookie, first_message, subprotocol
+from tests.support.live_apps import config_from_env
 
-config = WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}")))
+config = config_from_env()
 configure_logging(level=config.log_level)
 manager = WebSocketConnectionManager(config)
 app = FastAPI(lifespan=manager.lifespan)

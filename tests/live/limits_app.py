@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import gc
 import json
 import os
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, WebSocket
@@ -21,6 +18,7 @@ from fastapi_ws_stabilizer import (
     configure_logging,
 )
 from fastapi_ws_stabilizer.auth.credentials import Credential, bearer, query, subprotocol
+from tests.support.live_apps import collect_garbage
 
 TOKEN = Credential(bearer(), query("token"), subprotocol("bearer"))
 
@@ -105,12 +103,4 @@ async def noted() -> list[str]:
 
 @app.post("/collect")
 async def collect() -> dict[str, int]:
-    """Collect garbage, give back what the allocator keeps for later, and tell the memory that the process holds now."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return {
-        "rss": pages * os.sysconf("SC_PAGE_SIZE"),
-        "objects": len(gc.get_objects()),
-        "tasks": len(asyncio.all_tasks()),
-    }
+    return {**collect_garbage(), "tasks": len(asyncio.all_tasks())}

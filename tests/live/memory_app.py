@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import time
 from typing import Any
 
@@ -15,13 +13,10 @@ from fastapi_ws_stabilizer import (
     MemoryLimitExceededError,
     StableSocket,
     StableSocketDep,
-    WebSocketConfig,
-    WebSocketConnectionManager,
-    configure_logging,
 )
+from tests.support.live_apps import manager_from_env
 
-configure_logging()
-manager = WebSocketConnectionManager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
+manager = manager_from_env()
 app = FastAPI(lifespan=manager.lifespan)
 events: list[str] = []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 from collections import Counter
@@ -21,15 +20,12 @@ from fastapi_ws_stabilizer import (
     SocketClosed,
     StableSocket,
     StableSocketDep,
-    WebSocketConfig,
-    WebSocketConnectionManager,
     WebSocketStabilizerError,
-    configure_logging,
 )
 from tests.live.random_schedules import EXPECTED_BUG
+from tests.support.live_apps import manager_from_env
 
-configure_logging()
-manager = WebSocketConnectionManager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
+manager = manager_from_env()
 app = FastAPI(lifespan=manager.lifespan)
 chance = random.Random(os.environ.get("TEST_SEED", "0"))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict
 from typing import Any
 
@@ -17,14 +15,10 @@ from fastapi_ws_stabilizer import (
     SlowConsumer,
     StableSocket,
     StableSocketDep,
-    WebSocketConfig,
-    WebSocketConnectionManager,
-    configure_logging,
 )
+from tests.support.live_apps import manager_from_env
 
-configure_logging()
-config = WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}")))
-manager = WebSocketConnectionManager(config)
+manager = manager_from_env()
 app = FastAPI(lifespan=manager.lifespan)
 events: list[str] = []
 

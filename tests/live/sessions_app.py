@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 from typing import Any
 
 from fastapi import FastAPI, WebSocket
@@ -15,11 +13,10 @@ from fastapi_ws_stabilizer import (
     StableSocket,
     StableSocketDep,
     TokenExpiredError,
-    WebSocketConfig,
-    WebSocketConnectionManager,
 )
+from tests.support.live_apps import manager_from_env
 
-manager = WebSocketConnectionManager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
+manager = manager_from_env(logs=False)
 app = FastAPI(lifespan=manager.lifespan)
 
 heard: dict[str, list[Any]] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -14,14 +13,10 @@ from starlette.websockets import WebSocketState
 from fastapi_ws_stabilizer import (
     StableSocket,
     StableSocketDep,
-    WebSocketConfig,
-    WebSocketConnectionManager,
-    configure_logging,
 )
+from tests.support.live_apps import manager_from_env
 
-if "TEST_WS_CONFIG" in os.environ:  # a server's process, and not a test that imports the lists below
-    configure_logging()
-manager = WebSocketConnectionManager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
+manager = manager_from_env(logs="TEST_WS_CONFIG" in os.environ)  # a test imports the tables below, without logs
 app = FastAPI(lifespan=manager.lifespan)
 events: list[str] = []
 

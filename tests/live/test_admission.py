@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import InvalidStatus
 from websockets.http11 import Response
 from websockets.typing import Origin, Subprotocol
 
@@ -20,6 +20,8 @@ from fastapi_ws_stabilizer.connection.server_transport import CLOSE_HANDSHAKE_TI
 from fastapi_ws_stabilizer.handshake.hello import MIN_HELLO_WAIT
 from fastapi_ws_stabilizer.limits.connections import MIN_PENDING
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
+from tests.support.plain_client import received_close
+from tests.support.process import UVICORN_REJECTION
 from tests.support.raw import RawClient
 from tests.support.server import UVICORN, LiveServer, until
 from tests.support.wire_client import WireClient, request
@@ -28,9 +30,6 @@ SHOWS_TRANSPORT = ("uvicorn-sansio", "uvicorn-stable")
 """Servers whose connections can be cut."""
 
 KINDS = ("uvicorn-sansio", "uvicorn-stable", "hypercorn", "granian")
-
-OWN_REFUSAL = "ASGI callable returned without completing handshake"
-"""What uvicorn's own protocol class logs as an error when a client is refused; ours does not."""
 
 OWN_FLOW = "RuntimeError: ASGI flow error: Connection already upgraded"
 """What granian raises in Starlette's handler when a client that gets an HTTP status is gone already, and its log has
@@ -85,7 +84,7 @@ def server(shared: LiveServer) -> Iterator[LiveServer]:
 def crashes(server: LiveServer) -> list[str]:
     """The errors in the log but those that are the server's own."""
     own = server.kind != "uvicorn-stable"
-    found = [line for line in server.errors() if not (own and OWN_REFUSAL in line)]
+    found = [line for line in server.errors() if not (own and UVICORN_REJECTION in line)]
     for _ in range(server.log.count(OWN_FLOW)):
         for start in ("[ERROR] Application callable raised an exception", "Traceback"):
             found.remove(next(line for line in found if line.startswith(start)))
@@ -110,16 +109,7 @@ async def closed(server: LiveServer, path: str, *first: str, **options: Any) -> 
     async with connect(server.url(path), **options) as client:
         for message in first:
             await client.send(message)
-        return await closed_with(client)
-
-
-async def closed_with(client: ClientConnection) -> tuple[int, str]:
-    """Read until the server's close frame, and return its code and reason."""
-    with pytest.raises(ConnectionClosed) as over:
-        while True:
-            await asyncio.wait_for(client.recv(), 5)
-    assert over.value.rcvd is not None
-    return over.value.rcvd.code, over.value.rcvd.reason
+        return await received_close(client)
 
 
 async def echoes(client: ClientConnection) -> bool:
@@ -274,7 +264,7 @@ async def test_rejected_browser_gets_offered_subprotocol(server: LiveServer, off
     protocols = [Subprotocol(one) for one in offered]
     async with connect(server.url("/auto/who"), origin=page(server), subprotocols=protocols) as client:
         assert client.subprotocol == chosen
-        assert (await closed_with(client))[0] == 4401
+        assert (await received_close(client))[0] == 4401
 
 
 async def test_unknown_subprotocols_are_not_echoed(server: LiveServer) -> None:
@@ -454,7 +444,7 @@ async def test_full_server_resumes_session_of_half_open_connection(server: LiveS
         async with connect(server.url("/ghost-session/path/ann"), subprotocols=V1) as new:
             await new.send(hello(2, token))
             assert json.loads(await asyncio.wait_for(new.recv(), 5))["resume"] == "full"
-            assert (await closed_with(old))[0] == 4409
+            assert (await received_close(old))[0] == 4409
             assert counts(server, "ghost-session")["inside"] == 1
             assert (await refused(server, "/ghost-session/path/bob")).status_code == 503
 
@@ -467,9 +457,9 @@ async def test_pending_handshakes_are_bounded(server: LiveServer) -> None:
         await asyncio.sleep(MIN_HELLO_WAIT)
         async with connect(server.url("/silent/path/bob")) as bob:
             assert await echoes(bob)
-            assert (await closed_with(silent[0]))[0] == 4408
+            assert (await received_close(silent[0]))[0] == 4408
             assert counts(server, "silent")["knocking"] == MIN_PENDING
-        ends = await asyncio.gather(*(closed_with(client) for client in silent))
+        ends = await asyncio.gather(*(received_close(client) for client in silent))
         assert {code for code, _ in ends} == {4408}
     await until_empty(server, "silent")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from tests.support.plain_client import received_close
 from tests.support.raw import RawClient
 from tests.support.server import SERVERS, UVICORN, LiveServer, until
 
@@ -171,18 +171,12 @@ async def scenario_slow_consumer(server: LiveServer) -> None:
 async def scenario_server_shutdown(server: LiveServer) -> None:
     async with connect(server.url("/echo/ann")) as client:
         await asyncio.to_thread(server.post, "/shutdown")
-        with pytest.raises(ConnectionClosed) as closed:
-            await drain(client)
-        assert closed.value.rcvd is not None
-        assert closed.value.rcvd.code == 1012
+        assert (await received_close(client))[0] == 1012
 
 
 async def scenario_replaced(server: LiveServer) -> None:
     async with connect(server.url("/echo/ann")) as old, connect(server.url("/echo/ann")):
-        with pytest.raises(ConnectionClosed) as closed:
-            await drain(old)
-        assert closed.value.rcvd is not None
-        assert closed.value.rcvd.code == 4409
+        assert (await received_close(old))[0] == 4409
         await server.until_event("disconnect ann replaced")
         await until(lambda: len(server.events("connect ann")) == 2)  # else the newer one ends before its hooks
     await server.until_event("disconnect ann client_close")  # the newer one's, or the next scenario would hear it
@@ -194,11 +188,6 @@ async def scenario_policy(server: LiveServer) -> None:
 
 async def scenario_error(server: LiveServer) -> None:
     assert (await ended(server, "/raise/ann?what=value"))[0] == 1011
-
-
-async def drain(client: Any) -> None:
-    while True:
-        await asyncio.wait_for(client.recv(), 5)
 
 
 SCENARIOS = {
@@ -259,10 +248,7 @@ async def test_message_over_limit_closes_1009_and_is_not_delivered(serve: Serve)
     for message in ("x" * 1001, b"x" * 1001, "é" * 500 + "x"):
         async with connect(server.url("/echo/ann")) as client:
             await client.send(message)
-            with pytest.raises(ConnectionClosed) as closed:
-                await asyncio.wait_for(client.recv(), 5)
-        assert closed.value.rcvd is not None
-        assert closed.value.rcvd.code == 1009
+            assert (await received_close(client))[0] == 1009
     await until(lambda: len(server.events("disconnect ann message_too_big 1009")) == 3)
 
 

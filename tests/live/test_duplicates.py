@@ -8,20 +8,12 @@ from collections.abc import Callable
 
 import pytest
 from websockets.asyncio.client import connect
-from websockets.exceptions import ConnectionClosed
 
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
+from tests.support.plain_client import received_close
 from tests.support.server import UVICORN, LiveServer, until
 
 Serve = Callable[..., LiveServer]
-
-
-async def close_code(client: object) -> int:
-    with pytest.raises(ConnectionClosed) as closed:
-        while True:
-            await asyncio.wait_for(client.recv(), 5)  # type: ignore[attr-defined]
-    assert closed.value.rcvd is not None
-    return closed.value.rcvd.code
 
 
 @pytest.mark.parametrize("path", ["/slow-finish/ann", "/hand-slow/ann"])
@@ -31,7 +23,7 @@ async def test_late_end_of_replaced_connection_spares_newer_one(serve: Serve, pa
     async with connect(server.url(path)) as old:
         await until(lambda: server.probe()["connections"] == 1)
         async with connect(server.url(path)) as new:
-            assert await close_code(old) == 4409
+            assert (await received_close(old))[0] == 4409
             assert server.probe()["clients"] == ["ann"]
             await until(lambda: server.events("finished ann") or server.events("hand-slow finished"))
             assert server.probe()["connections"] == 1
@@ -88,7 +80,7 @@ async def test_on_duplicate_reject_closes_newer_with_4409(serve: Serve, path: st
     async with connect(server.url(path)) as old:
         await until(lambda: server.probe()["connections"] == 1)
         async with connect(server.url(path)) as new:
-            assert await close_code(new) == 4409
+            assert (await received_close(new))[0] == 4409
         await old.send("x")
         assert await old.recv() == "x"
         assert server.events() == ["connect ann"]
@@ -117,4 +109,4 @@ async def test_disconnect_closes_client_or_raises_not_found(server: LiveServer) 
     async with connect(server.url("/echo/kicked")) as client:
         await until(lambda: "kicked" in server.probe()["clients"])
         assert await asyncio.to_thread(server.post, "/kick/kicked") is True
-        assert await close_code(client) == 4403
+        assert (await received_close(client))[0] == 4403

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, ExitStack
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
+from tests.support.process import cpu_seconds
 from tests.support.server import LiveServer
 from tests.support.wire_client import WireClient, request
 
@@ -29,8 +29,6 @@ MAX_GROWTH = 3 << 20
 MAX_P99 = 0.25
 """Seconds. Generous: this machine dials, refuses and echoes on the same two cores."""
 
-TICKS = os.sysconf("SC_CLK_TCK")
-
 LIMITS: dict[str, dict[str, object]] = {
     "full": {"max_connections": 2},
     "address": {"max_connections_per_address": 2},
@@ -40,12 +38,6 @@ LIMITS: dict[str, dict[str, object]] = {
 HOME = "127.0.0.1"
 
 V1 = {"Sec-WebSocket-Protocol": "stabilizer.v1.json"}
-
-
-def cpu_seconds(server: LiveServer) -> float:
-    """What the server process has used, in user and in system time."""
-    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
 
 
 async def refused(port: int, path: str, headers: dict[str, str | None]) -> bytes:

@@ -13,10 +13,12 @@ from urllib.parse import quote
 
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import InvalidStatus
 from websockets.typing import Subprotocol
 
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
+from tests.support.plain_client import received_close
+from tests.support.process import UVICORN_REJECTION
 from tests.support.raw import RawClient
 from tests.support.server import LiveServer, until
 from tests.support.wire_client import (
@@ -40,9 +42,8 @@ FORGERY = "\r\n[ERROR] fake\x1b[2J\u2028"
 """What would be a line of its own in a careless log, and would clear the screen of its reader."""
 
 ARGS = ("--ws-ping-interval", "0", "--ws-max-size", str(LIMIT))
-OWN_REFUSAL = "ASGI callable returned without completing handshake"
 OWN_UTF8 = "Invalid UTF-8 sequence received from client"
-"""What uvicorn's own protocol class logs as an error when a client is refused, or is wrong, and its traceback."""
+"""What uvicorn's own protocol class logs as an error, with a traceback, for text that is not UTF-8."""
 
 QUIET = re.compile(r"INFO:|\S+ \S+ (INFO|WARNING) ")
 
@@ -87,7 +88,7 @@ def _crashes(server: LiveServer) -> list[str]:
     for line in lines:
         if OWN_UTF8 in line:
             next(lines)
-        elif OWN_REFUSAL not in line and not QUIET.match(line):
+        elif UVICORN_REJECTION not in line and not QUIET.match(line):
             found.append(line)
     return found
 
@@ -103,15 +104,6 @@ async def _echo(client: ClientConnection, over: asyncio.Event) -> float:
         number += 1
         await asyncio.sleep(0.01)
     return slowest
-
-
-async def closed_with(client: ClientConnection) -> tuple[int, str]:
-    """Read until the server's close frame, and return its code and reason."""
-    with pytest.raises(ConnectionClosed) as closed:
-        while True:
-            await asyncio.wait_for(client.recv(), 5)
-    assert closed.value.rcvd is not None
-    return closed.value.rcvd.code, closed.value.rcvd.reason
 
 
 # ── messages ──
@@ -231,7 +223,7 @@ async def test_invalid_v1_frame_ends_session(server: LiveServer, what: str) -> N
         await client.send(json.dumps({**HELLO, "caps": ["deflate-raw"]}))
         assert json.loads(await asyncio.wait_for(client.recv(), 5))["type"] == "welcome"
         await client.send(sent if isinstance(sent, (str, bytes)) else json.dumps(sent))
-        found = await closed_with(client)
+        found = await received_close(client)
     assert found[0] == code
     assert found[1].startswith(reason)
     assert "codec" not in found[1]
@@ -246,7 +238,7 @@ async def test_invalid_hello_closes_with_4400(server: LiveServer, hello: str | b
     """A first frame that is no hello ends a connection before anything is kept of it."""
     async with connect(server.url("/run/mallory"), subprotocols=[Subprotocol(SUBPROTOCOL)]) as client:
         await client.send(hello)
-        assert (await closed_with(client))[0] == 4400
+        assert (await received_close(client))[0] == 4400
 
 
 # ── bombs ──
@@ -290,7 +282,7 @@ async def test_bug_details_are_hidden_from_client(hostile_server: LiveServer) ->
     assert json.loads(refused.value.response.body or b"") == {"detail": "Internal Server Error"}
     async with connect(hostile_server.url("/run/mallory")) as client:
         await client.send('{"type":"boom"}')
-        code, reason = await closed_with(client)
+        code, reason = await received_close(client)
     assert code == 1011
     assert reason == "internal error"
 

@@ -12,12 +12,14 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
-from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
 from fastapi_ws_stabilizer.client import Client, ClientClosedError
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
+from tests.support.plain_client import received_close
+from tests.support.process import UVICORN_REJECTION, no_new_errors
 from tests.support.server import LiveServer, until
 
 KINDS = ("uvicorn-sansio", "uvicorn-stable")
@@ -25,8 +27,6 @@ APP = "tests.live.identity_app:app"
 HELLO_TIMEOUT = 0.5
 CONFIG = {"hello_timeout": HELLO_TIMEOUT, "log_level": "DEBUG", "on_duplicate": "allow"}
 QUICK_DIALS: dict[str, Any] = {"base_delay": 0.05, "max_delay": 0.3, "min_delay": 0.01}
-OWN_REFUSAL = "ASGI callable returned without completing handshake"
-"""What uvicorn's own protocol class logs as an error when a client is refused."""
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -39,9 +39,8 @@ def asking_server(request: pytest.FixtureRequest) -> Iterator[LiveServer]:
 @pytest.fixture
 async def server(asking_server: LiveServer) -> AsyncIterator[LiveServer]:
     """That server, which must log no error meanwhile."""
-    before = len(asking_server.errors())
-    yield asking_server
-    assert [line for line in asking_server.errors()[before:] if OWN_REFUSAL not in line] == []
+    with no_new_errors(asking_server, UVICORN_REJECTION):
+        yield asking_server
 
 
 def get_me(server: LiveServer, headers: dict[str, str]) -> str:
@@ -54,15 +53,6 @@ def get_me(server: LiveServer, headers: dict[str, str]) -> str:
 def until_in(seconds: float) -> str:
     """A token of Ann that is good for so long."""
     return f"ann~{time.time() + seconds}"
-
-
-async def closed_with(client: ClientConnection) -> tuple[int, str]:
-    """Read until the server's close frame, and return its code and reason."""
-    with pytest.raises(ConnectionClosed) as closed:
-        while True:
-            await asyncio.wait_for(client.recv(), 5)
-    assert closed.value.rcvd is not None
-    return closed.value.rcvd.code, closed.value.rcvd.reason
 
 
 # ── where a credential is ──
@@ -116,7 +106,7 @@ async def test_missing_or_invalid_credential_is_rejected(server: LiveServer, hea
     assert answer.value.response.status_code == 401
     origin = f"http://127.0.0.1:{server.port}"
     async with connect(server.url("/me"), additional_headers=headers, origin=origin) as page:  # type: ignore[arg-type]
-        code, reason = await closed_with(page)
+        code, reason = await received_close(page)
     assert code == 4401
     assert reason
     assert len(server.get("/notes")) == before
@@ -127,7 +117,7 @@ async def test_invalid_first_message_credential_closes_with_4401(server: LiveSer
     """It has been accepted to hear it, so it gets a code; no session is left of it."""
     async with connect(server.url("/me"), subprotocols=[Subprotocol(SUBPROTOCOL)]) as client:
         await client.send(json.dumps({"type": "hello", "v": 1, "n": 1, **({} if auth is None else {"auth": auth})}))
-        code, _ = await closed_with(client)
+        code, _ = await received_close(client)
     assert code == 4401
     assert server.get("/sessions") == {"sessions": 0, "away": 0, "connections": 0}
 
@@ -137,7 +127,7 @@ async def test_missing_first_message_closes_with_4408(server: LiveServer) -> Non
     started = time.monotonic()
     async with connect(server.url("/me"), subprotocols=[Subprotocol(SUBPROTOCOL)]) as client:
         assert (await asyncio.to_thread(server.get, "/sessions"))["connections"] == 0
-        code, _ = await closed_with(client)
+        code, _ = await received_close(client)
     assert code == 4408
     assert HELLO_TIMEOUT * 0.9 < time.monotonic() - started < HELLO_TIMEOUT + 1
 
@@ -157,12 +147,12 @@ async def test_credential_is_not_in_log(server: LiveServer) -> None:
                 await asyncio.wait_for(client.recv(), 5)
     async with connect(server.url("/me"), subprotocols=[Subprotocol(SUBPROTOCOL)]) as client:
         await client.send(json.dumps({"type": "hello", "v": 1, "n": 1, "auth": secret}))
-        await closed_with(client)
+        await received_close(client)
     expiring = until_in(60)
     async with connect(server.url("/me"), subprotocols=[Subprotocol("bearer"), Subprotocol(expiring)]) as client:
         assert await client.recv() == "ann"
         await client.send(json.dumps({"type": "auth", "token": secret}))
-        assert (await closed_with(client))[0] == 4401
+        assert (await received_close(client))[0] == 4401
     log = server.log
     assert "connection_opened" in log or "connection opened" in log
     for text in (secret, packed, expiring):
@@ -202,7 +192,7 @@ async def test_plain_client_gets_renewal_request_then_4401(server: LiveServer) -
         asked = json.loads(await asyncio.wait_for(client.recv(), 5))
         assert (asked["type"], asked["in"]) == ("auth", pytest.approx(1000, abs=20))
         assert time.time() - started == pytest.approx(1.0, abs=0.3)
-        code, reason = await closed_with(client)
+        code, reason = await received_close(client)
     assert (code, reason) == (4401, "the credential has expired")
     assert time.time() - started == pytest.approx(2.0, abs=0.3)
 
@@ -217,7 +207,7 @@ async def test_plain_client_renews_credential_on_same_connection(server: LiveSer
         assert json.loads(await client.recv())["ok"] is True
         await client.send("still here")
         assert await client.recv() == "still here"
-        assert (await closed_with(client))[0] == 4401
+        assert (await received_close(client))[0] == 4401
     assert time.time() - started == pytest.approx(1.5, abs=0.3)
 
 
@@ -296,12 +286,12 @@ async def test_revocation_closes_every_connection_of_client(server: LiveServer) 
         numbered.transport.abort()
         await until(lambda: server.get("/sessions")["away"] == 1)
         assert await asyncio.to_thread(server.post, "/revoke/ann") == 2
-        assert await closed_with(plain) == (4410, "revoked")
+        assert await received_close(plain) == (4410, "revoked")
         assert server.get("/sessions") == {"sessions": 0, "away": 0, "connections": 1}
         async with connect(server.url("/me"), subprotocols=[Subprotocol(SUBPROTOCOL)]) as again:
             resume = {"token": token, "seq": 0}
             await again.send(json.dumps({"type": "hello", "v": 1, "n": 2, "auth": "ann", "resume": resume}))
-            assert await closed_with(again) == (4410, "revoked")  # it was away, and hears it now
+            assert await received_close(again) == (4410, "revoked")  # it was away, and hears it now
         async with connect(server.url("/me"), subprotocols=[Subprotocol(SUBPROTOCOL)]) as anew:
             await anew.send(json.dumps({"type": "hello", "v": 1, "n": 3, "auth": "ann"}))
             assert json.loads(await anew.recv())["resume"] == "none"
@@ -341,12 +331,12 @@ async def test_http_middleware_does_not_block_sockets(serve: Callable[..., LiveS
     assert "/open/{client_id}" in warning
     assert "/me" not in warning
     async with connect(server.url("/open/stranger")) as client:
-        assert (await closed_with(client))[0] == 1000
+        assert (await received_close(client))[0] == 1000
     assert "open stranger" in server.get("/notes")
     with pytest.raises(InvalidStatus) as refused:
         await connect(server.url("/me"))
     assert refused.value.response.status_code == 401
     origin = f"http://127.0.0.1:{server.port}"
     async with connect(server.url("/me"), origin=origin) as page:  # type: ignore[arg-type]
-        assert (await closed_with(page))[0] == 4401
+        assert (await received_close(page))[0] == 4401
     assert not any(str(note).startswith("ran") for note in server.get("/notes"))

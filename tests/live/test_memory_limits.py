@@ -14,6 +14,7 @@ from websockets.exceptions import ConnectionClosed
 
 from fastapi_ws_stabilizer.memory.budget import FRAME_OVERHEAD_BYTES
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
+from tests.support.plain_client import received_close
 from tests.support.raw import RawClient
 from tests.support.server import LiveServer, until
 
@@ -22,15 +23,6 @@ Serve = Callable[..., LiveServer]
 APP = "tests.live.memory_app:app"
 KINDS = ["uvicorn-sansio", "uvicorn-stable"]
 MEGABYTE = 1_000_000
-
-
-async def close_of(client: ClientConnection) -> tuple[int, str]:
-    """Code and reason of the server's close frame."""
-    with pytest.raises(ConnectionClosed) as closed:
-        while True:
-            await asyncio.wait_for(client.recv(), 5)
-    assert closed.value.rcvd is not None
-    return closed.value.rcvd.code, closed.value.rcvd.reason
 
 
 def memory(server: LiveServer) -> int:
@@ -46,7 +38,7 @@ async def test_evicted_client_gets_4503_with_retry_time(serve: Serve, kind: str)
     async with connect(server.url("/ws/ann")) as ann, connect(server.url("/ws/bob")) as bob:
         server.post(f"/keep/ann?size={2 * MEGABYTE}")
         server.post(f"/keep/bob?size={2 * MEGABYTE}")
-        code, reason = await close_of(ann)
+        code, reason = await received_close(ann)
         assert code == 4503
         assert reason.startswith("out of memory; retry=")
         assert 0 < int(reason.partition("retry=")[2]) <= 60_000
@@ -71,7 +63,7 @@ async def test_each_eviction_policy_selects_its_client(serve: Serve, policy: str
         await asyncio.wait_for(clients[name].recv(), 5)
     async with connect(server.url("/ws/dan")):
         server.post("/keep/dan?size=900")
-        assert (await close_of(clients[victim]))[0] == 4503
+        assert (await received_close(clients[victim]))[0] == 4503
         assert server.probe()["evictions"] == 1
     for client in clients.values():
         await client.close()
@@ -103,7 +95,7 @@ async def test_evicted_v1_client_loses_its_session(serve: Serve, kind: str, away
     async with connect(server.url("/ws/bob")):
         server.post("/keep/bob?size=100000")
         if not away:
-            assert (await close_of(client))[0] == 4503
+            assert (await received_close(client))[0] == 4503
         assert memory(server) < 110_000
         again, answer = await dial(server, welcome["token"], 2)
         assert (answer["resume"], server.probe()["evictions"]) == ("lost", 1)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +16,7 @@ from websockets.typing import Subprotocol
 
 from fastapi_ws_stabilizer.client import Client
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
+from tests.support.process import cpu_seconds, no_new_errors
 from tests.support.server import LiveServer, until
 from tests.support.wire_client import CLOSE, PING, PONG, TEXT, WireClient, frame
 
@@ -37,9 +36,8 @@ def limited_server(request: pytest.FixtureRequest) -> Iterator[LiveServer]:
 @pytest.fixture
 async def server(limited_server: LiveServer) -> AsyncIterator[LiveServer]:
     """That server, which must log no error meanwhile."""
-    before = len(limited_server.errors())
-    yield limited_server
-    assert limited_server.errors()[before:] == []
+    with no_new_errors(limited_server):
+        yield limited_server
 
 
 async def read_all(client: ClientConnection) -> tuple[list[Any], int, str]:
@@ -177,12 +175,6 @@ async def test_protocol_frame_flood_closes_with_4429(opcode: int) -> None:
         assert int.from_bytes(found.payload[:2], "big") == 4429
         assert found.payload[2:].startswith(b"too many control frames; retry=")
         assert server.errors() == []
-
-
-def cpu_seconds(server: LiveServer) -> float:
-    """What a server has computed so far."""
-    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def test_flood_after_close_uses_little_cpu() -> None:

@@ -35,6 +35,8 @@ from tests.support.wire_client import (
 
 Serve = Callable[..., LiveServer]
 
+pytestmark = pytest.mark.usefixtures("witness_is_unaffected")
+
 MAX_SIZE = 100_000
 INBOX = 16
 SIZES = [0, 1, 125, 126, 127, 65_535, 65_536, 65_537]
@@ -47,21 +49,6 @@ def server() -> Iterator[LiveServer]:
     config = {"max_message_size": MAX_SIZE, "inbox_max_messages": INBOX, "inbox_max_bytes": 1 << 20}
     with quiet_server("--ws-max-size", str(MAX_SIZE), **config) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def witness(server: LiveServer) -> Iterator[Witness]:
-    """A well-behaved connection that lives as long as the server."""
-    witness = Witness(server)
-    yield witness
-    witness.close()
-
-
-@pytest.fixture(autouse=True)
-def witness_is_unaffected(witness: Witness) -> Iterator[None]:
-    """After each test another connection still echoes, and the server has logged no error."""
-    yield
-    witness.check()
 
 
 @pytest.fixture

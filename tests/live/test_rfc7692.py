@@ -25,7 +25,6 @@ from tests.support.wire_client import (
     Frame,
     PeakMemory,
     WireClient,
-    Witness,
     close_frame,
     compressed_with,
     connect,
@@ -36,6 +35,8 @@ from tests.support.wire_client import (
     inflated_with,
     quiet_server,
 )
+
+pytestmark = pytest.mark.usefixtures("witness_is_unaffected")
 
 MAX_SIZE = 1 << 20
 KINDS = pytest.mark.parametrize("opcode", [TEXT, BINARY], ids=["text", "binary"])
@@ -48,21 +49,6 @@ def server() -> Iterator[LiveServer]:
     """One server for the whole module."""
     with quiet_server("--ws-max-size", str(MAX_SIZE), max_message_size=MAX_SIZE) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def witness(server: LiveServer) -> Iterator[Witness]:
-    """A well-behaved connection that lives as long as the server."""
-    witness = Witness(server)
-    yield witness
-    witness.close()
-
-
-@pytest.fixture(autouse=True)
-def witness_is_unaffected(witness: Witness) -> Iterator[None]:
-    """After each test another connection still echoes, and the server has logged no error."""
-    yield
-    witness.check()
 
 
 @pytest.fixture

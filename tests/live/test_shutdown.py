@@ -12,6 +12,7 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
+from tests.support.plain_client import received_close
 from tests.support.raw import RawClient
 from tests.support.server import ROOT, UVICORN, LiveServer, until
 
@@ -34,11 +35,7 @@ async def sigterm(server: LiveServer, grace: float) -> None:
         await until(lambda: server.probe()["connections"] == 3)
         await asyncio.sleep(0.5)  # so that the flood has filled the buffers and is stuck
         took = await asyncio.to_thread(server.terminate, grace + 2)
-        with pytest.raises(ConnectionClosed) as closed:
-            while True:
-                await push.recv()
-        assert closed.value.rcvd is not None
-        assert closed.value.rcvd.code == 1012
+        assert (await received_close(push))[0] == 1012
         with pytest.raises(ConnectionClosed):
             await idle.recv()
     assert took < grace + 2
@@ -101,10 +98,7 @@ async def test_graceful_shutdown_call_closes_all_and_reports(serve: Serve) -> No
         assert (report["closed_count"], report["failed_count"]) == (2, 0)
         assert report["gone"] == ["ann server_shutdown", "bob server_shutdown"]
         for client in (ann, bob):
-            with pytest.raises(ConnectionClosed) as closed:
-                await client.recv()
-            assert closed.value.rcvd is not None
-            assert closed.value.rcvd.code == 1012
+            assert (await received_close(client))[0] == 1012
     with pytest.raises(Exception, match="503"):
         async with connect(server.url("/ws/late")):
             pass

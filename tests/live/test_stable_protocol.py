@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import pytest
 from websockets.asyncio.client import connect as friendly
-from websockets.exceptions import ConnectionClosed
 
+from tests.support.plain_client import received_close
+from tests.support.process import no_new_errors
 from tests.support.raw import RawClient
 from tests.support.server import LiveServer, until
 from tests.support.wire_client import (
@@ -57,10 +58,9 @@ def strict_server() -> Iterator[LiveServer]:
 @pytest.fixture
 def strict(strict_server: LiveServer) -> Iterator[LiveServer]:
     """That server, which must not log a crash during the test."""
-    before = len(strict_server.errors())
-    yield strict_server
-    strict_server.probe()  # once more round the event loop, so that what is to be logged is
-    assert strict_server.errors()[before:] == []
+    with no_new_errors(strict_server):
+        yield strict_server
+        strict_server.probe()  # one more loop iteration, in which a pending error is logged
 
 
 class Flush(NamedTuple):
@@ -168,10 +168,7 @@ async def test_sigterm_sends_1012_despite_stalled_closed_client(serve: Serve) ->
             await server.until_event("disconnect ann client_close")
             assert await asyncio.to_thread(server.terminate, 4) < 4
             for client in (bob, cyd):
-                with pytest.raises(ConnectionClosed) as closed:
-                    await client.recv()
-                assert closed.value.rcvd is not None
-                assert closed.value.rcvd.code == 1012
+                assert (await received_close(client))[0] == 1012
     assert server.process.returncode in STOPPED
     assert "LIFESPAN over" in server.log
     assert not server.errors()

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from fastapi_ws_stabilizer.client import ClientClosedError
 from fastapi_ws_stabilizer.client import connect as connect_client
 from tests.apps.answers import TOKENS
 from tests.support.faulty_proxy import CuttingProxy
+from tests.support.plain_client import next_of_type
 from tests.support.raw import RawClient
 from tests.support.server import LiveServer, until
 
@@ -28,18 +29,6 @@ KINDS = ("uvicorn-sansio", "uvicorn-stable")
 DEADLINE = 15.0
 
 ANSWER = "".join(f"why{number} " for number in range(TOKENS))
-
-
-async def hear(client: ClientConnection, *kinds: str) -> Any:
-    """Return the next message of these types, leaving out all others."""
-
-    async def next_of_them() -> Any:
-        while True:
-            message = json.loads(await client.recv())
-            if message["type"] in kinds:
-                return message
-
-    return await asyncio.wait_for(next_of_them(), DEADLINE)
 
 
 # ── answers ──
@@ -70,15 +59,15 @@ async def test_answers_continue_while_page_is_disconnected(serve: Serve, kind: s
     server = serve(kind, app="tests.apps.answers:app")
     url = server.url("/ws?token=secret-of-ann")
     async with connect(url) as first:
-        reconnect_token = (await hear(first, "hello"))["reconnect_token"]
+        reconnect_token = (await next_of_type(first, "hello"))["reconnect_token"]
         await first.send(json.dumps({"type": "ask", "question": "why"}))
         for _ in range(20):
-            await hear(first, "token")
+            await next_of_type(first, "token")
         first.transport.abort()
     await asyncio.sleep(0.3)
     async with connect(f"{url}&reconnect_token={reconnect_token}") as second:
-        text = (await hear(second, "so far"))["text"]
-        while (message := await hear(second, "token", "done"))["type"] == "token":
+        text = (await next_of_type(second, "so far"))["text"]
+        while (message := await next_of_type(second, "token", "done"))["type"] == "token":
             text += message["text"]
     assert text == ANSWER
     assert server.get("/ended") in ([], ["client_close"])
@@ -90,15 +79,15 @@ async def test_reconnect_token_resumes_its_own_tab(serve: Serve, kind: str) -> N
     server = serve(kind, app="tests.apps.answers:app")
     url = server.url("/ws?token=secret-of-ann")
     async with connect(url) as one, connect(url) as two:
-        tokens = [(await hear(tab, "hello"))["reconnect_token"] for tab in (one, two)]
+        tokens = [(await next_of_type(tab, "hello"))["reconnect_token"] for tab in (one, two)]
         for tab, question in ((one, "first"), (two, "second")):
             await tab.send(json.dumps({"type": "ask", "question": question}))
-            await hear(tab, "token")
+            await next_of_type(tab, "token")
         one.transport.abort()
         two.transport.abort()
     for token, question in zip(tokens, ("first", "second"), strict=True):
         async with connect(f"{url}&reconnect_token={token}") as back:
-            assert (await hear(back, "so far"))["text"].startswith(f"{question}0 ")
+            assert (await next_of_type(back, "so far"))["text"].startswith(f"{question}0 ")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,11 +95,11 @@ async def test_thoughts_are_sent_while_handler_computes(serve: Serve, kind: str)
     """What a handler sends arrives when it is sent, though the handler blocks the event loop between two sends."""
     server = serve(kind, app="tests.apps.answers:app")
     async with connect(server.url("/ws?token=secret-of-ann")) as client:
-        await hear(client, "hello")
+        await next_of_type(client, "hello")
         await client.send('{"type": "think"}')
         arrivals = []
         for _ in range(4):
-            await hear(client, "thought")
+            await next_of_type(client, "thought")
             arrivals.append(time.monotonic())
     assert arrivals[-1] - arrivals[0] > 0.6  # all at once would be the end of 1.2 s of computing
 
@@ -127,7 +116,7 @@ async def test_prices_continue_after_only_client_stalls(serve: Serve, kind: str)
         await until(lambda: stats(server)["connections"] == 1)
         await until(lambda: stats(server)["connections"] == 0, DEADLINE, "the client that does not read is let go")
     async with connect(server.url("/ws/late")) as late:
-        first, second = await hear(late, "price"), await hear(late, "price")
+        first, second = await next_of_type(late, "price"), await next_of_type(late, "price")
     assert second["number"] > first["number"]
     assert server.errors() == []
 
@@ -140,7 +129,7 @@ async def test_prices_do_not_disconnect_talking_client(serve: Serve, kind: str) 
         for _ in range(600):
             await page.send("keepalive")
         for _ in range(50):
-            await hear(page, "price")
+            await next_of_type(page, "price")
         await page.ping()
     assert "reading_paused" not in server.log
 
@@ -157,7 +146,7 @@ async def test_prices_stats_are_visible_to_admin_only(serve: Serve) -> None:
     """The stats router behind HTTP Basic answers the admin, with metrics that Prometheus can read."""
     server = serve("uvicorn-stable", app="tests.apps.prices:app")
     async with connect(server.url("/ws/page")) as page:
-        await hear(page, "price")
+        await next_of_type(page, "price")
         metrics = list(text_string_to_metric_families(stats(server, "/metrics")))
     assert {"ws_connections"} & {metric.name for metric in metrics} or len(metrics) > 10
     with pytest.raises(urllib.error.HTTPError) as refused:
@@ -175,12 +164,12 @@ async def test_tables_handler_gets_database_session_per_message(serve: Serve, ki
     server = serve(kind, app="tests.apps.tables:app")
     async with connect(server.url("/ws/ann")) as ann:
         await ann.send('{"type": "join", "room": "red"}')
-        await hear(ann, "here")
+        await next_of_type(ann, "here")
         await ann.send('{"type": "say", "room": "red", "line": "hello"}')
-        assert (await hear(ann, "said"))["line"] == "hello"
+        assert (await next_of_type(ann, "said"))["line"] == "hello"
         await ann.send('{"type": "say", "room": "red", "line": "fail"}')
         with pytest.raises(ConnectionClosed):
-            await hear(ann, "said")
+            await next_of_type(ann, "said")
     assert server.get("/lines") == ["hello"]
 
 
@@ -190,16 +179,16 @@ async def test_tables_history_contains_only_messages(serve: Serve, kind: str) ->
     server = serve(kind, app="tests.apps.tables:app")
     async with connect(server.url("/ws/ann")) as ann, connect(server.url("/ws/bob")) as bob:
         await ann.send('{"type": "join", "room": "red"}')
-        await hear(ann, "here")
+        await next_of_type(ann, "here")
         await ann.send('{"type": "say", "room": "red", "line": "hello"}')
         await ann.send('{"type": "typing", "room": "red"}')
-        await hear(ann, "said")
+        await next_of_type(ann, "said")
         await bob.send('{"type": "join", "room": "red"}')
         seen = []
         while (message := json.loads(await asyncio.wait_for(bob.recv(), DEADLINE)))["type"] != "here":
             seen.append(message["type"])
         assert seen == ["said"]
-        assert (await hear(ann, "came"))["who"] == "bob"
+        assert (await next_of_type(ann, "came"))["who"] == "bob"
     await until(lambda: is_gone(server, "red"), DEADLINE)
     async with connect(server.url("/ws/eve")) as eve:
         await eve.send('{"type": "join", "room": "red"}')
@@ -234,7 +223,7 @@ async def test_tables_kicked_detached_member_is_out_of_room(serve: Serve, kind: 
             proxy.streams[-1].cut()
             await asyncio.to_thread(server.post, "/rooms/red/kick/ann")
             await bob.send('{"type": "say", "room": "red", "line": "after the kick"}')
-            await hear(bob, "said")
+            await next_of_type(bob, "said")
             assert server.get("/rooms/red") == ["bob"]
             proxy.rejector = False
             await asyncio.wait_for(ann.wait_open(), DEADLINE)
