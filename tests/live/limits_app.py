@@ -1,4 +1,4 @@
-"""The app of the tests of who gets in: one manager for each set of options, and the same ways in to each of them."""
+"""App of the admission tests, with one manager for each set of options and the same routes for each."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ async def current_user(token: Annotated[str, Depends(TOKEN)], slow: float = 0.0)
     return token.removeprefix("good-")
 
 
-def routes_of(options: dict[str, Any]) -> APIRouter:
-    """The routes to one manager."""
+def create_routes(options: dict[str, Any]) -> APIRouter:
+    """Return the routes of a manager with these options."""
     config = {"heartbeat_type": "off", "disconnect_grace": 0.5, "hello_timeout": 1, **options}
     manager = WebSocketConnectionManager(WebSocketConfig(**config, handle_signals=False))
     router = APIRouter()
@@ -53,17 +53,17 @@ def routes_of(options: dict[str, Any]) -> APIRouter:
     async def path(ws: StableSocket = Depends(by_path)) -> None:
         await echo(ws)
 
-    @router.websocket("/who")
-    async def who(ws: StableSocket = Depends(manager.socket_for(current_user))) -> None:
+    @router.websocket("/identity")
+    async def by_identity(ws: StableSocket = Depends(manager.socket_for(current_user))) -> None:
         await echo(ws)
 
-    @router.websocket("/hand/{client_id}")
-    async def hand(websocket: WebSocket, client_id: str) -> None:
+    @router.websocket("/adopt/{client_id}")
+    async def adopt(websocket: WebSocket, client_id: str) -> None:
         await websocket.accept()
         try:
             ws = await manager.connect(client_id, websocket)
         except ConnectionLimitExceededError as error:
-            events.append(f"by hand: {error.limit}")
+            events.append(f"adopt: {error.limit}")
             raise
         await echo(ws)
 
@@ -71,8 +71,8 @@ def routes_of(options: dict[str, Any]) -> APIRouter:
     async def counts() -> dict[str, Any]:
         node = manager._node
         return {
-            "inside": len(node.admission.limiter),
-            "knocking": node.admission.limiter._pending,
+            "established": len(node.admission.limiter),
+            "pending": node.admission.limiter._pending,
             "connections": manager.get_connection_count(),
             "unfinished": len(node.connections),
             "sessions": len(node.sessions),
@@ -88,7 +88,7 @@ def routes_of(options: dict[str, Any]) -> APIRouter:
 
 
 for name, options in json.loads(os.environ.get("TEST_LIMITS", "{}")).items():
-    app.include_router(routes_of(options), prefix=f"/{name}")
+    app.include_router(create_routes(options), prefix=f"/{name}")
 
 
 @app.get("/me")
@@ -97,7 +97,7 @@ async def me(user: Annotated[str, Depends(current_user)]) -> str:
 
 
 @app.get("/events")
-async def noted() -> list[str]:
+async def list_events() -> list[str]:
     return events
 
 

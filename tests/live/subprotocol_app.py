@@ -1,4 +1,4 @@
-"""An app whose sockets speak subprotocols, and set cookies with the accept, beside a mount of files."""
+"""App with subprotocols, and cookies in the handshake response, beside a mount of static files."""
 
 from __future__ import annotations
 
