@@ -357,7 +357,7 @@ async def tied_run(ws: StableSocketDep) -> None:
 
 @app.websocket("/group/{client_id}")
 async def task_group(ws: StableSocketDep, what: str = "") -> None:
-    """Read and push in a task group, whose failure is an exception group."""
+    """Read and push in a task group, which fails with an exception group."""
 
     async def push() -> None:
         while True:

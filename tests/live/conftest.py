@@ -40,7 +40,7 @@ ON_ONE_KIND = (
     "test_unread.py",
     "test_whole_apps.py",
 )
-"""Files whose tests always run on the protocol class, and on uvicorn's own class with the long tests."""
+"""Files that always run on the protocol class, and with the long tests on uvicorn's own class too."""
 
 SHARING = (
     "test_admission.py",
@@ -59,7 +59,7 @@ SHARING = (
     "test_stable_protocol.py",
     "test_stubborn_endpoints.py",
 )
-"""Files whose tests tolerate delays of seconds, so they run beside tests that compute, and under coverage."""
+"""Files that tolerate delays of seconds, so their tests run beside tests that compute, and under coverage."""
 
 MEASURING = (
     "test_memory.py",
@@ -67,7 +67,7 @@ MEASURING = (
     "test_rule_breaker.py",
     "test_stopping_servers.py",
 )
-"""Files whose tests measure, and run alone. Files in neither list tolerate delays below 1 s, and run together."""
+"""Files with measurements, which run alone. Files in neither list tolerate delays below 1 s, and run together."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

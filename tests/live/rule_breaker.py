@@ -142,5 +142,5 @@ class Breaker:
 
 
 if __name__ == "__main__":
-    os.nice(19)  # leaves the cores to the server and the witness, whose delay is measured
+    os.nice(19)  # leaves the cores to the server and the witness, where the delay is measured
     Breaker(int(sys.argv[1]), float(sys.argv[2])).run(*sys.argv[3:])

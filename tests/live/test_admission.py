@@ -428,7 +428,7 @@ async def test_full_server_closes_v1_client_with_4503(server: LiveServer) -> Non
     ],
 )
 async def test_full_server_replaces_half_open_connection_of_client(server: LiveServer, options: str, path: str) -> None:
-    """A full server accepts a client whose old connection is half-open, and counts one connection afterwards."""
+    """A full server lets a client replace its half-open connection, and counts one connection afterwards."""
     with RawClient(server.port, f"/{options}/{path}") as old:
         assert " 101 " in await asyncio.to_thread(old.handshake)
         async with connect(server.url(f"/{options}/{path}")) as new:
@@ -453,7 +453,7 @@ async def test_full_server_resumes_session_of_half_open_connection(server: LiveS
 
 
 async def test_pending_handshakes_are_bounded(server: LiveServer) -> None:
-    """Handshakes without a hello are bounded and block no other client, which replaces the oldest of them."""
+    """Handshakes without a hello are bounded, and a new client replaces the oldest of them."""
     async with AsyncExitStack() as stack:
         dials = [connect(server.url(f"/silent/path/{number}"), subprotocols=V1) for number in range(1 + MIN_PENDING)]
         silent = [await stack.enter_async_context(dial) for dial in dials]

@@ -98,11 +98,11 @@ async def test_resumed_tab_gets_messages_of_outage(address: str) -> None:
     port = int(address.rpartition(":")[2])
     async with CuttingProxy(port) as proxy, connect(f"ws://{address}/ws/other?name=Ben") as other:
         async with connect_client(f"ws://127.0.0.1:{proxy.port}/ws/tab-1?name=Ann") as client:
-            heard: list[str] = []
+            received: list[str] = []
 
             @client.on("said")
             def said(data: dict[str, str]) -> None:
-                heard.append(data["text"])
+                received.append(data["text"])
 
             while (await next_of_type(other, "joined"))["who"]["name"] != "Ann":
                 pass
@@ -114,8 +114,8 @@ async def test_resumed_tab_gets_messages_of_outage(address: str) -> None:
             proxy.rejector = False
             assert (await next_of_type(other, "back"))["who"]["name"] == "Ann"
             await client.send({"text": "I am back"}, event="say")
-            await until(lambda: len(heard) == 6, DEADLINE)
-            assert heard == [*(f"missed {number}" for number in range(5)), "I am back"]
+            await until(lambda: len(received) == 6, DEADLINE)
+            assert received == [*(f"missed {number}" for number in range(5)), "I am back"]
 
 
 async def test_long_chat_name_is_rejected_with_close_code(address: str) -> None:

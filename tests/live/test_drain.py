@@ -70,7 +70,7 @@ async def closes(clients: list[ClientConnection], since: float) -> Closes:
 def are_spread_over(window: float, server: LiveServer) -> bool:
     """Return whether no 100 ms hold more than twice their share of the closes, by the server's clock.
 
-    The clock of this process is too coarse, because its garbage collections with a thousand clients delay arrivals.
+    The clock of this process is not used, because its garbage collections with a thousand clients delay the reads.
     """
     times = [at for found in re.findall(r"ENDED AT (.*)", server.log) for at in json.loads(found)]
     return len(times) == CLIENTS and max_per_interval(times) <= 2 * len(times) * 0.1 / window

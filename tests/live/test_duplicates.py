@@ -1,4 +1,4 @@
-"""Second connections of a client id, whose lives are independent of the first ones."""
+"""Second connections of a client id, which end independently of the first ones."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ async def test_on_duplicate_allow_sends_to_all_connections(serve: Serve) -> None
 async def test_disconnect_closes_client_or_raises_not_found(server: LiveServer) -> None:
     """`disconnect` raises ConnectionNotFoundError for an unknown client, and closes a connected one with its code."""
     with pytest.raises(Exception, match="500"):
-        await asyncio.to_thread(server.post, "/kick/nobody")
-    await until(lambda: "client 'nobody' is not connected" in server.log)
+        await asyncio.to_thread(server.post, "/kick/unknown")
+    await until(lambda: "client 'unknown' is not connected" in server.log)
     async with connect(server.url("/echo/kicked")) as client:
         await until(lambda: "kicked" in server.probe()["clients"])
         assert await asyncio.to_thread(server.post, "/kick/kicked") is True

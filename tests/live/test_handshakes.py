@@ -101,7 +101,7 @@ def code(number: int) -> bytes:
 async def test_rejected_handshakes_use_little_cpu_and_memory(
     serve: Serve, kind: str, limit: str, browser: bool, answer: set[bytes], count: int
 ) -> None:
-    """A rejected handshake takes less than 5 ms of CPU and no memory, while open connections echo."""
+    """A rejected handshake takes less than 5 ms of CPU and no memory, and open connections echo all the time."""
     server = serve(
         kind,
         app="tests.live.limits_app:app",

@@ -39,7 +39,7 @@ KINDS = ("uvicorn-sansio", "uvicorn-stable")
 LIMIT = 1 << 20
 HELLO_TIMEOUT = 0.5
 FORGERY = "\r\n[ERROR] fake\x1b[2J\u2028"
-"""Text that would start a line of its own in a careless log, and clear the terminal of its reader."""
+"""Text that would start a new line in a careless log, and clear the terminal of its reader."""
 
 ARGS = ("--ws-ping-interval", "0", "--ws-max-size", str(LIMIT))
 UVICORN_UTF8_ERROR = "Invalid UTF-8 sequence received from client"

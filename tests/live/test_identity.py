@@ -114,7 +114,7 @@ async def test_missing_or_invalid_credential_is_rejected(server: LiveServer, hea
 
 @pytest.mark.parametrize("auth", [None, "mallory"])
 async def test_invalid_first_message_credential_closes_with_4401(server: LiveServer, auth: str | None) -> None:
-    """A client whose credential is in its hello is accepted already, so it gets a code; no session is left."""
+    """An invalid credential in a hello, after the accept, closes with 4401, and no session is left."""
     async with connect(server.url("/me"), subprotocols=[Subprotocol(SUBPROTOCOL)]) as client:
         await client.send(json.dumps({"type": "hello", "v": 1, "n": 1, **({} if auth is None else {"auth": auth})}))
         code, _ = await received_close(client)

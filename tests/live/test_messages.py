@@ -115,7 +115,7 @@ async def test_blocking_handler_does_not_delay_other_sockets(server: LiveServer)
 
 
 async def test_broadcast_to_slow_clients_keeps_sender_connected(serve: Serve) -> None:
-    """A broadcast that no recipient takes is not a bug of the client whose handler sent it."""
+    """A broadcast that no recipient takes does not close the connection of its sender."""
     server = serve(app="tests.live.broadcast_app:app")
     with RawClient(server.port, "/ws/slow", receive_buffer=4096) as slow:
         slow.handshake()

@@ -106,7 +106,7 @@ async def test_thousand_random_cuts_lose_and_duplicate_nothing(serve: Serve, kin
 
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_messages_of_outage_arrive_after_reconnect(serve: Serve, kind: str) -> None:
-    """A client whose TCP connection breaks gets exactly the ten messages of the outage, in order."""
+    """After a broken TCP connection a client gets exactly the ten messages of the outage, in order."""
     server = serve(kind, app=APP)
     got: list[Any] = []
     async with CuttingProxy(server.port) as proxy:

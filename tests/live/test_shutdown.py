@@ -48,7 +48,7 @@ async def stop_with_sigterm(server: LiveServer, grace: float) -> None:
 
 @pytest.mark.parametrize("kind", UVICORN)
 async def test_sigterm_with_full_inbox_exits_in_time(serve: Serve, kind: str) -> None:
-    """A socket whose reading is paused ends at SIGTERM too."""
+    """A socket with paused reading ends at SIGTERM too."""
     server = serve(kind, config={"disconnect_grace": 0.5, "inbox_max_messages": 4, "heartbeat_type": "off"})
     with RawClient(server.port, "/idle/ann") as client:
         client.handshake()

@@ -84,7 +84,7 @@ async def test_memory_stays_flat_while_client_does_not_read(serve: Serve) -> Non
 
 
 async def test_slow_client_reads_close_code_4507(serve: Serve) -> None:
-    """A client whose outbox overflows gets 4507 when it reads again."""
+    """After its outbox overflows, a client that reads again gets 4507."""
     server = serve(config={"outbox_max_messages": 4, "send_timeout": 30})
     with RawClient(server.port, "/idle/slow", receive_buffer=4096) as slow:
         slow.handshake()
@@ -113,7 +113,7 @@ async def test_burst_over_outbox_size_reaches_reading_client(serve: Serve, kind:
 
 
 async def test_slow_recipients_do_not_close_broadcasting_endpoint(serve: Serve) -> None:
-    """A broadcast whose only recipient is too slow raises nothing, and the sender's connection goes on."""
+    """A broadcast to a single slow recipient raises nothing, and the sender's connection goes on."""
     server = serve(config={"outbox_max_messages": 4, "send_timeout": 30})
     with RawClient(server.port, "/idle/slow", receive_buffer=4096) as slow:
         slow.handshake()

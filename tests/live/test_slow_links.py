@@ -16,7 +16,7 @@ from tests.support.server import UVICORN, LiveServer, until
 Serve = Callable[..., LiveServer]
 
 NO_UVICORN_PINGS = ("--ws-ping-interval", "0")
-"""Options without uvicorn's own pings, which wait behind a large message and then close the client."""
+"""Options without uvicorn's own pings, which wait behind a large message until uvicorn closes the client."""
 
 
 def read_at_rate(client: RawClient, rate: int, seconds: float) -> int:

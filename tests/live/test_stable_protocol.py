@@ -45,7 +45,7 @@ CLEAN_EXITS = (0, -15)
 """Exit codes of a clean stop of uvicorn; newer versions raise the signal again at the end."""
 
 LONG_TIMEOUTS = {"outbox_max_bytes": 2 * COUNT * SIZE, "send_timeout": 20, "disconnect_grace": 20}
-"""Options whose timeouts end nothing within the time of a test."""
+"""Options with timeouts longer than any test here."""
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def read_to_eof(client: RawClient) -> tuple[int, int]:
     """Read to the close frame and the end of TCP, and return the number of messages and the code.
 
     Args:
-        client: A client whose server closes.
+        client: Client of a server that closes.
     """
     messages = 0
     while (found := client.frame())[0] != CLOSE:

@@ -73,7 +73,7 @@ async def test_drain_rejects_pending_handshake_on_other_servers(serve: Serve, ki
 
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
 async def test_drain_closes_client_during_credential_check(serve: Serve, kind: str) -> None:
-    """A client whose hello is in a hanging `on_auth` hook is closed with 1012 and `retry=`."""
+    """A client that has sent a hello to a hanging `on_auth` hook is closed with 1012 and `retry=`."""
     server = serve(kind, app=APP, config=CONFIG)
     async with connect(server.url("/hook/auth"), subprotocols=[SUBPROTOCOL]) as client:  # type: ignore[list-item]
         await client.send(json.dumps({"type": "hello", "v": 1, "n": 1}))
