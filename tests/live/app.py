@@ -239,7 +239,7 @@ async def flush(ws: StableSocketDep, count: int, size: int, close: bool = True) 
         pass
 
 
-@app.websocket("/read-reject_later/{client_id}")
+@app.websocket("/read-later/{client_id}")
 async def read_later(ws: StableSocketDep) -> None:
     """Read nothing until `/release`, then answer each message with its first 8 characters."""
     await released.wait()
@@ -302,7 +302,7 @@ async def raise_resource_first(resource: Resource, ws: StableSocketDep) -> None:
     raise ValueError("a bug")
 
 
-@app.websocket("/reject_later-401/{client_id}")
+@app.websocket("/later-401/{client_id}")
 async def reject_later(ws: StableSocketDep, late: Annotated[None, Depends(later_401)]) -> None:
     note("the endpoint ran")
 
