@@ -1,1 +1,1 @@
-"""Behaviour on real servers in subprocesses, with real clients."""
+"""Tests of the library on real servers in subprocesses, with real clients."""

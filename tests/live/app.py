@@ -1,17 +1,13 @@
-"""The app that most live tests run: one route for each behaviour, and a probe that tells what went on inside."""
+"""App of most live tests, with a route for each behaviour and a probe of its state."""
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import gc
-import json
 import os
 import resource
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, HTTPException, WebSocket, WebSocketDisconnect, WebSocketException
@@ -22,16 +18,14 @@ from fastapi_ws_stabilizer import (
     SocketClosed,
     StableSocket,
     StableSocketDep,
-    WebSocketConfig,
-    WebSocketConnectionManager,
     configure_logging,
     stable_socket,
     stats_router,
 )
+from tests.support.live_apps import collect_garbage, manager_from_env
 
 configure_logging(json_lines=bool(os.environ.get("TEST_JSON_LOG")))
-config = WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}")))
-manager = WebSocketConnectionManager(config)
+manager = manager_from_env(logs=False)
 events: list[str] = []
 released = asyncio.Event()
 
@@ -40,14 +34,14 @@ released = asyncio.Event()
 async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
     async with manager.lifespan(app) as state:
         yield state
-    print("LIFESPAN over", flush=True)
+    print("LIFESPAN ended", flush=True)
 
 
 app = FastAPI(lifespan=lifespan)
 
 
-class Wrapping:
-    """A middleware that looks at every message, as a tracer does; for one path only."""
+class TracingMiddleware:
+    """Middleware that wraps both ASGI callables, as a tracer does, for paths with the query `wrapped`."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -57,18 +51,18 @@ class Wrapping:
             await self.app(scope, receive, send)
             return
 
-        async def looking_receive() -> Any:
+        async def traced_receive() -> Any:
             return await receive()
 
-        async def looking_send(message: Any) -> None:
-            seen = asyncio.current_task()
+        async def traced_send(message: Any) -> None:
+            task = asyncio.current_task()
             await send(message)
-            assert asyncio.current_task() is seen
+            assert asyncio.current_task() is task
 
-        await self.app(scope, looking_receive, looking_send)
+        await self.app(scope, traced_receive, traced_send)
 
 
-app.add_middleware(Wrapping)
+app.add_middleware(TracingMiddleware)
 app.include_router(stats_router, prefix="/ws-stats")
 
 
@@ -93,11 +87,7 @@ async def probe() -> dict[str, Any]:
 
 @app.post("/collect")
 async def collect() -> dict[str, int]:
-    """Collect garbage, give back what the allocator keeps for later, and tell the memory that the process holds now."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return {"rss": pages * os.sysconf("SC_PAGE_SIZE"), "objects": len(gc.get_objects())}
+    return collect_garbage()
 
 
 @app.post("/broadcast")
@@ -165,7 +155,7 @@ async def failed(ws: StableSocket, error: BaseException) -> None:
     note(f"error {ws.client_id} {type(error).__name__}")
 
 
-# ── dependencies with a clean-up ──
+# ── dependencies with clean-up ──
 
 
 async def slow_resource(websocket: WebSocket) -> AsyncIterator[str]:
@@ -238,7 +228,7 @@ async def flood(ws: StableSocketDep) -> None:
 
 @app.websocket("/flush/{client_id}")
 async def flush(ws: StableSocketDep, count: int, size: int, close: bool = True) -> None:
-    """Queue more than the network takes at once, then close, which sends it first; or read."""
+    """Queue more than the network takes at once, then close, which flushes, or read."""
     for number in range(count):
         await manager.send_to_client(ws.client_id, f"{number:08d}".ljust(size, "x"))
     note(f"queued {ws.client_id}")
@@ -251,7 +241,7 @@ async def flush(ws: StableSocketDep, count: int, size: int, close: bool = True) 
 
 @app.websocket("/read-later/{client_id}")
 async def read_later(ws: StableSocketDep) -> None:
-    """Read nothing until `/release`, then answer each message with its beginning."""
+    """Read nothing until `/release`, then answer each message with its first 8 characters."""
     await released.wait()
     async for message in ws:
         await ws.send(message[:8])
@@ -295,7 +285,7 @@ async def return_after(ws: StableSocketDep, size: int = 0) -> None:
 
 
 @app.websocket("/raise/{client_id}")
-async def raise_something(ws: StableSocketDep, resource: Resource, what: str) -> None:
+async def raise_error(ws: StableSocketDep, resource: Resource, what: str) -> None:
     if what == "value":
         raise ValueError("a bug")
     if what == "http":
@@ -313,7 +303,7 @@ async def raise_resource_first(resource: Resource, ws: StableSocketDep) -> None:
 
 
 @app.websocket("/later-401/{client_id}")
-async def later(ws: StableSocketDep, late: Annotated[None, Depends(later_401)]) -> None:
+async def reject_later(ws: StableSocketDep, late: Annotated[None, Depends(later_401)]) -> None:
     note("the endpoint ran")
 
 
@@ -366,8 +356,8 @@ async def tied_run(ws: StableSocketDep) -> None:
 
 
 @app.websocket("/group/{client_id}")
-async def in_a_group(ws: StableSocketDep, what: str = "") -> None:
-    """A reader and a pusher in a task group: what fails in it comes as a group of exceptions."""
+async def task_group(ws: StableSocketDep, what: str = "") -> None:
+    """Read and push in a task group, which fails with an exception group."""
 
     async def push() -> None:
         while True:
@@ -456,11 +446,11 @@ async def boom(ws: StableSocket) -> None:
     raise ValueError("a bug in a handler")
 
 
-# ── by hand ──
+# ── adopted WebSockets ──
 
 
-@app.websocket("/hand/{client_id}")
-async def by_hand(websocket: WebSocket, client_id: str) -> None:
+@app.websocket("/adopt/{client_id}")
+async def adopt(websocket: WebSocket, client_id: str) -> None:
     await websocket.accept()
     try:
         await manager.connect(client_id, websocket, {"plan": "gold"})
@@ -470,8 +460,8 @@ async def by_hand(websocket: WebSocket, client_id: str) -> None:
         await manager.disconnect(client_id)
 
 
-@app.websocket("/hand-slow/{client_id}")
-async def by_hand_slow(websocket: WebSocket, client_id: str) -> None:
+@app.websocket("/adopt-slow/{client_id}")
+async def adopt_slow(websocket: WebSocket, client_id: str) -> None:
     await websocket.accept()
     await manager.connect(client_id, websocket)
     try:
@@ -480,37 +470,37 @@ async def by_hand_slow(websocket: WebSocket, client_id: str) -> None:
     except WebSocketDisconnect:
         await asyncio.sleep(1)
         await manager.disconnect(client_id)
-        note(f"hand-slow finished {client_id}")
+        note(f"adopt-slow finished {client_id}")
 
 
-@app.websocket("/hand-return/{client_id}")
-async def by_hand_return(websocket: WebSocket, client_id: str) -> None:
+@app.websocket("/adopt-return/{client_id}")
+async def adopt_return(websocket: WebSocket, client_id: str) -> None:
     await websocket.accept()
     await manager.connect(client_id, websocket)
 
 
-@app.websocket("/hand-raise/{client_id}")
-async def by_hand_raise(websocket: WebSocket, client_id: str, resource: Resource) -> None:
+@app.websocket("/adopt-raise/{client_id}")
+async def adopt_raise(websocket: WebSocket, client_id: str, resource: Resource) -> None:
     await websocket.accept()
     await manager.connect(client_id, websocket)
     raise ValueError("a bug")
 
 
-@app.websocket("/hand-idle/{client_id}")
-async def by_hand_idle(websocket: WebSocket, client_id: str) -> None:
+@app.websocket("/adopt-idle/{client_id}")
+async def adopt_idle(websocket: WebSocket, client_id: str) -> None:
     await websocket.accept()
     await manager.connect(client_id, websocket)
     await asyncio.Queue[None]().get()
 
 
-@app.websocket("/hand-over/{client_id}")
-async def by_hand_over(websocket: WebSocket, client_id: str, doing: str) -> None:
-    """Hand over a WebSocket that a task still waits for, in `send` or in `receive`."""
+@app.websocket("/adopt-busy/{client_id}")
+async def adopt_busy(websocket: WebSocket, client_id: str, operation: str) -> None:
+    """Adopt a WebSocket on which a task still waits, in `send` or in `receive`."""
     await websocket.accept()
 
     async def work() -> None:
         try:
-            if doing == "send":
+            if operation == "send":
                 for _ in range(400):
                     await websocket.send_bytes(b"x" * 65536)
                 note("worked")
@@ -520,8 +510,8 @@ async def by_hand_over(websocket: WebSocket, client_id: str, doing: str) -> None
             note(f"worked {type(error).__name__}")
 
     working = asyncio.create_task(work())
-    await asyncio.sleep(0)  # it runs until it has to wait
+    await asyncio.sleep(0)  # the task runs until it waits
     socket = await manager.connect(client_id, websocket)
-    note("handed over")
+    note("adopted")
     await socket.wait_closed()
     await asyncio.wait([working])

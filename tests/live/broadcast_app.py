@@ -1,4 +1,4 @@
-"""An app whose handler broadcasts more than a stalled client takes."""
+"""App with a handler that broadcasts more than a stalled client takes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ app.include_router(stats_router, prefix="/ws-stats")
 
 @manager.on_message("shout")
 async def shout(ws: StableSocket) -> None:
-    for _ in range(500):  # until the slow client is full
+    for _ in range(500):  # until the outbox of the slow client is full
         (await manager.broadcast("x" * 65536, exclude_client=ws.client_id)).raise_for_failure()
-    raise AssertionError("the slow client has taken everything")
+    raise AssertionError("the slow client took every message")
 
 
 @manager.on_message("ask")

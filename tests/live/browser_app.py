@@ -1,4 +1,4 @@
-"""The example with a browser client, and what its tests do to it."""
+"""Browser client example, with routes through which its tests act on the server."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ assert WebSocketConfig.from_env() == manager.config
 
 @app.get("/clients")
 async def clients() -> list[dict[str, Any]]:
-    """Every connection, with its round trip."""
+    """Return every connection with its round trip."""
     return [{"client": ws.client_id, "rtt": ws.rtt} for ws in manager.get_sockets()]
 
 
 @app.post("/close")
-async def close(how: dict[str, Any]) -> int:
+async def close(close_frame: dict[str, Any]) -> int:
     """Close all connections with a code and a reason."""
     sockets = manager.get_sockets()
     for ws in sockets:
-        await ws.close(how["code"], how["reason"])
+        await ws.close(close_frame["code"], close_frame["reason"])
     return len(sockets)

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over the DevTools protocol."""
+"""Headless Chromium, controlled over the DevTools protocol."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Page:
     """One tab.
 
     Args:
-        devtools: Its DevTools connection.
+        devtools: DevTools connection of the tab.
     """
 
     def __init__(self, devtools: ClientConnection) -> None:
@@ -31,7 +31,7 @@ class Page:
         self._ids = itertools.count(1)
 
     async def run(self, script: str) -> Any:
-        """Evaluate a script and return its value; of a promise, what it resolves to."""
+        """Evaluate a script and return its value, or the result of its promise."""
         number = next(self._ids)
         params = {"expression": script, "awaitPromise": True, "returnByValue": True}
         await self._devtools.send(json.dumps({"id": number, "method": "Runtime.evaluate", "params": params}))
@@ -43,7 +43,7 @@ class Page:
                 return result["result"].get("value")
 
     async def until(self, script: str, timeout: float = 8.0) -> Any:
-        """Evaluate a script until its value is true, and return that."""
+        """Evaluate a script until its value is true, and return the value."""
         deadline = time.monotonic() + timeout
         while not (value := await self.run(script)):
             assert time.monotonic() < deadline, f"not within {timeout} s: {script}"
@@ -52,7 +52,7 @@ class Page:
 
 
 class Browser:
-    """One process of Chromium, with a profile of its own."""
+    """Chromium process with its own profile."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -66,7 +66,7 @@ class Browser:
         self._process = await asyncio.create_subprocess_exec(
             CHROMIUM,
             "--headless",
-            "--no-sandbox",  # which root, as in a container, cannot have
+            "--no-sandbox",  # the sandbox does not work for root, as in a container
             "--disable-gpu",
             "--disable-dev-shm-usage",
             "--no-first-run",
@@ -99,7 +99,7 @@ class Browser:
         self._folder.cleanup()
 
     async def open(self, url: str) -> Page:
-        """Open a page in a tab of its own, and wait until it is loaded."""
+        """Open a page in its own tab, and wait until it is loaded."""
         await self._connections[0].send(json.dumps({"id": 1, "method": "Target.createTarget", "params": {"url": url}}))
         while True:
             answer = json.loads(await asyncio.wait_for(self._connections[0].recv(), 10))

@@ -1,4 +1,4 @@
-"""The app of the tests of the Python client: a handler passes things on, one fails, one throws clients out."""
+"""App of the Python client tests, with handlers that relay, fail and ban."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fastapi_ws_stabilizer import StableSocket, StableSocketDep, WebSocketConfig
 manager = WebSocketConnectionManager(WebSocketConfig(max_message_rate=100, max_message_burst=100))
 app = FastAPI(lifespan=manager.lifespan)
 
-heard: dict[str, list[Any]] = {}
+received: dict[str, list[Any]] = {}
 
 
 @manager.on_message("say")
 async def say(ws: StableSocket, message: Any) -> None:
-    heard.setdefault(ws.client_id, []).append(message)
+    received.setdefault(ws.client_id, []).append(message)
 
 
 @manager.on_message("relay")
@@ -30,13 +30,13 @@ async def divide(ws: StableSocket, message: int) -> float:
 
 
 @manager.on_message("leave")
-async def leave(ws: StableSocket) -> None:
+async def ban(ws: StableSocket) -> None:
     await ws.close(4403, "banned")
 
 
-@app.get("/heard/{client_id}")
+@app.get("/received/{client_id}")
 async def list_received(client_id: str) -> list[Any]:
-    return heard.get(client_id, [])
+    return received.get(client_id, [])
 
 
 @app.websocket("/ws/{client_id}")

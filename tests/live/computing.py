@@ -1,3 +1,3 @@
-"""What the app and the tests of computing endpoints agree on."""
+"""Constant that the computing app and its tests share."""
 
 STEPS = 4

@@ -1,4 +1,4 @@
-"""Endpoints and handlers that hold the event loop between what they send, as a model does that makes one token."""
+"""Endpoints and handlers that block the event loop between sends, as a model does for each token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ app = FastAPI(lifespan=manager.lifespan)
 
 
 def compute(step: int) -> None:
-    """Hold the event loop until the client says that it has got what was sent before, for three seconds at most."""
+    """Block the event loop until the client confirms what was sent before, for at most 3 s."""
     deadline = time.monotonic() + 3
     while not (FOLDER / str(step)).exists():
         if time.monotonic() > deadline:
@@ -28,31 +28,31 @@ def compute(step: int) -> None:
         time.sleep(0.002)
 
 
-async def speak(ws: StableSocket, how: str) -> None:
+async def speak(ws: StableSocket, call: str) -> None:
     for step in range(STEPS):
-        if how == "send":
+        if call == "send":
             await ws.send({"step": step})
-        elif how == "send_json":
+        elif call == "send_json":
             await ws.send_json({"step": step})
-        elif how == "send_text":
+        elif call == "send_text":
             await ws.send_text(f'{{"step":{step}}}')
-        elif how == "send_bytes":
+        elif call == "send_bytes":
             await ws.send_bytes(b'{"step":%d}' % step)
-        elif how == "keyed":
+        elif call == "keyed":
             await ws.send({"step": step}, coalesce_key="progress")
-        elif how == "volatile":
+        elif call == "volatile":
             await ws.send({"step": step}, volatile=True)
-        elif how == "to_client":
+        elif call == "to_client":
             await manager.send_to_client(ws.client_id, {"step": step})
-        elif how == "two":
+        elif call == "two":
             await ws.send({"before": step})
             await ws.send({"step": step})
-        elif how == "behind a broadcast":
+        elif call == "after broadcast":
             await manager.broadcast({"before": step})
             await ws.send({"step": step})
-        elif how == "websocket":
+        elif call == "websocket":
             await ws.websocket.send_json({"step": step})
-        elif how == "history":
+        elif call == "history":
             await manager.broadcast({"step": step}, room=f"room-{step}")
             await ws.join(f"room-{step}", history=1)
         compute(step)
@@ -60,19 +60,19 @@ async def speak(ws: StableSocket, how: str) -> None:
 
 @manager.on_message("speak")
 async def handler(ws: StableSocket, message: dict[str, Any]) -> None:
-    await speak(ws, message["how"])
+    await speak(ws, message["call"])
 
 
 @manager.on_message("ask")
-async def asked(ws: StableSocket, message: dict[str, Any]) -> dict[str, int]:
-    if message["step"]:  # the answer to the message before has left
+async def answer(ws: StableSocket, message: dict[str, Any]) -> dict[str, int]:
+    if message["step"]:  # the answer to the previous message is sent
         compute(message["step"] - 1)
     return {"step": message["step"]}
 
 
 @app.websocket("/endpoint/{client_id}")
-async def endpoint(ws: StableSocketDep, how: str) -> None:
-    await speak(ws, how)
+async def endpoint(ws: StableSocketDep, call: str) -> None:
+    await speak(ws, call)
 
 
 @app.websocket("/handler/{client_id}")
@@ -80,8 +80,8 @@ async def run(ws: StableSocketDep) -> None:
     await ws.run()
 
 
-@app.websocket("/by-hand/{client_id}")
-async def by_hand(websocket: WebSocket, client_id: str) -> None:
+@app.websocket("/adopt/{client_id}")
+async def adopt(websocket: WebSocket, client_id: str) -> None:
     await websocket.accept()
     await manager.connect(client_id, websocket)
     for step in range(STEPS):

@@ -1,4 +1,4 @@
-"""Fixtures of the live tests."""
+"""Fixtures and markers of the live tests."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from tests.support.server import LiveServer
+from tests.support.wire_client import Witness
 
 HERE = Path(__file__).parent
 
 
 OTHERS = ("uvicorn-wsproto", "uvicorn-websockets", "hypercorn", "granian")
-"""Kinds of servers on which tests that run on every kind run with the long ones: they are many, and differ little."""
+"""Kinds of servers that only the long tests add to the tests of every kind. They are many and differ little."""
 
 ON_ONE_KIND = (
     "test_admission.py",
@@ -39,7 +40,7 @@ ON_ONE_KIND = (
     "test_unread.py",
     "test_whole_apps.py",
 )
-"""Files whose tests run on the protocol class each time, and on uvicorn's own class with the long ones."""
+"""Files that always run on the protocol class, and with the long tests on uvicorn's own class too."""
 
 SHARING = (
     "test_admission.py",
@@ -58,7 +59,7 @@ SHARING = (
     "test_stable_protocol.py",
     "test_stubborn_endpoints.py",
 )
-"""Files whose tests have seconds to spare: they run beside tests that compute, and under coverage."""
+"""Files that tolerate delays of seconds, so their tests run beside tests that compute, and under coverage."""
 
 MEASURING = (
     "test_memory.py",
@@ -66,11 +67,11 @@ MEASURING = (
     "test_rule_breaker.py",
     "test_stopping_servers.py",
 )
-"""Files whose tests measure. All others have less than a second to spare: they run beside their like."""
+"""Files with measurements, which run alone. Files in neither list tolerate delays below 1 s, and run together."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test below this folder runs a server."""
+    """Mark the tests of this folder, all of which run a server."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.live)
@@ -79,16 +80,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             elif item.path.name not in SHARING:
                 item.add_marker(pytest.mark.timed)
             parameters = getattr(item, "callspec", None)
-            elsewhere = {*OTHERS, "uvicorn-sansio"} if item.path.name in ON_ONE_KIND else set(OTHERS)
-            if parameters is not None and elsewhere & {
-                one for one in parameters.params.values() if isinstance(one, str)
+            long_kinds = {*OTHERS, "uvicorn-sansio"} if item.path.name in ON_ONE_KIND else set(OTHERS)
+            if parameters is not None and long_kinds & {
+                value for value in parameters.params.values() if isinstance(value, str)
             }:
                 item.add_marker(pytest.mark.soak)
 
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., LiveServer]]:
-    """Starts servers that are stopped after the test."""
+    """Return a function that starts a server, which is stopped after the test."""
     with ExitStack() as stack:
 
         def start(kind: str = "uvicorn-sansio", **options: Any) -> LiveServer:
@@ -99,6 +100,21 @@ def serve() -> Iterator[Callable[..., LiveServer]]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[LiveServer]:
-    """One uvicorn for all tests of a module that can share it."""
+    """One uvicorn for all tests of a module that share it."""
     with LiveServer() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def witness(server: LiveServer) -> Iterator[Witness]:
+    """Well-behaved connection that lives as long as the `server` of the module."""
+    witness = Witness(server)
+    yield witness
+    witness.close()
+
+
+@pytest.fixture
+def witness_is_unaffected(witness: Witness) -> Iterator[None]:
+    """Check after the test that the witness still echoes and that the server has logged no error."""
+    yield
+    witness.check()

@@ -1,4 +1,4 @@
-"""An app whose handlers ask a database, by SQLAlchemy and aiosqlite, and tell what became of its pool."""
+"""App with handlers that query a database through SQLAlchemy and aiosqlite, and a route for the pool's state."""
 
 from __future__ import annotations
 
@@ -17,13 +17,10 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool
 from fastapi_ws_stabilizer import (
     StableSocket,
     StableSocketDep,
-    WebSocketConfig,
-    WebSocketConnectionManager,
-    configure_logging,
 )
+from tests.support.live_apps import manager_from_env
 
-configure_logging()
-manager = WebSocketConnectionManager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
+manager = manager_from_env()
 engine = create_async_engine(
     f"sqlite+aiosqlite:///{os.environ['TEST_DATABASE']}",
     poolclass=AsyncAdaptedQueuePool,
@@ -34,7 +31,7 @@ engine = create_async_engine(
 new_session = async_sessionmaker(engine)
 counts = {"begun": 0, "finished": 0}
 cancelled: list[int] = []
-"""How many cancellations each query has got that got one."""
+"""Number of cancellations of each query that was cancelled."""
 
 SLOW = text("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :rows) SELECT count(*) FROM n")
 
@@ -52,7 +49,7 @@ app = FastAPI(lifespan=lifespan)
 
 
 async def ask(session: AsyncSession, rows: int) -> None:
-    """Write something, ask something slow, and count how it ended."""
+    """Run two slow queries, and count the calls that begin and that finish."""
     counts["begun"] += 1
     await session.execute(SLOW, {"rows": rows})
     await session.execute(SLOW, {"rows": rows})
@@ -60,8 +57,8 @@ async def ask(session: AsyncSession, rows: int) -> None:
 
 
 @contextmanager
-def counted_cancellations() -> Iterator[None]:
-    """Note how often a task was cancelled that was: in its query, and while its session was closed after it."""
+def recorded_cancellations() -> Iterator[None]:
+    """Record how often a cancelled task was cancelled, in its query and while its session closed."""
     task: Any = asyncio.current_task()
     try:
         yield
@@ -71,25 +68,25 @@ def counted_cancellations() -> Iterator[None]:
 
 
 @manager.on_message("ask")
-async def in_a_handler(ws: StableSocket, message: dict[str, Any]) -> None:
-    with counted_cancellations():
+async def handle_ask(ws: StableSocket, message: dict[str, Any]) -> None:
+    with recorded_cancellations():
         async with new_session() as session:
             await ask(session, message["rows"])
 
 
-async def a_session() -> AsyncIterator[AsyncSession]:
+async def database_session() -> AsyncIterator[AsyncSession]:
     async with new_session() as session:
         yield session
 
 
 @app.websocket("/handler/{client_id}")
-async def with_handlers(ws: StableSocketDep) -> None:
+async def run_handlers(ws: StableSocketDep) -> None:
     await ws.run()
 
 
 @app.websocket("/dependency/{client_id}")
-async def with_a_dependency(session: Annotated[AsyncSession, Depends(a_session)], ws: StableSocketDep) -> None:
-    with counted_cancellations():
+async def use_dependency(session: Annotated[AsyncSession, Depends(database_session)], ws: StableSocketDep) -> None:
+    with recorded_cancellations():
         async for message in ws:
             await ask(session, json.loads(message)["rows"])
 

@@ -1,9 +1,8 @@
-"""The app of the drain tests: says what ran before the lifespan ended."""
+"""App of the drain tests, which prints what ran before the lifespan ended."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,21 +10,21 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from fastapi_ws_stabilizer import DisconnectReason, StableSocket, StableSocketDep, WebSocketConfig, stats_router
-from fastapi_ws_stabilizer import WebSocketConnectionManager as Manager
+from fastapi_ws_stabilizer import DisconnectReason, StableSocket, StableSocketDep, stats_router
+from tests.support.live_apps import manager_from_env
 
-manager = Manager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
+manager = manager_from_env(logs=False)
 counts = {"hooks": 0, "clean-ups": 0}
 reasons: list[str] = []
 ended_at: list[float] = []
-"""When the end of each connection was told, on the clock that all processes share."""
+"""Time of each `on_disconnect`, on the monotonic clock that all processes share."""
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
     async with manager.lifespan(app) as state:
         yield state
-    print("LIFESPAN over", json.dumps(counts), flush=True)
+    print("LIFESPAN ended", json.dumps(counts), flush=True)
     print("REASONS", json.dumps(reasons), flush=True)
     print("ENDED AT", json.dumps(ended_at), flush=True)
 
@@ -35,7 +34,7 @@ app.include_router(stats_router, prefix="/ws-stats")
 
 
 @manager.on_disconnect
-async def gone(ws: StableSocket, reason: DisconnectReason) -> None:
+async def disconnected(ws: StableSocket, reason: DisconnectReason) -> None:
     counts["hooks"] += 1
     ended_at.append(time.monotonic())
     if len(reasons) < 10:
@@ -43,15 +42,15 @@ async def gone(ws: StableSocket, reason: DisconnectReason) -> None:
 
 
 @manager.on_session_end
-async def session_over(ws: StableSocket, reason: DisconnectReason) -> None:
+async def session_ended(ws: StableSocket, reason: DisconnectReason) -> None:
     if len(reasons) < 10:
         reasons.append(f"{ws.client_id} session {reason.value}")
 
 
 @manager.events.subscribe
-def tell(report: Any) -> None:
-    if report.event in ("drain_started", "shutdown"):
-        print(report.event.upper(), json.dumps(dict(report.fields)), flush=True)
+def print_shutdown(event: Any) -> None:
+    if event.event in ("drain_started", "shutdown"):
+        print(event.event.upper(), json.dumps(dict(event.fields)), flush=True)
 
 
 @manager.on_message("say")

@@ -1,4 +1,4 @@
-"""The example of a gunicorn worker, which says whether its connections have the protocol class."""
+"""gunicorn worker example, with a route that shows whether its connections use the protocol class."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from examples.gunicorn_worker import StableWorker, app, manager
 __all__ = ["StableWorker", "app"]
 
 
-@app.get("/linked")
-async def linked() -> list[bool]:
+@app.get("/direct")
+async def list_direct() -> list[bool]:
     return [connection.is_direct for connection in manager._node.connections]

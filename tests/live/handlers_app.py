@@ -1,4 +1,4 @@
-"""Endpoints that stop half-way, with a transaction before and behind the socket, and exception handlers of the app."""
+"""Endpoints that fail between two steps of a transaction, and exception handlers of the app."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ events: list[str] = []
 
 
 class AppError(Exception):
-    """What the app has a handler for."""
+    """Error that the app has a handler for."""
 
 
 class QuotaUsedUp(AppError):
-    """A subclass of it."""
+    """Subclass of that error."""
 
 
 class PaymentRequired(HTTPException):
-    """An HTTP error of the app's own."""
+    """HTTP error that the app defines."""
 
 
 class Conflict(Exception):
-    """What the app answers with a response."""
+    """Error that the app answers with a response."""
 
 
 class Silent(Exception):
-    """What the app has a handler for that does nothing."""
+    """Error with a handler that does nothing."""
 
 
 class Broken(Exception):
-    """What the app has a handler for that fails."""
+    """Error with a handler that fails."""
 
 
 @app.exception_handler(AppError)
@@ -113,59 +113,59 @@ async def on_error(ws: StableSocket, error: BaseException) -> None:
     events.append(f"bug {type(error).__name__}")
 
 
-async def work(ws: Any, done: list[str], way: str) -> None:
-    """Debit, and credit: the client is lost between the two."""
+async def work(ws: Any, done: list[str], act: str) -> None:
+    """Read a debit and then a credit; the client is lost between the two."""
     done.append(await ws.receive_text())
-    if way == "send":
+    if act == "send":
         while True:
             await ws.send_text("tick")
             await asyncio.sleep(0.01)
-    if way == "wait":
+    if act == "wait":
         await asyncio.Event().wait()
-    if way in ERRORS:
-        raise ERRORS[way]
+    if act in ERRORS:
+        raise ERRORS[act]
     done.append(await ws.receive_text())
 
 
-@app.websocket("/before/{way}")
-async def before(done: Transaction, ws: StableSocketDep, way: str) -> None:
-    await work(ws, done, way)
+@app.websocket("/before/{act}")
+async def before(done: Transaction, ws: StableSocketDep, act: str) -> None:
+    await work(ws, done, act)
 
 
-@app.websocket("/behind/{way}")
-async def behind(ws: StableSocketDep, done: Transaction, way: str) -> None:
-    await work(ws, done, way)
+@app.websocket("/after/{act}")
+async def after(ws: StableSocketDep, done: Transaction, act: str) -> None:
+    await work(ws, done, act)
 
 
-@app.websocket("/hand/{way}")
-async def hand(websocket: WebSocket, done: Transaction, way: str) -> None:
+@app.websocket("/adopt/{act}")
+async def adopt(websocket: WebSocket, done: Transaction, act: str) -> None:
     await websocket.accept()
     await manager.connect("ann", websocket)
-    await work(websocket, done, way)
+    await work(websocket, done, act)
 
 
-@app.websocket("/hand-socket/{way}")
-async def hand_socket(websocket: WebSocket, done: Transaction, way: str) -> None:
+@app.websocket("/adopt-socket/{act}")
+async def adopt_socket(websocket: WebSocket, done: Transaction, act: str) -> None:
     await websocket.accept()
-    await work(await manager.connect("ann", websocket), done, way)
+    await work(await manager.connect("ann", websocket), done, act)
 
 
-@app.websocket("/run/{way}")
-async def run(done: Transaction, ws: StableSocketDep, way: str) -> None:
-    ws.user_data["way"] = way
+@app.websocket("/run/{act}")
+async def run(done: Transaction, ws: StableSocketDep, act: str) -> None:
+    ws.user_data["act"] = act
     await ws.run()
 
 
 @manager.on_message
 async def handle(ws: StableSocket, message: str) -> None:
-    raise ERRORS[ws.user_data["way"]]
+    raise ERRORS[ws.user_data["act"]]
 
 
-@app.websocket("/task/{way}")
-async def task(done: Transaction, ws: StableSocketDep, way: str) -> None:
+@app.websocket("/task/{act}")
+async def task(done: Transaction, ws: StableSocketDep, act: str) -> None:
     async def fail() -> None:
         await asyncio.sleep(0.05)
-        raise ERRORS[way]
+        raise ERRORS[act]
 
     ws.create_task(fail())
     await ws.wait_closed()

@@ -1,20 +1,19 @@
-"""The app of the tests of handshakes that are in progress while the server stops or the client leaves."""
+"""App with handshakes that hang in user code while the server stops or the client disconnects."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from dataclasses import asdict
 from typing import Any
 
 from fastapi import Depends, FastAPI, WebSocket
 
-from fastapi_ws_stabilizer import DisconnectReason, StableSocket, StableSocketDep, WebSocketConfig
-from fastapi_ws_stabilizer import WebSocketConnectionManager as Manager
+from fastapi_ws_stabilizer import DisconnectReason, StableSocket, StableSocketDep
+from tests.support.live_apps import manager_from_env
 
-manager = Manager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
+manager = manager_from_env(logs=False)
 app = FastAPI(lifespan=manager.lifespan)
 events: list[str] = []
 
@@ -39,16 +38,16 @@ async def connected(ws: StableSocket) -> None:
 
 @manager.on_disconnect
 async def disconnected(ws: StableSocket, reason: DisconnectReason) -> None:
-    events.append(f"gone {ws.client_id} {reason.value}")
+    events.append(f"disconnect {ws.client_id} {reason.value}")
 
 
 @manager.on_message("drain")
-async def drains(ws: StableSocket) -> None:
+async def drain_in_handler(ws: StableSocket) -> None:
     events.append(f"drained {asdict(await manager.drain())}")
 
 
 @manager.on_message("shut down")
-async def shuts_down(ws: StableSocket) -> None:
+async def shut_down_in_handler(ws: StableSocket) -> None:
     report = await manager.graceful_shutdown()
     events.append(f"drained {asdict(report)}")
     print("SHUT DOWN", json.dumps(asdict(report)), flush=True)
@@ -73,7 +72,7 @@ def slow_in_thread() -> str:
     return "slow"
 
 
-async def ignores_one_cancellation() -> str:
+async def ignore_one_cancellation() -> str:
     events.append("hangs")
     try:
         await asyncio.sleep(3600)
@@ -99,7 +98,7 @@ async def by_thread(ws: StableSocket = Depends(manager.socket_for(slow_in_thread
 
 
 @app.websocket("/stubborn")
-async def by_stubborn(ws: StableSocket = Depends(manager.socket_for(ignores_one_cancellation))) -> None:
+async def by_stubborn(ws: StableSocket = Depends(manager.socket_for(ignore_one_cancellation))) -> None:
     await ws.run()
 
 
@@ -109,8 +108,8 @@ async def by_endpoint(ws: StableSocketDep) -> None:
     events.append(f"drained {asdict(await manager.drain())}")
 
 
-@app.websocket("/hand/{client_id}")
-async def by_hand(websocket: WebSocket, client_id: str) -> None:
+@app.websocket("/adopt/{client_id}")
+async def adopt(websocket: WebSocket, client_id: str) -> None:
     await websocket.accept()
     await manager.connect(client_id, websocket)
     while True:

@@ -1,8 +1,7 @@
-"""The app of the tests of rates and of identity: one login for HTTP and for sockets, and notes of all that ran."""
+"""App of the rate and identity tests, with one login for HTTP and sockets, and notes of each call."""
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ from fastapi_ws_stabilizer import (
     DisconnectReason,
     StableSocket,
     StableSocketDep,
-    WebSocketConfig,
     WebSocketConnectionManager,
     configure_logging,
 )
 from fastapi_ws_stabilizer.auth import Credential, bearer, cookie, first_message, subprotocol
+from tests.support.live_apps import config_from_env
 
-config = WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}")))
+config = config_from_env()
 configure_logging(level=config.log_level)
 manager = WebSocketConnectionManager(config)
 app = FastAPI(lifespan=manager.lifespan)
@@ -31,7 +30,7 @@ notes: list[Any] = []
 if os.environ.get("TEST_DENY_ALL"):
 
     class RequireLogin(BaseHTTPMiddleware):
-        """Lets nobody in but the tests' own probes."""
+        """Middleware that rejects every HTTP request except `/notes`."""
 
         async def dispatch(self, request: Request, call_next: Any) -> Any:
             if request.url.path.startswith("/notes"):
@@ -47,14 +46,14 @@ if os.environ.get("TEST_DENY_ALL"):
 
 @dataclass
 class User:
-    """Who a token belongs to, and until when."""
+    """Name and expiry that a token stands for."""
 
     name: str
     expires_at: float | None
 
 
 def user_of(token: str | None) -> User:
-    """Read a token of the tests, `name` or `name.until`, as one reads a JWT."""
+    """Parse a token of the tests, `name` or `name~until`, as an application parses a JWT."""
     name, _, until = (token or "").partition("~")
     if name not in ("ann", "bob"):
         raise HTTPException(401, "log in again", headers={"WWW-Authenticate": "Bearer"})
@@ -77,24 +76,24 @@ Users = Annotated[
 Tickets = Annotated[StableSocket, Depends(manager.socket_for(manager.ticket))]
 
 
-async def renewed(ws: StableSocket, credential: str | None) -> float | None:
-    """Look at a credential that comes later; the first one is the dependency's."""
+async def renew(ws: StableSocket, credential: str | None) -> float | None:
+    """Check a credential that the client sends later; the dependency checks the first one."""
     if ws.identity is None or credential is None:
         return None
     user = user_of(credential)
     if user.name != ws.client_id:
-        raise HTTPException(403, "that is somebody else")
+        raise HTTPException(403, "the credential belongs to another client")
     return None if user.expires_at is None else user.expires_at - time.time()
 
 
-if not os.environ.get("TEST_DENY_ALL"):  # with it the doctor takes the sockets for guarded
-    manager.on_auth(renewed)
+if not os.environ.get("TEST_DENY_ALL"):  # with this hook the doctor reports no unguarded socket
+    manager.on_auth(renew)
 
 
 @manager.on_disconnect
-async def gone(ws: StableSocket, reason: DisconnectReason) -> None:
+async def disconnected(ws: StableSocket, reason: DisconnectReason) -> None:
     assert ws.close_info is not None
-    notes.append(f"gone {ws.client_id} {reason.value} {ws.close_info.code}")
+    notes.append(f"disconnected {ws.client_id} {reason.value} {ws.close_info.code}")
 
 
 @manager.on_message("say")
@@ -115,7 +114,7 @@ async def confirm(ws: StableSocket, message: Any) -> None:
 
 
 @app.get("/notes")
-async def noted() -> list[Any]:
+async def list_notes() -> list[Any]:
     return notes
 
 
@@ -135,7 +134,7 @@ async def reconnect_token(client_id: str) -> str:
 
 
 @app.post("/ticket/{client_id}")
-async def any_ticket(client_id: str) -> str:
+async def issue_ticket(client_id: str) -> str:
     return manager.issue_ticket(client_id)
 
 
@@ -166,8 +165,8 @@ async def echo(ws: StableSocketDep) -> None:
         await ws.send(message)
 
 
-@app.websocket("/hand/{client_id}")
-async def by_hand(websocket: WebSocket, client_id: str, token: str | None = None) -> None:
+@app.websocket("/adopt/{client_id}")
+async def adopt(websocket: WebSocket, client_id: str, token: str | None = None) -> None:
     await websocket.accept()
     if token is not None:
         client_id = await manager.validate_reconnect_token(token)
@@ -186,6 +185,6 @@ async def my_socket(ws: Users) -> None:
 
 
 @app.websocket("/ticket")
-async def with_a_ticket(ws: Tickets) -> None:
+async def ticket_socket(ws: Tickets) -> None:
     await ws.send(ws.client_id)
     await ws.run()

@@ -1,14 +1,11 @@
-"""The app of the tests of who gets in: one manager for each set of options, and the same ways in to each of them."""
+"""App of the admission tests, with one manager for each set of options and the same routes for each."""
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import gc
 import json
 import os
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, WebSocket
@@ -21,6 +18,7 @@ from fastapi_ws_stabilizer import (
     configure_logging,
 )
 from fastapi_ws_stabilizer.auth.credentials import Credential, bearer, query, subprotocol
+from tests.support.live_apps import collect_garbage
 
 TOKEN = Credential(bearer(), query("token"), subprotocol("bearer"))
 
@@ -36,8 +34,8 @@ async def current_user(token: Annotated[str, Depends(TOKEN)], slow: float = 0.0)
     return token.removeprefix("good-")
 
 
-def routes_of(options: dict[str, Any]) -> APIRouter:
-    """The routes to one manager."""
+def create_routes(options: dict[str, Any]) -> APIRouter:
+    """Return the routes of a manager with these options."""
     config = {"heartbeat_type": "off", "disconnect_grace": 0.5, "hello_timeout": 1, **options}
     manager = WebSocketConnectionManager(WebSocketConfig(**config, handle_signals=False))
     router = APIRouter()
@@ -55,17 +53,17 @@ def routes_of(options: dict[str, Any]) -> APIRouter:
     async def path(ws: StableSocket = Depends(by_path)) -> None:
         await echo(ws)
 
-    @router.websocket("/who")
-    async def who(ws: StableSocket = Depends(manager.socket_for(current_user))) -> None:
+    @router.websocket("/identity")
+    async def by_identity(ws: StableSocket = Depends(manager.socket_for(current_user))) -> None:
         await echo(ws)
 
-    @router.websocket("/hand/{client_id}")
-    async def hand(websocket: WebSocket, client_id: str) -> None:
+    @router.websocket("/adopt/{client_id}")
+    async def adopt(websocket: WebSocket, client_id: str) -> None:
         await websocket.accept()
         try:
             ws = await manager.connect(client_id, websocket)
         except ConnectionLimitExceededError as error:
-            events.append(f"by hand: {error.limit}")
+            events.append(f"adopt: {error.limit}")
             raise
         await echo(ws)
 
@@ -73,8 +71,8 @@ def routes_of(options: dict[str, Any]) -> APIRouter:
     async def counts() -> dict[str, Any]:
         node = manager._node
         return {
-            "inside": len(node.admission.limiter),
-            "knocking": node.admission.limiter._pending,
+            "established": len(node.admission.limiter),
+            "pending": node.admission.limiter._pending,
             "connections": manager.get_connection_count(),
             "unfinished": len(node.connections),
             "sessions": len(node.sessions),
@@ -90,7 +88,7 @@ def routes_of(options: dict[str, Any]) -> APIRouter:
 
 
 for name, options in json.loads(os.environ.get("TEST_LIMITS", "{}")).items():
-    app.include_router(routes_of(options), prefix=f"/{name}")
+    app.include_router(create_routes(options), prefix=f"/{name}")
 
 
 @app.get("/me")
@@ -99,18 +97,10 @@ async def me(user: Annotated[str, Depends(current_user)]) -> str:
 
 
 @app.get("/events")
-async def noted() -> list[str]:
+async def list_events() -> list[str]:
     return events
 
 
 @app.post("/collect")
 async def collect() -> dict[str, int]:
-    """Collect garbage, give back what the allocator keeps for later, and tell the memory that the process holds now."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return {
-        "rss": pages * os.sysconf("SC_PAGE_SIZE"),
-        "objects": len(gc.get_objects()),
-        "tasks": len(asyncio.all_tasks()),
-    }
+    return {**collect_garbage(), "tasks": len(asyncio.all_tasks())}

@@ -1,10 +1,8 @@
-"""The app of the memory tests: it keeps what it is told to keep, and says what that has led to."""
+"""App of the memory tests, which stores user data on request and reports its memory."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import time
 from typing import Any
 
@@ -15,39 +13,36 @@ from fastapi_ws_stabilizer import (
     MemoryLimitExceededError,
     StableSocket,
     StableSocketDep,
-    WebSocketConfig,
-    WebSocketConnectionManager,
-    configure_logging,
 )
+from tests.support.live_apps import manager_from_env
 
-configure_logging()
-manager = WebSocketConnectionManager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
+manager = manager_from_env()
 app = FastAPI(lifespan=manager.lifespan)
 events: list[str] = []
 
 
 @manager.on_disconnect
-async def gone(ws: StableSocket, reason: DisconnectReason) -> None:
+async def disconnected(ws: StableSocket, reason: DisconnectReason) -> None:
     events.append(f"disconnect {ws.client_id} {reason.value}")
     if ws.client_id == "slow":
         await asyncio.sleep(3)
-    events.append(f"told {ws.client_id}")
+    events.append(f"hook done {ws.client_id}")
 
 
-@manager.on_message("keep")
-async def keep(ws: StableSocket, message: dict[str, Any]) -> None:
+@manager.on_message("store")
+async def store(ws: StableSocket, message: dict[str, Any]) -> None:
     ws.user_data[message["key"]] = "x" * message["size"]
-    await ws.send("kept")
+    await ws.send("stored")
 
 
-@app.post("/keep/{client_id}")
-async def keep_for(client_id: str, size: int, key: str = "data") -> dict[str, Any]:
-    """Keep bytes for a client, three containers deep."""
+@app.post("/store/{client_id}")
+async def store_for(client_id: str, size: int, key: str = "data") -> dict[str, Any]:
+    """Store bytes for a client, three containers deep."""
     try:
         await manager.set_user_data(client_id, key, {"a": [{"b": bytearray(size)}]})
     except MemoryLimitExceededError as error:
         return {"refused": error.limit, "most": error.most}
-    return {"kept": size}
+    return {"stored": size}
 
 
 @app.post("/push/{client_id}/{count}")
@@ -81,8 +76,8 @@ async def endpoint(ws: StableSocketDep) -> None:
     await ws.run()
 
 
-@app.websocket("/hand/{client_id}/{size}")
-async def by_hand(websocket: WebSocket, client_id: str, size: int) -> None:
+@app.websocket("/adopt/{client_id}/{size}")
+async def adopt(websocket: WebSocket, client_id: str, size: int) -> None:
     await websocket.accept()
     started = time.monotonic()
     await manager.connect(client_id, websocket, {"data": bytearray(size)})

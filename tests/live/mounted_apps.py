@@ -1,4 +1,4 @@
-"""One app for each place that a manager and its sockets can have."""
+"""Apps that differ in how the manager and its sockets are mounted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastapi_ws_stabilizer import StableSocketDep, WebSocketConfig, WebSocketCon
 configure_logging()
 
 
-def make_manager() -> WebSocketConnectionManager:
+def create_manager() -> WebSocketConnectionManager:
     return WebSocketConnectionManager(WebSocketConfig(heartbeat_interval=0.2))
 
 
@@ -21,43 +21,43 @@ async def endpoint(ws: StableSocketDep) -> None:
     await ws.run()
 
 
-manager = make_manager()
+manager = create_manager()
 plain = FastAPI(lifespan=manager.lifespan)
 plain.websocket("/ws")(endpoint)
 
-manager = make_manager()
+manager = create_manager()
 own_manager = manager
 
 
 @asynccontextmanager
-async def own(app: FastAPI) -> AsyncIterator[Any]:
+async def wrapped_lifespan(app: FastAPI) -> AsyncIterator[Any]:
     async with own_manager.lifespan(app) as state:
         yield state
 
 
-own_lifespan = FastAPI(lifespan=own)
+own_lifespan = FastAPI(lifespan=wrapped_lifespan)
 own_lifespan.websocket("/ws")(endpoint)
 
-manager = make_manager()
+manager = create_manager()
 with_router = FastAPI(lifespan=manager.lifespan)
 router = APIRouter()
 router.websocket("/ws")(endpoint)
 with_router.include_router(router)
 
-manager = make_manager()
+manager = create_manager()
 mounted = FastAPI(lifespan=manager.lifespan)
 inner = FastAPI()
 inner.websocket("/ws")(endpoint)
 mounted.mount("/inner", inner)
 
-manager = make_manager()
+manager = create_manager()
 installed_twice = FastAPI()
 manager.install(installed_twice)
 manager.install(installed_twice)
 installed_twice.websocket("/ws")(endpoint)
 
-# The lifespan of a mounted app is never run, so this manager is started by its first socket.
-manager = make_manager()
+# The lifespan of a mounted app never runs, so the first socket starts this manager.
+manager = create_manager()
 never_started_inner = FastAPI(lifespan=manager.lifespan)
 never_started_inner.websocket("/ws")(endpoint)
 never_started = FastAPI()

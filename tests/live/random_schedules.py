@@ -1,7 +1,7 @@
 """Clients that follow random schedules: `python -m tests.live.random_schedules PORT SEED SECONDS`.
 
-Each schedule opens one connection and then sends, waits, cuts, half-closes and resets at random, also in the middle of
-the handshake, of a frame and of the closing handshake. The process ends by itself and prints the count of each step.
+Each schedule opens one connection, then sends, waits, cuts, half-closes and resets at random. It does so in the middle
+of the handshake, of a frame and of the closing handshake too. The process prints the count of each step and exits.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ from tests.support.wire_client import (
 )
 
 EXPECTED_BUG = "expected by the test"
-"""Text of the bugs that the app has on purpose: its log may show no other."""
+"""Text of the app's deliberate bugs. Its log may show no others."""
 
 ACTORS = 24
-"""Clients at a time."""
+"""Concurrent clients."""
 
 SHARED_IDS = 6
-"""Client ids that actors use beside their own: fewer than actors, so that they replace each other's connections."""
+"""Client ids that actors share, fewer than actors, so that they replace each other's connections."""
 
 _dials = itertools.count(1)
 
-PATHS = ("/run", "/loop", "/catch-all", "/tasks", "/push", "/busy", "/hand")
+PATHS = ("/run", "/loop", "/catch-all", "/tasks", "/push", "/busy", "/adopt")
 
 
 class Schedule:
     """One connection from its first byte to its last.
 
     Args:
-        port: The server's.
-        chance: Where its decisions come from.
-        taken: Counts the steps.
-        tokens: Session tokens that the server gave out, by client id.
+        port: Port of the server.
+        chance: Source of its decisions.
+        taken: Counter of the steps.
+        tokens: Session token and sequence number from the server, by client id.
         own_id: Client id that no other actor uses.
     """
 
@@ -71,7 +71,7 @@ class Schedule:
         self._tokens = tokens
         self._client_id = own_id if chance.random() < 0.7 else f"shared-{chance.randrange(SHARED_IDS)}"
         self._is_v1 = chance.random() < 0.5
-        if self._is_v1:  # a plain client of the same id would end its session
+        if self._is_v1:  # a plain client with the same id would end its session
             self._client_id += "-v1"
         self._welcome = asyncio.Event()
         self._deflates = chance.random() < 0.3
@@ -99,7 +99,7 @@ class Schedule:
 
     def _message(self) -> bytes:
         kind = self._take("message", "message", "say", "ping", "binary", "fragments", "compressed", "garbage", "large")
-        if self._is_v1 and kind in ("binary", "large"):  # as these are built here, they end a session for good
+        if self._is_v1 and kind in ("binary", "large"):  # no frames of the protocol: they end the session
             kind = "message"
         name = "say" if kind == "say" else "any"
         if self._is_v1:
@@ -118,14 +118,14 @@ class Schedule:
             return b"".join(fragments(TEXT, [text[:5], text[5:]]))
         elif kind == "compressed" and self._deflates:
             return frame(TEXT, deflate(text + b" " * self._chance.choice((0, 60_000))), rsv=RSV1)
-        elif kind == "garbage" and (not self._is_v1 or self._chance.random() < 0.1):  # it ends a session for good
+        elif kind == "garbage" and (not self._is_v1 or self._chance.random() < 0.1):  # this ends the session
             return frame(TEXT, self._chance.choice((b"{", b"[" * 500, b'{"type":3}', b"", b"\xff")))
         elif kind == "large":
             return frame(TEXT, json.dumps({"type": "any", "pad": "p" * 30_000}).encode())
         return frame(TEXT, text)
 
     async def play(self) -> None:
-        """Run the schedule; whatever the server answers is read or left unread at random."""
+        """Run the schedule, which reads the server's answers or leaves them unread at random."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 20)
         reading: asyncio.Task[None] | None = None
         try:
@@ -133,7 +133,7 @@ class Schedule:
             says_hello_at_once = self._is_v1 and self._chance.random() < 0.3
             if says_hello_at_once:
                 first += self._hello()
-            if self._chance.random() < 0.3:  # the first messages, or the close, in the segment of the handshake
+            if self._chance.random() < 0.3:  # messages or a close frame in the segment of the handshake
                 first += b"".join(self._message() for _ in range(self._chance.randrange(4)))
                 first += close_frame(1000) if self._chance.random() < 0.3 else b""
             if self._take("whole", "whole", "whole", "whole", "in parts", "cut in the handshake") != "whole":
@@ -146,7 +146,7 @@ class Schedule:
             writer.write(first)
             if self._chance.random() < 0.8:
                 reading = asyncio.ensure_future(self._read(reader))
-            if self._chance.random() < 0.8:  # the others send before the handshake has been answered
+            if self._chance.random() < 0.8:  # the other schedules send before the handshake is answered
                 await asyncio.sleep(self._chance.uniform(0.05, 0.3))
             if self._is_v1 and not says_hello_at_once and self._chance.random() < 0.95:
                 writer.write(self._hello())
@@ -172,19 +172,19 @@ class Schedule:
                     break
                 await asyncio.sleep(self._chance.choice((0, 0, 0.001, 0.02, 0.2)))
             await asyncio.sleep(self._chance.choice((0, 0.1, 0.3)))
-        except (OSError, RuntimeError):  # the server was faster; RuntimeError is uvloop's or asyncio's write after EOF
+        except (OSError, RuntimeError):  # the server closed first; RuntimeError is a write after EOF
             self._taken["ended by the server"] += 1
         finally:
             if reading is not None:
                 reading.cancel()
-            self._leave(writer)
+            self._disconnect(writer)
 
-    def _leave(self, writer: asyncio.StreamWriter) -> None:
-        how = self._take("reset", "close the socket", "abort")
-        if how == "reset" and (bare := writer.get_extra_info("socket")) is not None:
+    def _disconnect(self, writer: asyncio.StreamWriter) -> None:
+        step = self._take("reset", "close the socket", "abort")
+        if step == "reset" and (bare := writer.get_extra_info("socket")) is not None:
             with suppress(OSError):
                 bare.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        if how == "abort":
+        if step == "abort":
             writer.transport.abort()
         writer.close()
 
@@ -211,7 +211,7 @@ class Schedule:
 
 
 async def main(port: int, seed: str, seconds: float) -> None:
-    """Play schedules side by side until the time has passed, and print the counts."""
+    """Run schedules concurrently for `seconds`, and print the counts."""
     taken: Counter[str] = Counter()
     tokens: dict[str, tuple[str, int]] = {}
     loop = asyncio.get_running_loop()

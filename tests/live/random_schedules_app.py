@@ -1,9 +1,8 @@
-"""The app of the random schedules: endpoints and handlers that do anything, and a list of what is left afterwards."""
+"""App of the random schedules, with endpoints and handlers that do anything, and a route for what remains."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 from collections import Counter
@@ -21,15 +20,12 @@ from fastapi_ws_stabilizer import (
     SocketClosed,
     StableSocket,
     StableSocketDep,
-    WebSocketConfig,
-    WebSocketConnectionManager,
     WebSocketStabilizerError,
-    configure_logging,
 )
 from tests.live.random_schedules import EXPECTED_BUG
+from tests.support.live_apps import manager_from_env
 
-configure_logging()
-manager = WebSocketConnectionManager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
+manager = manager_from_env()
 app = FastAPI(lifespan=manager.lifespan)
 chance = random.Random(os.environ.get("TEST_SEED", "0"))
 
@@ -42,7 +38,7 @@ resumes = 0
 
 
 class ExpectedBug(Exception):
-    """A bug of user code."""
+    """Deliberate bug of user code."""
 
     def __init__(self) -> None:
         super().__init__(EXPECTED_BUG)
@@ -58,9 +54,9 @@ async def divided(websocket: WebSocket, error: ZeroDivisionError) -> None:
 
 @manager.on_handshake
 async def handshake(ws: StableSocket) -> None:
-    if (what := chance.random()) < 0.05:
+    if (roll := chance.random()) < 0.05:
         raise HTTPException(403, "not you")
-    if what < 0.15:
+    if roll < 0.15:
         await asyncio.sleep(chance.uniform(0, 0.05))
 
 
@@ -82,7 +78,7 @@ async def resumed(ws: StableSocket, outcome: Any) -> None:
 async def disconnected(ws: StableSocket, reason: DisconnectReason) -> None:
     disconnects[ws.connection_id] += 1
     with suppress(SocketClosed):
-        await ws.send("a farewell that cannot arrive")
+        await ws.send("a message that cannot arrive")
     await misbehave(ws, 0.2)
 
 
@@ -93,20 +89,20 @@ async def session_ended(ws: StableSocket, reason: DisconnectReason) -> None:
 
 
 @manager.on_join
-async def joined(room: Room, who: Presence) -> None:
-    await room.send({"type": "came", "who": who.client_id})
+async def joined(room: Room, entry: Presence) -> None:
+    await room.send({"type": "joined", "client_id": entry.client_id})
 
 
 @manager.on_leave
-async def left(room: Room, who: Presence) -> None:
-    await room.send({"type": "went", "who": who.client_id})
+async def left(room: Room, entry: Presence) -> None:
+    await room.send({"type": "left", "client_id": entry.client_id})
 
 
-# ── what user code does ──
+# ── user code ──
 
 
 async def call_anything(ws: StableSocket) -> None:
-    """Call one of the library's functions, as user code does at any moment."""
+    """Call a random function of the library, as user code may at any moment."""
     other = chance.choice(manager.get_active_connections() or ["alone"])
     room = chance.choice(ROOMS)
     call = chance.choice(
@@ -137,23 +133,23 @@ async def call_anything(ws: StableSocket) -> None:
         manager.generate_reconnect_token(ws.client_id)
 
 
-async def misbehave(ws: StableSocket, how_often: float) -> None:
-    """Sometimes raise, sleep, cancel the own task, or call the library."""
-    if chance.random() > how_often:
+async def misbehave(ws: StableSocket, probability: float) -> None:
+    """Raise, sleep, cancel the current task or call the library, with the given probability."""
+    if chance.random() > probability:
         return
-    what = chance.randrange(7)
-    if what == 0:
+    roll = chance.randrange(7)
+    if roll == 0:
         raise ExpectedBug
-    if what == 1:
+    if roll == 1:
         await asyncio.sleep(chance.uniform(0, 0.4))
-    elif what == 2:
+    elif roll == 2:
         raise HTTPException(chance.choice((401, 403, 404)), EXPECTED_BUG)
-    elif what == 3:
+    elif roll == 3:
         raise 1 / 0  # type: ignore[misc]
-    elif what == 4:
+    elif roll == 4:
         task = asyncio.current_task()
         assert task is not None
-        if task.get_name().startswith("user-"):  # the server's own tasks are not the user's to cancel
+        if task.get_name().startswith("user-"):  # user code does not cancel tasks of the server
             task.cancel()
         await asyncio.sleep(0)
     else:
@@ -202,7 +198,7 @@ async def loop(ws: StableSocketDep, after: Resource) -> None:
 
 @app.websocket("/catch-all/{client_id}")
 async def catch_all(ws: StableSocketDep, after: Resource) -> None:
-    """An endpoint as people write it: it swallows everything."""
+    """Read in a loop that catches every exception, as applications often do."""
     while True:
         try:
             await ws.receive_text()
@@ -245,8 +241,8 @@ async def busy(ws: StableSocketDep) -> None:
     await asyncio.sleep(chance.uniform(0, 1.5))
 
 
-@app.websocket("/hand/{client_id}")
-async def by_hand(websocket: WebSocket, client_id: str, after: Resource) -> None:
+@app.websocket("/adopt/{client_id}")
+async def adopt(websocket: WebSocket, client_id: str, after: Resource) -> None:
     await websocket.accept()
     ws = await manager.connect(client_id, websocket)
     try:
@@ -259,7 +255,7 @@ async def by_hand(websocket: WebSocket, client_id: str, after: Resource) -> None
             await manager.disconnect(client_id)
 
 
-# ── what is left ──
+# ── what remains ──
 
 
 @app.post("/broadcast")
@@ -269,7 +265,7 @@ async def broadcast() -> None:
 
 @app.get("/state")
 async def state() -> dict[str, Any]:
-    """Everything that has to be empty, zero or equal when no client is there."""
+    """Return what is not empty, zero or equal, as it must be once no client is connected."""
     node = manager._node
     admission = node.admission.limiter
     own = asyncio.current_task()
@@ -280,17 +276,17 @@ async def state() -> dict[str, Any]:
         "rooms": manager.get_rooms(),
         "room members": dict(node.hub.rooms._members),
         "presence": len(node.hub.presence),
-        "presence that ends soon": len(node.hub.presence._graces),
+        "presence in grace": len(node.hub.presence._graces),
         "sessions": len(node.sessions),
         "detached sessions": node.sessions.detached_count,
-        "kept plain clients": len(node.resumption.detached),
+        "detached plain clients": len(node.resumption.detached),
         "reservations": (admission._established, admission._pending),
         "reservations by client": dict(admission._of_client._counts),
         "reservations by address": [dict(admission._from_address._counts), dict(admission._pending_from._counts)],
         "handshakes": len(node.admission._handshakes),
         "handshakes without hello": len(node._hello_reader._awaiting_hello),
         "unfinished": len(node.connections),
-        "ending": len(node._closing_connections),
+        "closing": len(node._closing_connections),
         "memory total": node.budget.total,
         "memory accounts": len(node.budget._entries),
         "heartbeats": len(node.heartbeat),

@@ -1,9 +1,7 @@
-"""An app with rooms, whose hooks tell the room who has come and gone, and its probe who was slow."""
+"""App with rooms, which announces joins and leaves to the room and reports slow clients in its probe."""
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict
 from typing import Any
 
@@ -17,14 +15,10 @@ from fastapi_ws_stabilizer import (
     SlowConsumer,
     StableSocket,
     StableSocketDep,
-    WebSocketConfig,
-    WebSocketConnectionManager,
-    configure_logging,
 )
+from tests.support.live_apps import manager_from_env
 
-configure_logging()
-config = WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}")))
-manager = WebSocketConnectionManager(config)
+manager = manager_from_env()
 app = FastAPI(lifespan=manager.lifespan)
 events: list[str] = []
 
@@ -36,14 +30,14 @@ class InRoom(BaseModel):
 
 @manager.on_message("join")
 async def join(ws: StableSocket, message: InRoom) -> None:
-    people = await ws.join(message.room, {"mood": message.text})
-    await ws.send({"type": "here", "people": {who.client_id: who.connections for who in people}})
+    entries = await ws.join(message.room, {"mood": message.text})
+    await ws.send({"type": "present", "clients": {entry.client_id: entry.connections for entry in entries}})
 
 
-@manager.on_message("who")
+@manager.on_message("presence")
 async def list_present(ws: StableSocket, message: InRoom) -> None:
-    people = manager.room(message.room).presence
-    await ws.send({"type": "here", "people": {who.client_id: who.connections for who in people}})
+    entries = manager.room(message.room).presence
+    await ws.send({"type": "present", "clients": {entry.client_id: entry.connections for entry in entries}})
 
 
 @manager.on_message("leave")
@@ -53,35 +47,37 @@ async def leave(ws: StableSocket, message: InRoom) -> None:
 
 @manager.on_message("say")
 async def say(ws: StableSocket, message: InRoom) -> None:
-    await manager.broadcast({"type": "said", "who": ws.client_id, "text": message.text}, room=message.room, exclude=ws)
+    await manager.broadcast({"type": "said", "from": ws.client_id, "text": message.text}, room=message.room, exclude=ws)
 
 
 @manager.on_join
-async def came(room: Room, who: Presence) -> None:
-    await room.send({"type": "came", "who": who.client_id, "mood": who.metadata["mood"]}, exclude=who.client_id)
-    events.append(f"came {who.client_id}")
+async def joined(room: Room, entry: Presence) -> None:
+    await room.send(
+        {"type": "joined", "client_id": entry.client_id, "mood": entry.metadata["mood"]}, exclude=entry.client_id
+    )
+    events.append(f"joined {entry.client_id}")
 
 
 @manager.on_leave
-async def went(room: Room, who: Presence) -> None:
-    events.append(f"went {who.client_id}")
+async def left(room: Room, entry: Presence) -> None:
+    events.append(f"left {entry.client_id}")
     if room:
-        await room.send({"type": "went", "who": who.client_id})
+        await room.send({"type": "left", "client_id": entry.client_id})
 
 
 @manager.on_slow
-async def slow(ws: StableSocket, how: SlowConsumer) -> None:
-    events.append(f"slow {ws.client_id} {how.value}")
+async def slow(ws: StableSocket, state: SlowConsumer) -> None:
+    events.append(f"slow {ws.client_id} {state.value}")
 
 
 @manager.on_disconnect
-async def gone(ws: StableSocket, reason: DisconnectReason) -> None:
+async def disconnected(ws: StableSocket, reason: DisconnectReason) -> None:
     events.append(f"disconnect {ws.client_id} {reason.value}")
 
 
-@app.post("/tell/{room}")
-async def tell(room: str, first: int, count: int, size: int, key: str | None = None) -> list[dict[str, Any]]:
-    """Send numbered messages to a room, and say what became of each."""
+@app.post("/send/{room}")
+async def send(room: str, first: int, count: int, size: int, key: str | None = None) -> list[dict[str, Any]]:
+    """Send numbered messages to a room, and return the result of each."""
     return [
         asdict(await manager.broadcast(f"{number:08d}".ljust(size, "x"), room=room, coalesce_key=key))
         for number in range(first, first + count)

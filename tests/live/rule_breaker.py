@@ -1,7 +1,7 @@
-"""A process that breaks every rule at once: `python -m tests.live.rule_breaker PORT SECONDS [RULES IT KEEPS]`.
+"""Process that breaks every rule at once: `python -m tests.live.rule_breaker PORT SECONDS [SKIPPED_RULES]`.
 
-Each rule has a thread, which begins anew as soon as it is thrown out, and everything comes from one address. It ends by
-itself, and prints how often each rule was broken.
+Each rule has a thread, which starts again as soon as the server rejects or closes its connection. All connections come
+from one address. The process prints how often each rule was broken, and exits.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.support.wire_client import BINARY, BROWSER_OFFER, CONTINUATION, PING, RSV1, TEXT, deflate, frame, request
 
 ADDRESS = "127.0.0.9"
-"""Where it comes from: another address of this machine than that of the clients that keep the rules."""
+"""Source address, other than the address of the clients that obey the rules."""
 
 HALF_OPEN = 64
-"""Handshakes that it leaves half done at a time."""
+"""Unfinished handshakes at a time."""
 
 PINGS = frame(PING, b"") * 20_000
 TINY = frame(TEXT, b"x") * 20_000
@@ -37,11 +37,11 @@ ACKS = frame(TEXT, b'{"type":"ack","seq":0}') * 5000
 
 
 class Breaker:
-    """Everything that is done, and how often.
+    """Threads that break the rules, and their counts.
 
     Args:
-        port: The server's.
-        seconds: For how long.
+        port: Port of the server.
+        seconds: How long to run.
     """
 
     def __init__(self, port: int, seconds: float) -> None:
@@ -51,7 +51,7 @@ class Breaker:
 
     @contextmanager
     def _dialled(self, path: str, **headers: str | None) -> Iterator[socket.socket]:
-        """A WebSocket whose handshake was accepted, and of which nothing more is read."""
+        """Yield a WebSocket after its handshake was accepted; the caller reads nothing."""
         with socket.socket() as dialled:
             dialled.bind((ADDRESS, 0))
             dialled.settimeout(1)
@@ -70,7 +70,7 @@ class Breaker:
             yield dialled
 
     def send(self, rule: str, data: bytes, path: str = "/echo", first: bytes = b"", **headers: str) -> None:
-        """Send the same until the server has had enough."""
+        """Send the same data until the server closes."""
         with self._dialled(f"{path}/{rule.replace(' ', '-')}", **headers) as dialled:
             dialled.sendall(first)
             while time.monotonic() < self.until:
@@ -78,12 +78,12 @@ class Breaker:
                 self.count[rule] += 1
 
     def reconnect(self) -> None:
-        """Come and go."""
+        """Connect and disconnect."""
         with self._dialled("/echo/breaker"):
             self.count["reconnect"] += 1
 
     def half_open(self) -> None:
-        """Leave handshakes half done."""
+        """Leave handshakes unfinished."""
         begun = []
         try:
             for _ in range(HALF_OPEN):
@@ -100,7 +100,7 @@ class Breaker:
                 half.close()
 
     def rules(self) -> dict[str, Callable[[], None]]:
-        """What each thread does, again and again."""
+        """Return the action that each thread repeats, by rule."""
         giant = frame(BINARY, b"x" * (1 << 20))
         bombs = frame(TEXT, BOMB, rsv=RSV1) * 100
         announced = frame(BINARY, b"x" * 1000, announced=1 << 40)
@@ -120,27 +120,27 @@ class Breaker:
             "more of it": self.reconnect,
         }
 
-    def run(self, *kept: str) -> None:
-        """Break all rules but some, and tell how often."""
+    def run(self, *skipped: str) -> None:
+        """Break all rules except the skipped ones, and print how often."""
 
-        def again(rule: Callable[[], None]) -> None:
+        def repeat(rule: Callable[[], None]) -> None:
             while time.monotonic() < self.until:
                 with suppress(OSError):
                     rule()
 
         threads = [
-            threading.Thread(target=again, args=(rule,), daemon=True)
+            threading.Thread(target=repeat, args=(rule,), daemon=True)
             for name, rule in self.rules().items()
-            if name not in kept
+            if name not in skipped
         ]
         for thread in threads:
             thread.start()
-            time.sleep(0.02)  # so that each is let in once before those that only dial come
+            time.sleep(0.02)  # each rule connects once before the threads that only reconnect start
         for thread in threads:
             thread.join(max(0.1, self.until + 3 - time.monotonic()))
         print(json.dumps(self.count))
 
 
 if __name__ == "__main__":
-    os.nice(19)  # the cores are the server's and the witness's: what is measured is what the rules cost it
+    os.nice(19)  # leaves the cores to the server and the witness, where the delay is measured
     Breaker(int(sys.argv[1]), float(sys.argv[2])).run(*sys.argv[3:])

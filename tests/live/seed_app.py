@@ -1,5 +1,4 @@
-"""The seed's README as it stands: Quick Start and patterns 1, 2, 4 and 5, with nothing changed but the import's
-name."""
+"""README code of the reference library, with only the import changed: Quick Start and patterns 1, 2, 4 and 5."""
 
 # ruff: noqa
 # mypy: ignore-errors
@@ -54,7 +53,7 @@ async def websocket_endpoint(websocket: WebSocket, client_id: str):
         await ws_manager.disconnect(client_id)
 
 
-# ── Pattern 1 and 2, each in a route, since they are no whole programs ──
+# ── Patterns 1 and 2, each in a route, because they are not complete programs ──
 @app.post("/pattern-1/{sender_id}")
 async def pattern_1(sender_id: str):
     # Send message to all clients
@@ -83,7 +82,7 @@ async def get_stats():
     }
 
 
-# ── Pattern 5, on a path of its own ──
+# ── Pattern 5, on its own path ──
 @app.websocket("/pattern-5/{client_id}")
 async def websocket_endpoint(websocket: WebSocket, client_id: str):
     await websocket.accept()

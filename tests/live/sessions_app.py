@@ -1,10 +1,8 @@
-"""The app of the session tests: everything that is said, both ways, is written down on both sides."""
+"""App of the session tests, which records received messages and the calls of its hooks."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 from typing import Any
 
 from fastapi import FastAPI, WebSocket
@@ -15,14 +13,13 @@ from fastapi_ws_stabilizer import (
     StableSocket,
     StableSocketDep,
     TokenExpiredError,
-    WebSocketConfig,
-    WebSocketConnectionManager,
 )
+from tests.support.live_apps import manager_from_env
 
-manager = WebSocketConnectionManager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
+manager = manager_from_env(logs=False)
 app = FastAPI(lifespan=manager.lifespan)
 
-heard: dict[str, list[Any]] = {}
+received: dict[str, list[Any]] = {}
 events: list[str] = []
 background: set[asyncio.Future[None]] = set()
 
@@ -45,13 +42,13 @@ async def disconnected(ws: StableSocket, reason: DisconnectReason) -> None:
 
 
 @manager.on_session_end
-async def session_over(ws: StableSocket, reason: DisconnectReason) -> None:
+async def session_ended(ws: StableSocket, reason: DisconnectReason) -> None:
     events.append(f"session_end {ws.client_id} {reason.value}")
 
 
 @manager.on_message("say")
 async def say(ws: StableSocket, message: int | str) -> None:
-    heard.setdefault(ws.client_id, []).append(message)
+    received.setdefault(ws.client_id, []).append(message)
 
 
 @manager.on_message("note")
@@ -68,14 +65,14 @@ async def add(ws: StableSocket, message: list[int]) -> int:
 @manager.on_message("ask_back")
 async def ask_back(ws: StableSocket, message: str) -> None:
     async def ask() -> None:
-        heard.setdefault("answers", []).append(await ws.request("question", message, timeout=10))
+        received.setdefault("answers", []).append(await ws.request("question", message, timeout=10))
 
-    background.add(asyncio.ensure_future(ask()))  # not tied to the connection
+    background.add(asyncio.ensure_future(ask()))  # a task that outlives the connection
 
 
-@app.get("/heard/{client_id}")
+@app.get("/received/{client_id}")
 async def list_received(client_id: str) -> list[Any]:
-    return heard.get(client_id, [])
+    return received.get(client_id, [])
 
 
 @app.get("/events")
@@ -86,7 +83,11 @@ async def list_events() -> list[str]:
 @app.get("/count")
 async def count() -> dict[str, int]:
     sessions = manager._node.sessions
-    return {"connections": manager.get_connection_count(), "sessions": len(sessions), "away": sessions.detached_count}
+    return {
+        "connections": manager.get_connection_count(),
+        "sessions": len(sessions),
+        "detached": sessions.detached_count,
+    }
 
 
 @app.post("/push/{client_id}")
@@ -126,7 +127,7 @@ async def endpoint(ws: StableSocketDep) -> None:
 
 
 @app.websocket("/history/{client_id}")
-async def endpoint_with_history(ws: StableSocketDep) -> None:
+async def join_with_history(ws: StableSocketDep) -> None:
     await ws.join("lobby", history=10)
     await ws.run()
 

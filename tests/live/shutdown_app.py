@@ -1,4 +1,4 @@
-"""An app that shuts its manager down when it is asked to."""
+"""App with a route that shuts its manager down."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fastapi_ws_stabilizer import DisconnectReason, StableSocket, StableSocketDe
 
 manager = WebSocketConnectionManager()
 app = FastAPI(lifespan=manager.lifespan)
-gone: list[str] = []
+disconnects: list[str] = []
 
 
 @manager.on_disconnect
-async def left(ws: StableSocket, reason: DisconnectReason) -> None:
+async def disconnected(ws: StableSocket, reason: DisconnectReason) -> None:
     if ws.client_id == "hangs":
         await asyncio.sleep(3600)
     await asyncio.sleep(0.1)
-    gone.append(f"{ws.client_id} {reason.value}")
+    disconnects.append(f"{ws.client_id} {reason.value}")
 
 
 @app.websocket("/ws/{client_id}")
@@ -31,4 +31,4 @@ async def endpoint(ws: StableSocketDep) -> None:
 @app.post("/shutdown")
 async def shutdown(timeout: float) -> dict[str, Any]:
     report = await manager.graceful_shutdown(timeout)
-    return {**asdict(report), "gone": sorted(gone)}
+    return {**asdict(report), "disconnects": sorted(disconnects)}

@@ -1,9 +1,8 @@
-"""Endpoints that go on when their client has left: loops that catch every error, in each way of reading and sending."""
+"""Endpoints that go on after their client disconnected, in loops that catch every error of each call."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -14,14 +13,10 @@ from starlette.websockets import WebSocketState
 from fastapi_ws_stabilizer import (
     StableSocket,
     StableSocketDep,
-    WebSocketConfig,
-    WebSocketConnectionManager,
-    configure_logging,
 )
+from tests.support.live_apps import manager_from_env
 
-if "TEST_WS_CONFIG" in os.environ:  # a server's process, and not a test that imports the lists below
-    configure_logging()
-manager = WebSocketConnectionManager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
+manager = manager_from_env(logs="TEST_WS_CONFIG" in os.environ)  # a test imports the tables below, without logs
 app = FastAPI(lifespan=manager.lifespan)
 events: list[str] = []
 
@@ -32,7 +27,7 @@ async def probe() -> dict[str, Any]:
 
 
 @manager.on_disconnect
-async def gone(ws: StableSocket, reason: Any) -> None:
+async def disconnected(ws: StableSocket, reason: Any) -> None:
     events.append(f"state {ws.websocket.client_state.name}")
     events.append(f"disconnect {reason.value}")
 
@@ -102,26 +97,26 @@ async def catch_all(act: Callable[[Any], Awaitable[Any]], ws: Any, pause: float)
         events.append("ended")
 
 
-@app.websocket("/socket/{way}")
-async def stubborn(ws: StableSocketDep, way: str) -> None:
-    pause = 0.01 if way.startswith(("send", "join")) else 0.0
-    if way in ("iter", "iter_text", "iter_bytes", "iter_json", "run", "wait_closed", "close"):
+@app.websocket("/socket/{call}")
+async def stubborn(ws: StableSocketDep, call: str) -> None:
+    pause = 0.01 if call.startswith(("send", "join")) else 0.0
+    if call in ("iter", "iter_text", "iter_bytes", "iter_json", "run", "wait_closed", "close"):
         try:
-            while True:  # there is nothing to catch here, and nothing that waits
+            while True:  # after the end these calls raise nothing and do not wait
                 try:
-                    await SOCKET[way](ws)
+                    await SOCKET[call](ws)
                 except Exception:
                     pass
         finally:
             events.append("ended")
-    await catch_all(SOCKET[way], ws, pause)
+    await catch_all(SOCKET[call], ws, pause)
 
 
-@app.websocket("/hand/{way}")
-async def stubborn_by_hand(websocket: WebSocket, way: str) -> None:
+@app.websocket("/adopt/{call}")
+async def stubborn_adopted(websocket: WebSocket, call: str) -> None:
     await websocket.accept()
     await manager.connect("ann", websocket)
-    await catch_all(WEBSOCKET[way], websocket, 0.01)
+    await catch_all(WEBSOCKET[call], websocket, 0.01)
 
 
 @app.websocket("/two-readers")
@@ -131,14 +126,14 @@ async def two_readers(ws: StableSocketDep) -> None:
     await catch_all(SOCKET["receive"], ws, 0.0)
 
 
-@app.websocket("/swallows/{way}")
-async def swallows(ws: StableSocketDep, way: str) -> None:
+@app.websocket("/swallows/{call}")
+async def swallows(ws: StableSocketDep, call: str) -> None:
     while True:
         try:
-            if way == "sleep":
+            if call == "sleep":
                 await asyncio.sleep(0.05)
             else:
-                await SOCKET[way](ws)
+                await SOCKET[call](ws)
         except BaseException:
             pass
         else:
@@ -146,19 +141,19 @@ async def swallows(ws: StableSocketDep, way: str) -> None:
                 await asyncio.sleep(0.01)
 
 
-@app.websocket("/state/{way}")
-async def state(websocket: WebSocket, way: str) -> None:
+@app.websocket("/state/{call}")
+async def state(websocket: WebSocket, call: str) -> None:
     await websocket.accept()
     await manager.connect("ann", websocket)
     try:
         while websocket.client_state is WebSocketState.CONNECTED:
-            if way == "sleep":
+            if call == "sleep":
                 await asyncio.sleep(0.02)
             else:
                 events.append(f"read {await websocket.receive_text()}")
     except Exception as error:
         events.append(f"raised {type(error).__name__}")
-    events.append("loop over")
+    events.append("loop ended")
 
 
 async def reader(ws: Any) -> None:
@@ -172,10 +167,10 @@ async def writer(ws: Any) -> None:
         await asyncio.sleep(0.02)
 
 
-@app.websocket("/wait/{way}")
-async def wait_for_two(websocket: WebSocket, way: str) -> None:
+@app.websocket("/wait/{call}")
+async def wait_for_two(websocket: WebSocket, call: str) -> None:
     ws: Any = websocket
-    if way == "hand":
+    if call == "adopt":
         await websocket.accept()
         await manager.connect("ann", websocket)
         await _wait_for_two(ws)

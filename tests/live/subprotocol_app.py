@@ -1,9 +1,7 @@
-"""An app whose sockets speak subprotocols, and set cookies with the accept, beside a mount of files."""
+"""App with subprotocols, and cookies in the handshake response, beside a mount of static files."""
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,13 +11,10 @@ from starlette.staticfiles import StaticFiles
 from fastapi_ws_stabilizer import (
     StableSocket,
     StableSocketDep,
-    WebSocketConfig,
-    WebSocketConnectionManager,
-    configure_logging,
 )
+from tests.support.live_apps import manager_from_env
 
-configure_logging()
-manager = WebSocketConnectionManager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
+manager = manager_from_env()
 app = FastAPI(lifespan=manager.lifespan)
 
 

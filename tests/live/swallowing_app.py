@@ -1,4 +1,4 @@
-"""An app whose own signal handler stops nothing."""
+"""App with a signal handler that stops nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ends an endpoint is seen by all its dependencies, and by the exception handlers of the application."""
+"""Dependencies and exception handlers of the application see how an endpoint ends."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def server(request: pytest.FixtureRequest) -> Iterator[LiveServer]:
 
 
 async def new_events(server: LiveServer, before: int, word: str) -> list[str]:
-    """The events since then, as soon as one begins so."""
+    """Return the events after `before`, once one begins with `word`."""
     await until(lambda: any(event.startswith(word) for event in server.events()[before:]))
     return server.events()[before:]
 
 
 @pytest.mark.parametrize("how", ["abort", "close"])
-@pytest.mark.parametrize("way", ["read", "send", "wait"])
-@pytest.mark.parametrize("route", ["before", "behind", "hand", "hand-socket"])
-async def test_lost_client_rolls_back_every_dependency(server: LiveServer, route: str, way: str, how: str) -> None:
-    """An endpoint that its client has left half-way rolls back its dependencies, in every order of its parameters."""
+@pytest.mark.parametrize("act", ["read", "send", "wait"])
+@pytest.mark.parametrize("route", ["before", "after", "adopt", "adopt-socket"])
+async def test_lost_client_rolls_back_every_dependency(server: LiveServer, route: str, act: str, how: str) -> None:
+    """A client lost in mid-transaction rolls back every dependency, in each order of the parameters."""
     before, errors = len(server.events()), len(server.errors())
-    ws = await connect(server.url(f"/{route}/{way}"))
+    ws = await connect(server.url(f"/{route}/{act}"))
     await ws.send("debit ann 100")
     await asyncio.sleep(0.1)
     if how == "abort":
@@ -42,7 +42,7 @@ async def test_lost_client_rolls_back_every_dependency(server: LiveServer, route
     events = await new_events(server, before, "rollback")
     assert not [event for event in events if event.startswith("commit")]
     assert next(event for event in events if event.startswith("rollback")).endswith("['debit ann 100']")
-    assert not [event for event in events if event.startswith("handled")], "a leave is no error of the application"
+    assert not [event for event in events if event.startswith("handled")], "a lost client is no application error"
     assert len(server.errors()) == errors, server.log[-2000:]
 
 
@@ -58,20 +58,20 @@ ANSWERS = {
 }
 
 
-@pytest.mark.parametrize("way", ANSWERS)
-@pytest.mark.parametrize("route", ["before", "behind", "hand", "hand-socket", "run", "task"])
-async def test_exception_handler_of_app_decides_close_code(server: LiveServer, route: str, way: str) -> None:
-    """A handler of the application for what an endpoint, a message handler or a task raises decides its close code."""
-    code, text, told = ANSWERS[way]
+@pytest.mark.parametrize("act", ANSWERS)
+@pytest.mark.parametrize("route", ["before", "after", "adopt", "adopt-socket", "run", "task"])
+async def test_exception_handler_of_app_decides_close_code(server: LiveServer, route: str, act: str) -> None:
+    """The app's exception handler decides the close code for errors of endpoints, message handlers and tasks."""
+    code, reason, handler_events = ANSWERS[act]
     before, errors = len(server.events()), len(server.errors())
-    async with connect(server.url(f"/{route}/{way}")) as ws:
+    async with connect(server.url(f"/{route}/{act}")) as ws:
         await ws.send("x")
         await ws.wait_closed()
-        assert (ws.close_code, ws.close_reason) == (code, text)
-    ended = "rollback" if route != "task" else "commit"
-    events = await new_events(server, before, ended)
-    expected = [*told, *(event for event in events if event.startswith(("rollback", "commit")))]
+        assert (ws.close_code, ws.close_reason) == (code, reason)
+    transaction_end = "rollback" if route != "task" else "commit"
+    events = await new_events(server, before, transaction_end)
+    expected = [*handler_events, *(event for event in events if event.startswith(("rollback", "commit")))]
     assert sorted(events) == sorted(expected)
-    is_bug = any(event.startswith("bug") for event in told)
+    is_bug = any(event.startswith("bug") for event in handler_events)
     lines = [line for line in server.errors()[errors:] if " ERROR " in line or "ASGI" in line]
     assert len(lines) == is_bug, server.log[-3000:]

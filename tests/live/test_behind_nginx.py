@@ -1,4 +1,4 @@
-"""Behind a real nginx, which cuts what it takes for idle. CI installs it; elsewhere these tests need it to be there."""
+"""Connections behind a real nginx, which cuts idle ones. CI installs nginx; elsewhere the tests skip without it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Serve = Callable[..., LiveServer]
 
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 CUT_AFTER = 2
-"""Seconds that nginx lets an upstream be silent."""
+"""Seconds of upstream silence after which nginx closes."""
 
 CONF = """
 daemon off;
@@ -57,7 +57,7 @@ pytestmark = pytest.mark.skipif(NGINX is None and not os.environ.get("CI"), reas
 
 @contextmanager
 def nginx(upstream: int, folder: Path) -> Iterator[int]:
-    """Put nginx in front of a server, and give its port."""
+    """Start nginx in front of a server, and yield its port."""
     assert NGINX is not None, "nginx is not installed"
     port = free_port()
     conf = folder / "nginx.conf"
@@ -70,7 +70,7 @@ def nginx(upstream: int, folder: Path) -> Iterator[int]:
         process.wait(10)
 
 
-async def up(port: int) -> None:
+async def until_up(port: int) -> None:
     """Wait until nginx answers."""
 
     async def answers() -> bool:
@@ -88,10 +88,10 @@ async def up(port: int) -> None:
 
 
 async def test_nginx_cuts_idle_socket_without_heartbeat(serve: Serve, tmp_path: Path) -> None:
-    """So that the test below can fail: the client sees 1006 after proxy_read_timeout."""
+    """Without heartbeats the client sees 1006 after proxy_read_timeout, so the test below can fail."""
     server = serve(args=("--ws-ping-interval", "0"), config={"heartbeat_type": "off"})
     with nginx(server.port, tmp_path) as port:
-        await up(port)
+        await until_up(port)
         async with connect(f"ws://127.0.0.1:{port}/idle/ann", ping_interval=None) as client:
             since = time.monotonic()
             with pytest.raises(ConnectionClosed):
@@ -103,13 +103,13 @@ async def test_nginx_cuts_idle_socket_without_heartbeat(serve: Serve, tmp_path: 
 
 @pytest.mark.soak
 async def test_for_platform_heartbeat_holds_nginx_connection_open(serve: Serve, tmp_path: Path) -> None:
-    """Heartbeats as often as `for_platform` says for this proxy keep an idle socket open for 15 seconds."""
+    """The heartbeat interval of `for_platform` for this proxy holds an idle socket open for 15 s."""
     preset = WebSocketConfig.for_platform(hop("nginx", idle_timeout=CUT_AFTER))
     config = preset.model_dump(exclude_unset=True)
     assert set(config) == {"heartbeat_interval"}
     server = serve(args=("--ws-ping-interval", "0"), config=config)
     with nginx(server.port, tmp_path) as port:
-        await up(port)
+        await until_up(port)
         async with connect(f"ws://127.0.0.1:{port}/idle/ann", ping_interval=None) as client:
             deadline = time.monotonic() + 15
             while (left := deadline - time.monotonic()) > 0:

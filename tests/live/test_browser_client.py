@@ -1,4 +1,4 @@
-"""The browser client's script in a headless Chromium. CI installs it; elsewhere these tests need it to be there."""
+"""Script of the browser client in a headless Chromium. CI installs it; elsewhere the tests skip without it."""
 
 from __future__ import annotations
 
@@ -35,31 +35,31 @@ import("/reconnecting_socket.js").then((module) => {
 
 @pytest_asyncio.fixture
 async def browser() -> AsyncIterator[Browser]:
-    """A browser that is gone after the test."""
+    """Browser that is closed after the test."""
     async with Browser() as browser:
         yield browser
 
 
-async def blank(browser: Browser, port: int) -> Page:
-    """A page of the server that has no socket yet."""
+async def open_blank(browser: Browser, port: int) -> Page:
+    """Open a page of the server that has no socket yet."""
     page = await browser.open(f"http://127.0.0.1:{port}/openapi.json")
     await page.run(LOG)
     return page
 
 
-async def dial(page: Page, **options: Any) -> None:
-    """Make the script's socket, and wait until it is open."""
+async def open_socket(page: Page, **options: Any) -> None:
+    """Create the script's socket, and wait until it is open."""
     await page.run(DIAL.replace("OPTIONS", json.dumps(options)))
     await page.until("socket.state === 'open'")
 
 
 async def states(page: Page) -> list[str]:
-    """The states that the page was shown, in order."""
+    """Return the states that the page received, in order."""
     return [state for state, _ in await page.run("states")]
 
 
 async def test_page_goes_on_counting_after_the_network_was_cut(serve: Serve, browser: Browser) -> None:
-    """The page of the example shows its state, dials again with its token, and finds its user data."""
+    """The example page shows its state, reconnects with its token, and gets its user data back."""
     server = serve(app=APP)
     async with CuttingProxy(server.port) as proxy:
         page = await browser.open(f"http://127.0.0.1:{proxy.port}/")
@@ -78,11 +78,11 @@ async def test_page_goes_on_counting_after_the_network_was_cut(serve: Serve, bro
 
 
 async def test_silent_server_is_left_for_a_new_connection(serve: Serve, browser: Browser) -> None:
-    """A network that swallows everything is found by the page's own ping, and user data is restored."""
+    """The page's own ping detects a network that swallows everything, and user data is restored."""
     server = serve(app=APP)
     async with CuttingProxy(server.port) as proxy:
-        page = await blank(browser, proxy.port)
-        await dial(page, pingInterval=200, pingTimeout=1000)
+        page = await open_blank(browser, proxy.port)
+        await open_socket(page, pingInterval=200, pingTimeout=1000)
         await page.run("socket.send({type: 'click'})")
         await page.until("messages.length === 2")
         for stream in list(proxy.streams):
@@ -97,10 +97,10 @@ async def test_silent_server_is_left_for_a_new_connection(serve: Serve, browser:
 
 
 async def test_page_answers_pings_and_obeys_close_codes(serve: Serve, browser: Browser) -> None:
-    """Heartbeats are answered; a code that allows it leads to a new dial after the hint, a final one to none."""
+    """The page answers heartbeats, reconnects after the hint of a retryable code, and stops after a final code."""
     server = serve(app=APP, config={"heartbeat_interval": 0.2, "heartbeat_timeout": 1.0, "require_pong": True})
-    page = await blank(browser, server.port)
-    await dial(page)
+    page = await open_blank(browser, server.port)
+    await open_socket(page)
     await asyncio.sleep(2.0)
     assert await states(page) == ["connecting", "open"]
     (client,) = await asyncio.to_thread(server.get, "/clients")
@@ -126,7 +126,7 @@ async def test_page_answers_pings_and_obeys_close_codes(serve: Serve, browser: B
 async def test_final_codes_and_delays_are_those_of_the_python_client(serve: Serve, browser: Browser) -> None:
     """A page stops where the Python client stops, and where it would need a new login or another session."""
     server = serve(app=APP)
-    page = await blank(browser, server.port)
+    page = await open_blank(browser, server.port)
     await page.run('import("/reconnecting_socket.js").then((module) => { window.script = module; })')
     codes = [*range(1000, 1016), *range(3000, 5000)]
     final = await page.run(f"{json.dumps(codes)}.filter(script.isFinal)")

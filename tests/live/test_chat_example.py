@@ -1,4 +1,4 @@
-"""The chat example, started as its readers start it."""
+"""Chat example, started by `python -m examples.chat`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import sys
 import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytest_asyncio
-from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.client import connect
 
 from fastapi_ws_stabilizer.client import connect as connect_client
 from tests.support.faulty_proxy import CuttingProxy
+from tests.support.plain_client import next_of_type
 from tests.support.server import until
 
 pytestmark = pytest.mark.live
@@ -27,7 +27,7 @@ DEADLINE = 15.0
 
 @pytest_asyncio.fixture
 async def address() -> AsyncIterator[str]:
-    """Host and port of a running chat; on the way out it must stop without a traceback."""
+    """Host and port of a running chat, which must exit without a traceback."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", "examples.chat", "--port", "0"),
@@ -50,54 +50,42 @@ async def address() -> AsyncIterator[str]:
             await process.wait()
 
 
-async def hear(client: ClientConnection, *kinds: str) -> Any:
-    """Return the next message of these types, leaving out all others."""
-
-    async def next_of_them() -> Any:
-        while True:
-            message = json.loads(await client.recv())
-            if message["type"] in kinds:
-                return message
-
-    return await asyncio.wait_for(next_of_them(), DEADLINE)
-
-
 async def test_message_reaches_both_tabs_and_lost_tab_is_announced(address: str) -> None:
-    """Two tabs called Ann are both members; both hear what one says; when one is killed the other hears why."""
+    """Two tabs named Ann are two members; both get a message, and the second learns why the first is lost."""
     async with (
         connect(f"ws://{address}/ws/tab-1?name=Ann") as first,
         connect(f"ws://{address}/ws/tab-2?name=Ann") as second,
     ):
-        one, two = (await hear(first, "welcome"))["you"], (await hear(second, "welcome"))["you"]
+        one, two = (await next_of_type(first, "welcome"))["you"], (await next_of_type(second, "welcome"))["you"]
         assert one["id"] != two["id"]
-        await hear(first, "joined"), await hear(first, "joined")
+        await next_of_type(first, "joined"), await next_of_type(first, "joined")
 
         await first.send(json.dumps({"type": "say", "text": " hello "}))
         for client in (first, second):
-            assert await hear(client, "said") == {"type": "said", "who": one, "text": "hello", "key": ""}
+            assert await next_of_type(client, "said") == {"type": "said", "who": one, "text": "hello", "key": ""}
 
         first.transport.abort()
-        away = await hear(second, "away")
-        assert away == {
+        detached_event = await next_of_type(second, "away")
+        assert detached_event == {
             "type": "away",
             "who": {**one, "away": True},
             "why": "network_lost",
-            "people": [away["who"], two],
+            "people": [detached_event["who"], two],
         }
-        left = await hear(second, "left")  # a plain client has no session to come back to
-        assert left == {"type": "left", "who": away["who"], "why": "network_lost", "people": [two]}
+        left = await next_of_type(second, "left")  # a plain client has no session to resume
+        assert left == {"type": "left", "who": detached_event["who"], "why": "network_lost", "people": [two]}
 
 
 async def test_second_connection_of_tab_replaces_first_silently(address: str) -> None:
-    """A newer connection of the same tab replaces the older one, and no member joins or leaves by that."""
+    """A newer connection of a tab replaces the older one, and no member joins or leaves."""
     url = f"ws://{address}/ws/tab-1?name=Ann"
     async with connect(f"ws://{address}/ws/other?name=Ben") as other, connect(url) as old, connect(url) as new:
-        await hear(new, "welcome")
+        await next_of_type(new, "welcome")
         await asyncio.wait_for(old.wait_closed(), DEADLINE)
         assert old.close_code == 4409
         await new.close()
-        told = [await hear(other, "joined", "away", "left") for _ in range(4)]
-        assert [(event["type"], event["who"]["name"]) for event in told] == [
+        received = [await next_of_type(other, "joined", "away", "left") for _ in range(4)]
+        assert [(event["type"], event["who"]["name"]) for event in received] == [
             ("joined", "Ben"),
             ("joined", "Ann"),
             ("away", "Ann"),
@@ -106,39 +94,39 @@ async def test_second_connection_of_tab_replaces_first_silently(address: str) ->
 
 
 async def test_resumed_tab_gets_messages_of_outage(address: str) -> None:
-    """What the room says during an outage arrives once after the reconnect, and the room hears away and back."""
+    """Messages of an outage arrive once after the reconnect, and the room gets `away` and `back`."""
     port = int(address.rpartition(":")[2])
     async with CuttingProxy(port) as proxy, connect(f"ws://{address}/ws/other?name=Ben") as other:
         async with connect_client(f"ws://127.0.0.1:{proxy.port}/ws/tab-1?name=Ann") as client:
-            heard: list[str] = []
+            received: list[str] = []
 
             @client.on("said")
             def said(data: dict[str, str]) -> None:
-                heard.append(data["text"])
+                received.append(data["text"])
 
-            while (await hear(other, "joined"))["who"]["name"] != "Ann":
+            while (await next_of_type(other, "joined"))["who"]["name"] != "Ann":
                 pass
             proxy.rejector = True
             proxy.streams[-1].cut()
-            assert (await hear(other, "away"))["who"]["name"] == "Ann"
+            assert (await next_of_type(other, "away"))["who"]["name"] == "Ann"
             for number in range(5):
                 await other.send(json.dumps({"type": "say", "text": f"missed {number}"}))
             proxy.rejector = False
-            assert (await hear(other, "back"))["who"]["name"] == "Ann"
+            assert (await next_of_type(other, "back"))["who"]["name"] == "Ann"
             await client.send({"text": "I am back"}, event="say")
-            await until(lambda: len(heard) == 6, DEADLINE)
-            assert heard == [*(f"missed {number}" for number in range(5)), "I am back"]
+            await until(lambda: len(received) == 6, DEADLINE)
+            assert received == [*(f"missed {number}" for number in range(5)), "I am back"]
 
 
 async def test_long_chat_name_is_rejected_with_close_code(address: str) -> None:
-    """The refusal is a close code that a browser can read, and nobody is told of a person who never was here."""
+    """A name that is too long is rejected with a close code that a browser can read."""
     async with connect(f"ws://{address}/ws/tab-1?name={'n' * 25}") as client:
         await asyncio.wait_for(client.wait_closed(), DEADLINE)
         assert client.close_code == 4400
 
 
 async def test_chat_page_loads_no_external_resources(address: str) -> None:
-    """GET / returns one page that loads nothing."""
+    """GET / returns a single page without external resources."""
 
     def get() -> tuple[str, str]:
         with urllib.request.urlopen(f"http://{address}/", timeout=DEADLINE) as response:

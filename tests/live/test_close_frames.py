@@ -1,23 +1,23 @@
-"""Every accepted socket gets an honest close frame, whatever ends it, and hooks are told the truth on every server."""
+"""Close frames of accepted sockets for each cause, and the cause that hooks get on every server."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from tests.support.plain_client import received_close
 from tests.support.raw import RawClient
 from tests.support.server import SERVERS, UVICORN, LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
 
-async def ended(server: LiveServer, path: str, *messages: str) -> tuple[int, str, int]:
-    """Connect, send, and return the code and reason of the close frame and how many bytes came before it."""
+async def read_to_close(server: LiveServer, path: str, *messages: str) -> tuple[int, str, int]:
+    """Connect, send, and return code and reason of the close frame, and the number of bytes before it."""
     received = 0
     async with connect(server.url(path), max_size=None) as client:
         for message in messages:
@@ -35,7 +35,7 @@ BUGS = [
     ("/group/bug?what=bug", "endpoint_failed", "ExceptionGroup"),
     ("/run/bug", "endpoint_failed", "ValueError"),
     ("/echo/bug?connect=boom", "endpoint_failed", "ValueError"),
-    ("/hand-raise/bug", "endpoint_failed", "ValueError"),
+    ("/adopt-raise/bug", "endpoint_failed", "ValueError"),
     ("/own-cancel/bug", "endpoint_failed", "CancelledError"),
 ]
 
@@ -45,17 +45,18 @@ BUGS = [
 async def test_bug_closes_with_1011_and_is_logged_once(
     serve: Serve, kind: str, path: str, event: str, error: str
 ) -> None:
-    """A bug in the endpoint, a handler or a hook: 1011, one record with the connection id, one call of on_error."""
+    """A bug closes with 1011, logs one record with the connection id, and calls on_error once."""
     server = serve(kind)
     messages = ['{"type":"boom"}'] if path.startswith("/run") else []
-    assert await ended(server, path, *messages) == (1011, "internal error", 0)
+    assert await read_to_close(server, path, *messages) == (1011, "internal error", 0)
     await server.until_event("error bug")
     assert server.events("error") == [f"error bug {error}"]
     records = [line for line in server.log.splitlines() if " ERROR " in line]
     assert len(records) == 1
     assert event in records[0]
     assert "connection_id=" in records[0]
-    assert server.log.count("Traceback") == (2 if path.startswith("/group") else 1)  # a group has one for each part
+    tracebacks = 2 if path.startswith("/group") else 1  # an exception group has one for each part
+    assert server.log.count("Traceback") == tracebacks
     assert server.log.count("Exception in ASGI") == 0
 
 
@@ -73,10 +74,10 @@ REFUSALS = [
 
 @pytest.mark.parametrize("kind", UVICORN)
 async def test_rejection_closes_with_its_code_and_logs_no_error(serve: Serve, kind: str) -> None:
-    """HTTPException is 4000 + its status, invalid parameters 1008, a WebSocketException as it is; none is an error."""
+    """HTTPException closes with 4000 + status, invalid parameters with 1008, and WebSocketException with its code."""
     server = serve(kind)
     for path, code, reason in REFUSALS:
-        found = await ended(server, path)
+        found = await read_to_close(server, path)
         assert (path, found[0]) == (path, code)
         assert found[1].startswith(reason)
         assert len(found[1].encode()) <= 123
@@ -87,7 +88,7 @@ async def test_rejection_closes_with_its_code_and_logs_no_error(serve: Serve, ki
 
 @pytest.mark.parametrize("kind", UVICORN)
 async def test_rejection_before_accept_is_http_status(serve: Serve, kind: str) -> None:
-    """What an identity dependency or a handshake hook raises is answered with its status, a bug there with 500."""
+    """An exception of an identity dependency or a handshake hook is answered with its status, and a bug with 500."""
     server = serve(kind)
     for path, status in (("/identified", 401), ("/echo/ann?handshake=403", 403), ("/echo/ann?handshake=boom", 500)):
         with pytest.raises(InvalidStatus) as refused:
@@ -103,9 +104,9 @@ async def test_rejection_before_accept_is_http_status(serve: Serve, kind: str) -
 
 
 async def test_dependency_entered_before_socket_sees_exception(serve: Serve) -> None:
-    """A dependency before ours sees an exception and rolls back, though nothing is raised to the server."""
+    """A dependency before the socket sees the exception and rolls back, though the server gets no exception."""
     server = serve()
-    assert (await ended(server, "/raise-resource-first/ann"))[0] == 1011
+    assert (await read_to_close(server, "/raise-resource-first/ann"))[0] == 1011
     await server.until_event("released ann")
     assert server.events("rollback ann") == ["rollback ann WebSocketException"]
     assert server.events("commit") == []
@@ -113,7 +114,7 @@ async def test_dependency_entered_before_socket_sees_exception(serve: Serve) -> 
 
 @pytest.mark.parametrize("kind", UVICORN)
 async def test_slow_reader_gets_all_messages_after_endpoint_returns(serve: Serve, kind: str) -> None:
-    """What is queued at the return reaches a client that reads on two seconds later, and the 1000 after it."""
+    """A client that reads again after 2.5 s gets what was queued before the return, and then 1000."""
     server = serve(kind)
     with RawClient(server.port, "/return/ann?size=8000000", receive_buffer=4096) as client:
         client.handshake()
@@ -129,11 +130,11 @@ async def test_slow_reader_gets_all_messages_after_endpoint_returns(serve: Serve
 
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_returning_endpoint_flushes_and_closes_with_1000(serve: Serve, kind: str) -> None:
-    """A client gets all of 1 MiB and then 1000, on every server; by hand too."""
+    """A client gets all of 1 MiB and then 1000 on every server, and 1000 on an adopted WebSocket."""
     server = serve(kind)
     size = 1024 * 1024
-    assert await ended(server, f"/return/ann?size={size}") == (1000, "", size)
-    assert await ended(server, "/hand-return/ann") == (1000, "", 0)
+    assert await read_to_close(server, f"/return/ann?size={size}") == (1000, "", size)
+    assert await read_to_close(server, "/adopt-return/ann") == (1000, "", 0)
     assert not server.errors()
 
 
@@ -150,7 +151,7 @@ async def scenario_network_lost(server: LiveServer) -> None:
 
 
 async def scenario_heartbeat_timeout(server: LiveServer) -> None:
-    with RawClient(server.port, "/echo/ann") as client:  # one that answers ping frames neither
+    with RawClient(server.port, "/echo/ann") as client:  # this client does not answer ping frames
         client.handshake()
         client.send(1, b"pong")
         assert (await asyncio.to_thread(client.close_frame, 5))[0] == 4408
@@ -163,7 +164,7 @@ async def scenario_slow_consumer(server: LiveServer) -> None:
         for _ in range(40):
             try:
                 await asyncio.to_thread(server.post, "/broadcast?count=10&size=65536&pause=0.001")
-            except OSError:  # 500: the only recipient is too slow
+            except OSError:  # HTTP 500: the only recipient is too slow
                 break
         await server.until_event("disconnect ann")
 
@@ -171,34 +172,23 @@ async def scenario_slow_consumer(server: LiveServer) -> None:
 async def scenario_server_shutdown(server: LiveServer) -> None:
     async with connect(server.url("/echo/ann")) as client:
         await asyncio.to_thread(server.post, "/shutdown")
-        with pytest.raises(ConnectionClosed) as closed:
-            await drain(client)
-        assert closed.value.rcvd is not None
-        assert closed.value.rcvd.code == 1012
+        assert (await received_close(client))[0] == 1012
 
 
 async def scenario_replaced(server: LiveServer) -> None:
     async with connect(server.url("/echo/ann")) as old, connect(server.url("/echo/ann")):
-        with pytest.raises(ConnectionClosed) as closed:
-            await drain(old)
-        assert closed.value.rcvd is not None
-        assert closed.value.rcvd.code == 4409
+        assert (await received_close(old))[0] == 4409
         await server.until_event("disconnect ann replaced")
-        await until(lambda: len(server.events("connect ann")) == 2)  # else the newer one ends before its hooks
-    await server.until_event("disconnect ann client_close")  # the newer one's, or the next scenario would hear it
+        await until(lambda: len(server.events("connect ann")) == 2)  # else the newer connection ends before its hooks
+    await server.until_event("disconnect ann client_close")  # of the newer connection, else the next scenario reads it
 
 
 async def scenario_policy(server: LiveServer) -> None:
-    assert (await ended(server, "/raise/ann?what=http"))[0] == 4404
+    assert (await read_to_close(server, "/raise/ann?what=http"))[0] == 4404
 
 
 async def scenario_error(server: LiveServer) -> None:
-    assert (await ended(server, "/raise/ann?what=value"))[0] == 1011
-
-
-async def drain(client: Any) -> None:
-    while True:
-        await asyncio.wait_for(client.recv(), 5)
+    assert (await read_to_close(server, "/raise/ann?what=value"))[0] == 1011
 
 
 SCENARIOS = {
@@ -215,42 +205,42 @@ SCENARIOS = {
 
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_disconnect_reason_is_same_on_every_server(serve: Serve, kind: str) -> None:
-    """Eight ways to end give the same DisconnectReason to on_disconnect, whatever codes the server invents."""
-    quick = {reason: play for reason, (play, config) in SCENARIOS.items() if not config}
-    special = {reason: (play, config) for reason, (play, config) in SCENARIOS.items() if config}
+    """Eight causes give the same DisconnectReason to on_disconnect, whatever close code the server reports."""
+    quick = {reason: scenario for reason, (scenario, config) in SCENARIOS.items() if not config}
+    special = {reason: (scenario, config) for reason, (scenario, config) in SCENARIOS.items() if config}
     server = serve(kind)
-    told = []
-    for reason, play in quick.items():
+    causes = []
+    for reason, scenario in quick.items():
         if reason == "server_shutdown":
             continue
         server.post("/forget")
-        await play(server)
+        await scenario(server)
         await server.until_event("disconnect ann")
-        told.append((reason, server.events("disconnect ann")[0].split()[2]))
+        causes.append((reason, server.events("disconnect ann")[0].split()[2]))
     server.post("/forget")
     await scenario_server_shutdown(server)
-    told.append(("server_shutdown", server.events("disconnect ann")[0].split()[2]))
-    for reason, (play, config) in special.items():
+    causes.append(("server_shutdown", server.events("disconnect ann")[0].split()[2]))
+    for reason, (scenario, config) in special.items():
         other = serve(kind, config=config)
-        await play(other)
+        await scenario(other)
         await other.until_event("disconnect ann")
-        told.append((reason, other.events("disconnect ann")[0].split()[2]))
-    assert told == [(reason, reason) for reason, _ in told]
-    assert {reason for reason, _ in told} == set(SCENARIOS)
+        causes.append((reason, other.events("disconnect ann")[0].split()[2]))
+    assert causes == [(reason, reason) for reason, _ in causes]
+    assert {reason for reason, _ in causes} == set(SCENARIOS)
 
 
 @pytest.mark.parametrize("kind", UVICORN)
 async def test_close_validates_code_and_truncates_reason(serve: Serve, kind: str) -> None:
-    """close(1006) raises at the call; 300 bytes of emoji are cut on a character border; closing twice is once."""
+    """close(1006) raises, 300 bytes of emoji are cut between characters, and a second close does nothing."""
     server = serve(kind)
-    assert await ended(server, "/close/ann?code=4321&reason=" + "%F0%9F%98%80" * 75) == (4321, "😀" * 30, 0)
-    assert (await ended(server, "/close/bob?code=1006"))[0] == 1000
+    assert await read_to_close(server, "/close/ann?code=4321&reason=" + "%F0%9F%98%80" * 75) == (4321, "😀" * 30, 0)
+    assert (await read_to_close(server, "/close/bob?code=1006"))[0] == 1000
     assert server.events("refused close code 1006 cannot be sent")
     assert not server.errors()
 
 
 async def test_message_over_limit_closes_1009_and_is_not_delivered(serve: Serve) -> None:
-    """max_message_size bytes are taken, one more closes 1009, text counted in UTF-8."""
+    """A message of max_message_size bytes is delivered, and one more byte closes with 1009; text counts in UTF-8."""
     server = serve(config={"max_message_size": 1000})
     async with connect(server.url("/echo/ann")) as client:
         for message in ("x" * 1000, b"x" * 1000, "é" * 500):
@@ -259,18 +249,15 @@ async def test_message_over_limit_closes_1009_and_is_not_delivered(serve: Serve)
     for message in ("x" * 1001, b"x" * 1001, "é" * 500 + "x"):
         async with connect(server.url("/echo/ann")) as client:
             await client.send(message)
-            with pytest.raises(ConnectionClosed) as closed:
-                await asyncio.wait_for(client.recv(), 5)
-        assert closed.value.rcvd is not None
-        assert closed.value.rcvd.code == 1009
+            assert (await received_close(client))[0] == 1009
     await until(lambda: len(server.events("disconnect ann message_too_big 1009")) == 3)
 
 
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_adopting_endpoint_ends_after_disconnect(serve: Serve, kind: str) -> None:
-    """An idle endpoint that has only called connect() ends when its client leaves, with nothing left behind."""
+    """An idle endpoint that only called connect() ends when its client disconnects, and leaves no task."""
     server = serve(kind)
-    async with connect(server.url("/hand-idle/ann")):
+    async with connect(server.url("/adopt-idle/ann")):
         await server.until_event("connect ann")
     await until(lambda: not [name for name in server.probe()["tasks"] if name.startswith("ws-")])
     assert server.probe()["connections"] == 0

@@ -1,4 +1,4 @@
-"""What an endpoint sends arrives while the endpoint goes on computing."""
+"""Messages of an endpoint arrive while the endpoint goes on computing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastapi_ws_stabilizer.client import connect as connect_client
 from tests.live.computing import STEPS
 from tests.support.server import SERVERS
 
-WAYS = (
+CALLS = (
     "send",
     "send_json",
     "send_text",
@@ -23,14 +23,14 @@ WAYS = (
     "volatile",
     "to_client",
     "two",
-    "behind a broadcast",
+    "after broadcast",
     "websocket",
     "history",
 )
 
 
 async def read_steps(messages: Any, folder: Path) -> None:
-    """Read all steps, and let the computation that follows each of them go on when it has come."""
+    """Read all steps, and after each one release the computation that follows it."""
     for step in range(STEPS):
         while True:
             message = await asyncio.wait_for(messages(), 20)
@@ -43,7 +43,7 @@ async def read_steps(messages: Any, folder: Path) -> None:
 
 @pytest.fixture
 def computing(serve: Any, tmp_path: Path) -> Any:
-    """Starts the server of these tests."""
+    """Return a function that starts the server of these tests."""
 
     def start(kind: str) -> Any:
         return serve(kind, app="tests.live.computing_app:app", env={"COMPUTING_FOLDER": str(tmp_path)})
@@ -51,16 +51,16 @@ def computing(serve: Any, tmp_path: Path) -> Any:
     return start
 
 
-@pytest.mark.parametrize("where", ["endpoint", "handler", "by-hand"])
+@pytest.mark.parametrize("route", ["endpoint", "handler", "adopt"])
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_sent_message_leaves_before_following_computation(
-    computing: Any, tmp_path: Path, kind: str, where: str
+    computing: Any, tmp_path: Path, kind: str, route: str
 ) -> None:
-    """A message arrives while the endpoint or handler that sent it computes without any await."""
+    """A message arrives while the endpoint or handler that sent it computes without an await."""
     server = computing(kind)
-    async with connect(server.url(f"/{where}/ann?how=send")) as ws:
-        if where == "handler":
-            await ws.send('{"type":"speak","how":"send"}')
+    async with connect(server.url(f"/{route}/ann?call=send")) as ws:
+        if route == "handler":
+            await ws.send('{"type":"speak","call":"send"}')
 
         async def receive() -> Any:
             return json.loads(await ws.recv())
@@ -68,15 +68,15 @@ async def test_sent_message_leaves_before_following_computation(
         await read_steps(receive, tmp_path)
 
 
-@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("protocol", ["plain", "v1"])
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
 async def test_each_send_call_leaves_before_following_computation(
-    computing: Any, tmp_path: Path, kind: str, protocol: str, how: str
+    computing: Any, tmp_path: Path, kind: str, protocol: str, call: str
 ) -> None:
-    """Whatever call sends a message to the own client, with a session and without, it arrives at once and in order."""
+    """Each call that sends to the same client, with and without a session, sends at once and in order."""
     server = computing(kind)
-    url = server.url(f"/endpoint/ann?how={how.replace(' ', '%20')}")
+    url = server.url(f"/endpoint/ann?call={call.replace(' ', '%20')}")
     if protocol == "plain":
         async with connect(url) as ws:
 
@@ -96,7 +96,7 @@ async def test_each_send_call_leaves_before_following_computation(
 
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
 async def test_reply_leaves_before_next_request_is_handled(computing: Any, tmp_path: Path, kind: str) -> None:
-    """What a handler returns to a request arrives while the handler of the next request computes."""
+    """The reply to a request arrives while the handler of the next request computes."""
     server = computing(kind)
     async with connect_client(server.url("/handler/ann")) as client:
 

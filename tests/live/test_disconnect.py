@@ -1,4 +1,4 @@
-"""A client that leaves is noticed, whatever the endpoint is doing, and leaves nothing behind."""
+"""A disconnect is detected in every state of the endpoint, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GRACE = {"disconnect_grace": 0.3}
 
 
 def clean_code(kind: str) -> int:
-    """The code that a server passes on for a clean 1000; hypercorn passes none on."""
+    """Return the code that a server reports for a close with 1000; hypercorn reports none."""
     return 1005 if kind == "hypercorn" else 1000
 
 
@@ -29,7 +29,7 @@ def own_tasks(server: LiveServer) -> list[str]:
 
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_idle_endpoint_is_cancelled_after_disconnect(serve: Serve, kind: str) -> None:
-    """An endpoint that waits for something else ends within the grace, and its dependencies are closed whole."""
+    """An endpoint that waits for another event ends within the grace, and its dependencies are closed completely."""
     server = serve(kind, config=GRACE)
     async with connect(server.url("/idle/ann")):
         await until(lambda: server.probe()["connections"] == 1)
@@ -44,7 +44,7 @@ async def test_idle_endpoint_is_cancelled_after_disconnect(serve: Serve, kind: s
 
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_sending_endpoint_gets_socket_closed_after_disconnect(serve: Serve, kind: str) -> None:
-    """An endpoint that only sends gets SocketClosed at its next send, on servers that never say so too."""
+    """An endpoint that only sends gets SocketClosed at its next send, on every server."""
     server = serve(kind, config=GRACE)
     async with connect(server.url("/push/ann")) as client:
         assert await client.recv() == "tick"
@@ -57,7 +57,7 @@ async def test_sending_endpoint_gets_socket_closed_after_disconnect(serve: Serve
 
 
 async def test_dependency_entered_before_socket_is_closed_completely(server: LiveServer) -> None:
-    """What the endpoint depends on before its socket learns of the cut and is cleaned up."""
+    """A dependency before the socket gets the disconnect as an exception, and its clean-up runs."""
     async with connect(server.url("/idle-resource-first/first")):
         pass
     await server.until_event("released first", 3)
@@ -68,7 +68,7 @@ async def test_dependency_entered_before_socket_is_closed_completely(server: Liv
 @pytest.mark.parametrize("kind", UVICORN)
 @pytest.mark.parametrize("path", ["/await-tied/ann", "/group/ann"])
 async def test_endpoint_with_tasks_ends_without_traceback(serve: Serve, kind: str, path: str) -> None:
-    """An endpoint that awaits tied tasks or a task group ends as quietly as any other when its client leaves."""
+    """An endpoint that awaits connection tasks or a task group ends without an error when its client disconnects."""
     server = serve(kind, config=GRACE)
     async with connect(server.url(path)) as client:
         assert await client.recv() == "tick"
@@ -79,7 +79,7 @@ async def test_endpoint_with_tasks_ends_without_traceback(serve: Serve, kind: st
 
 
 async def test_reader_task_gets_messages_received_before_disconnect(serve: Serve) -> None:
-    """ws.run() in a tied task handles the messages that wait when the client leaves."""
+    """ws.run() in a connection task handles the messages that wait when the client disconnects."""
     server = serve(config={"disconnect_grace": 5})
     async with connect(server.url("/tied-run/ann")) as client:
         await until(lambda: server.events("connect"))
@@ -91,7 +91,7 @@ async def test_reader_task_gets_messages_received_before_disconnect(serve: Serve
 
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_disconnect_behind_full_inbox_is_noticed(serve: Serve, kind: str) -> None:
-    """Behind more messages than the inbox holds a disconnect is still found, and nobody hangs."""
+    """A disconnect behind more messages than the inbox holds is detected, and no task hangs."""
     config = {"inbox_max_messages": 4, "inbox_pause_timeout": 1, "send_timeout": 1, **GRACE}
     server = serve(kind, config=config)
     with RawClient(server.port, "/idle/ann") as client:
@@ -109,7 +109,7 @@ async def test_disconnect_behind_full_inbox_is_noticed(serve: Serve, kind: str) 
 
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_tcp_reset_leaves_no_task_or_entry(serve: Serve, kind: str) -> None:
-    """A second after a TCP reset: count 0, no task, no registry entry, one on_disconnect."""
+    """Within 1 s of a TCP reset no task and no registry entry is left, and on_disconnect has run once."""
     server = serve(kind)
     before = len(server.probe()["tasks"])
     client = RawClient(server.port, "/run/ann")
@@ -125,7 +125,7 @@ async def test_tcp_reset_leaves_no_task_or_entry(serve: Serve, kind: str) -> Non
 
 
 async def test_messages_before_disconnect_are_handled_first(serve: Serve) -> None:
-    """Messages that wait when the client leaves reach their handlers, and on_disconnect comes after them."""
+    """Messages that wait when the client disconnects reach their handlers, and on_disconnect runs after them."""
     server = serve()
     async with connect(server.url("/run/ann")) as client:
         await until(lambda: server.events("connect"))
@@ -138,7 +138,7 @@ async def test_messages_before_disconnect_are_handled_first(serve: Serve) -> Non
 
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-wsproto", "uvicorn-websockets"])
 async def test_random_closes_during_sends_log_no_traceback(serve: Serve, kind: str) -> None:
-    """200 times: three tasks send, one closes, the client closes or resets at a random moment."""
+    """Closes and resets at random moments during sends of three tasks log no traceback."""
     server = serve(kind)
     chance = random.Random(1)
 
@@ -146,9 +146,9 @@ async def test_random_closes_during_sends_log_no_traceback(serve: Serve, kind: s
         path = f"/three-senders/c{number}?delay={chance.uniform(0, 0.05):.4f}"
         try:
             async with connect(server.url(path), max_queue=None) as client:
-                stay = chance.uniform(0, 0.06)
+                delay = chance.uniform(0, 0.06)
                 reset = chance.random() < 0.3
-                await asyncio.sleep(stay)
+                await asyncio.sleep(delay)
                 if reset:
                     client.transport.abort()
         except (ConnectionClosed, OSError):
@@ -166,7 +166,7 @@ async def test_random_closes_during_sends_log_no_traceback(serve: Serve, kind: s
 
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-wsproto", "uvicorn-websockets"])
 async def test_disconnect_before_accept_logs_no_traceback(serve: Serve, kind: str) -> None:
-    """A reset during a slow dependency before the accept is no error."""
+    """A reset during a slow dependency before the accept is not an error."""
     server = serve(kind)
     client = RawClient(server.port, "/slow-auth/ann")
     await asyncio.sleep(0.2)
@@ -178,7 +178,7 @@ async def test_disconnect_before_accept_logs_no_traceback(serve: Serve, kind: st
 
 
 async def test_connection_task_is_cancelled_on_disconnect(server: LiveServer) -> None:
-    """Tasks of ws.create_task are cancelled when the client leaves."""
+    """Tasks of ws.create_task are cancelled when the client disconnects."""
     async with connect(server.url("/three-senders/tied?delay=60"), max_queue=None) as client:
         await client.recv()
         assert sum(name.startswith("ws-task-") for name in server.probe()["tasks"]) == 4

@@ -1,4 +1,4 @@
-"""The first hour: a fresh environment, a wrong path, a manager in an unusual place."""
+"""First steps of a user: a fresh environment, a wrong path, and a manager in each kind of app."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Serve = Callable[..., LiveServer]
 
 
 def readme_quick_start() -> str:
-    """The first complete app of the README."""
+    """Return the first complete app of the README."""
     for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
         if "FastAPI(" in block and "@app.websocket" in block:
             return str(block)
@@ -30,7 +30,7 @@ def readme_quick_start() -> str:
 
 @pytest.mark.timeout(300)
 async def test_quick_start_runs_in_fresh_environment(serve: Serve, tmp_path: Path) -> None:
-    """With the extra alone the README's quick start works; without a WebSocket library the log says what to install."""
+    """The README's quick start runs with the extra alone; without a WebSocket library the log says what to install."""
     environment = tmp_path / "venv"
     venv.create(environment, with_pip=True)
     python = str(environment / "bin" / "python")
@@ -57,7 +57,7 @@ async def test_quick_start_runs_in_fresh_environment(serve: Serve, tmp_path: Pat
 
 
 async def test_wrong_path_is_explained_in_log(server: LiveServer) -> None:
-    """A handshake on a path that no route has logs the paths that exist; a scanner cannot fill the log."""
+    """A handshake on an unknown path logs the paths that exist, at most ten times."""
     for number in range(30):
         with pytest.raises(InvalidStatus, match="403"):
             async with connect(server.url(f"/wrong/{number}")):
@@ -68,15 +68,15 @@ async def test_wrong_path_is_explained_in_log(server: LiveServer) -> None:
     assert "/echo/{client_id}" in lines[0]
 
 
-PLACES = ["plain", "own_lifespan", "with_router", "mounted", "installed_twice", "never_started"]
+MOUNTS = ["plain", "own_lifespan", "with_router", "mounted", "installed_twice", "never_started"]
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("place", PLACES)
-async def test_heartbeat_and_shutdown_run_once_per_manager(serve: Serve, place: str) -> None:
-    """Beats come at their rate, not twice, and the shutdown is done once, where a lifespan is run at all."""
-    server = serve(app=f"tests.live.mounted_apps:{place}")
-    path = "/inner/ws" if place in ("mounted", "never_started") else "/ws"
+@pytest.mark.parametrize("mount", MOUNTS)
+async def test_heartbeat_and_shutdown_run_once_per_manager(serve: Serve, mount: str) -> None:
+    """Heartbeats have their configured rate, and a lifespan that runs shuts down once."""
+    server = serve(app=f"tests.live.mounted_apps:{mount}")
+    path = "/inner/ws" if mount in ("mounted", "never_started") else "/ws"
     async with connect(server.url(path)) as client:
         await client.recv()
         started = time.monotonic()
@@ -85,12 +85,12 @@ async def test_heartbeat_and_shutdown_run_once_per_manager(serve: Serve, place: 
         assert 0.8 < time.monotonic() - started < 1.5
     await until(lambda: "connection_ended" in server.log)
     await asyncio.to_thread(server.terminate, 5)
-    assert server.log.count(" shutdown closed_count=0 failed_count=0") == (0 if place == "never_started" else 1)
+    assert server.log.count(" shutdown closed_count=0 failed_count=0") == (0 if mount == "never_started" else 1)
     assert not server.errors()
 
 
 def test_only_three_distributions_are_required() -> None:
-    """The built project depends on three distributions and no others; the rest are extras."""
+    """The built project requires exactly three distributions; all others are extras."""
     required = [name for name in requires("fastapi-ws-stabilizer") or [] if "extra" not in name]
     assert sorted(re.split(r"[<>=!]", name)[0] for name in required) == [
         "fastapi",

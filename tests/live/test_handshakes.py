@@ -1,10 +1,9 @@
-"""Handshakes over the limit, by the thousand: each is refused cheaply, nothing is kept, and nobody inside notices."""
+"""Thousands of handshakes over the limit are cheap, leave nothing behind, and do not delay open connections."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, ExitStack
@@ -13,23 +12,22 @@ from pathlib import Path
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
+from tests.support.process import cpu_seconds
 from tests.support.server import LiveServer
 from tests.support.wire_client import WireClient, request
 
 Serve = Callable[..., LiveServer]
 
 KINDS = ("uvicorn-sansio", "uvicorn-stable")
-AT_ONCE = 20
+CONCURRENT_DIALS = 20
 MAX_CPU_SECONDS = 0.005
-"""For one refused handshake, all of the server process included."""
+"""CPU time of the server process for one rejected handshake."""
 
 MAX_GROWTH = 3 << 20
-"""Bytes. An allocator finds its level; a kilobyte for each of ten thousand would be more."""
+"""Bytes. Less than 1 KiB for each of 10,000 handshakes, but enough for the allocator."""
 
 MAX_P99 = 0.25
-"""Seconds. Generous: this machine dials, refuses and echoes on the same two cores."""
-
-TICKS = os.sysconf("SC_CLK_TCK")
+"""Seconds. Generous, because the tests dial, reject and echo on the same two cores."""
 
 LIMITS: dict[str, dict[str, object]] = {
     "full": {"max_connections": 2},
@@ -37,19 +35,13 @@ LIMITS: dict[str, dict[str, object]] = {
     "rate": {"max_connect_rate_per_address": 0.001, "max_connect_rate": 1000, "trusted_proxies": ["127.0.0.1"]},
 }
 
-HOME = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 
 V1 = {"Sec-WebSocket-Protocol": "stabilizer.v1.json"}
 
 
-def cpu_seconds(server: LiveServer) -> float:
-    """What the server process has used, in user and in system time."""
-    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
-
-
-async def refused(port: int, path: str, headers: dict[str, str | None]) -> bytes:
-    """Dial, and read until the server has closed; return the first bytes of its answer, and of a close frame."""
+async def rejection(port: int, path: str, headers: dict[str, str | None]) -> bytes:
+    """Connect, read until the server closes, and return the status, or the code of its close frame, as bytes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(request(port, path, headers))
@@ -65,19 +57,19 @@ async def refused(port: int, path: str, headers: dict[str, str | None]) -> bytes
 async def dial_many(
     server: LiveServer, path: str, count: int, headers: dict[str, str | None], answer: set[bytes]
 ) -> None:
-    """Dial so many times, a few at once, and be refused each time."""
+    """Dial `count` times, several at once; each handshake must be rejected."""
     numbers = iter(range(count))
 
     async def dial() -> None:
         for number in numbers:
-            assert await refused(server.port, f"{path}/mallory{number}", headers) in answer
+            assert await rejection(server.port, f"{path}/mallory{number}", headers) in answer
 
-    await asyncio.gather(*(dial() for _ in range(AT_ONCE)))
+    await asyncio.gather(*(dial() for _ in range(CONCURRENT_DIALS)))
 
 
-async def echo(client: ClientConnection, over: asyncio.Event, times: list[float]) -> None:
-    """Echo until it is over, and note how long each echo took."""
-    while not over.is_set():
+async def echo(client: ClientConnection, stopped: asyncio.Event, times: list[float]) -> None:
+    """Echo until `stopped` is set, and record the duration of each echo."""
+    while not stopped.is_set():
         started = time.perf_counter()
         await client.send("hi")
         assert await asyncio.wait_for(client.recv(), 10) == "hi"
@@ -86,7 +78,7 @@ async def echo(client: ClientConnection, over: asyncio.Event, times: list[float]
 
 
 def code(number: int) -> bytes:
-    """A close code as it stands in a close frame."""
+    """Return a close code as it is encoded in a close frame."""
     return number.to_bytes(2, "big")
 
 
@@ -109,32 +101,32 @@ def code(number: int) -> bytes:
 async def test_rejected_handshakes_use_little_cpu_and_memory(
     serve: Serve, kind: str, limit: str, browser: bool, answer: set[bytes], count: int
 ) -> None:
-    """Memory is flat, each takes under 5 ms of CPU, and the echoes of those inside are answered all the while."""
+    """A rejected handshake takes less than 5 ms of CPU and no memory, and open connections echo all the time."""
     server = serve(
         kind,
         app="tests.live.limits_app:app",
         args=("--log-level", "warning", "--no-proxy-headers"),
-        env={"TEST_LIMITS": json.dumps({"door": LIMITS[limit]}), "PYTHONMALLOC": "malloc", "MALLOC_ARENA_MAX": "1"},
+        env={"TEST_LIMITS": json.dumps({"limited": LIMITS[limit]}), "PYTHONMALLOC": "malloc", "MALLOC_ARENA_MAX": "1"},
     )
     headers: dict[str, str | None] = {"Origin": f"http://127.0.0.1:{server.port}"} if browser else {}
     times: list[float] = []
-    over = asyncio.Event()
-    async with AsyncExitStack() as inside:
+    stopped = asyncio.Event()
+    async with AsyncExitStack() as connections:
         clients = [
-            await inside.enter_async_context(
-                connect(server.url(f"/door/path/{name}"), additional_headers={"X-Forwarded-For": address})
+            await connections.enter_async_context(
+                connect(server.url(f"/limited/path/{name}"), additional_headers={"X-Forwarded-For": address})
             )
-            for name, address in (("ann", HOME if limit == "address" else "10.0.0.1"), ("bob", HOME))
+            for name, address in (("ann", LOOPBACK if limit == "address" else "10.0.0.1"), ("bob", LOOPBACK))
         ]
-        echoing = [asyncio.create_task(echo(client, over, times)) for client in clients]
-        await dial_many(server, "/door/path", 300, headers, answer)  # until caches and the allocator are at their level
+        echoing = [asyncio.create_task(echo(client, stopped, times)) for client in clients]
+        await dial_many(server, "/limited/path", 300, headers, answer)  # until caches and the allocator are warm
         before, cpu, echoed = server.post("/collect"), cpu_seconds(server), len(times)
-        await dial_many(server, "/door/path", count, headers, answer)
+        await dial_many(server, "/limited/path", count, headers, answer)
         spent = cpu_seconds(server) - cpu
-        over.set()
+        stopped.set()
         await asyncio.gather(*echoing)
         after = server.post("/collect")
-        found = server.get("/door/counts")
+        found = server.get("/limited/counts")
     during = sorted(times[echoed:])
     p99 = during[int(len(during) * 0.99)]
     print(
@@ -146,9 +138,9 @@ async def test_rejected_handshakes_use_little_cpu_and_memory(
     assert after["objects"] - before["objects"] < 0.1 * count
     assert p99 < MAX_P99
     assert sum(found["refusals"].values()) == 300 + count
-    assert {name: found[name] for name in ("inside", "knocking", "connections", "unfinished", "sessions")} == {
-        "inside": 2,
-        "knocking": 0,
+    assert {name: found[name] for name in ("established", "pending", "connections", "unfinished", "sessions")} == {
+        "established": 2,
+        "pending": 0,
         "connections": 2,
         "unfinished": 2,
         "sessions": 0,
@@ -158,15 +150,17 @@ async def test_rejected_handshakes_use_little_cpu_and_memory(
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", KINDS)
 async def test_pending_v1_handshakes_are_bounded(serve: Serve, kind: str) -> None:
-    """Clients of `stabilizer.v1.json` that open a handshake and say nothing get 503 beyond the lobby, and are gone
-    when their time is over: a server that is not even full does not hold any number of them."""
+    """`stabilizer.v1.json` handshakes without a hello get 503 above a bound, even on a server that is not full.
+
+    Accepted ones are closed with 4408 after `hello_timeout`.
+    """
     server = serve(
-        kind, app="tests.live.limits_app:app", env={"TEST_LIMITS": json.dumps({"door": {"max_connections": 50}})}
+        kind, app="tests.live.limits_app:app", env={"TEST_LIMITS": json.dumps({"limited": {"max_connections": 50}})}
     )
 
     async def dial(number: int) -> tuple[bytes, asyncio.StreamReader, asyncio.StreamWriter]:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        writer.write(request(server.port, f"/door/path/silent{number}", V1))
+        writer.write(request(server.port, f"/limited/path/silent{number}", V1))
         return (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10))[9:12], reader, writer
 
     silent = await asyncio.gather(*(dial(number) for number in range(300)))
@@ -179,26 +173,28 @@ async def test_pending_v1_handshakes_are_bounded(serve: Serve, kind: str) -> Non
     finally:
         for _, _, writer in silent:
             writer.transport.abort()
-    assert server.get("/door/counts")["sessions"] == 0
+    assert server.get("/limited/counts")["sessions"] == 0
 
 
 async def test_unclosed_rejected_browsers_are_bounded(serve: Serve) -> None:
-    """A client that is accepted to be told why, and never answers the close frame, is held by the server for a while.
-    So one of an address is, once in five seconds; the others get an HTTP status, after which the server hangs up."""
-    limits = {"door": {"max_connections_per_address": 1}}
+    """Of the browsers of one address, one in 5 s is accepted to get a close code; the others get an HTTP status.
+
+    The server holds an accepted client that does not answer the close frame for a while, but not the others.
+    """
+    limits = {"limited": {"max_connections_per_address": 1}}
     server = serve(app="tests.live.limits_app:app", env={"TEST_LIMITS": json.dumps(limits)})
 
-    def dial_all(open_ones: ExitStack) -> list[int]:
+    def dial_all(open_clients: ExitStack) -> list[int]:
         answers = []
         for _ in range(1200):
             client = WireClient(server.port)
-            answers.append(client.upgrade("/door/path", {"Origin": f"http://{HOME}:{server.port}"}).status)
-            open_ones.callback(client.close) if answers[-1] == 101 else client.close()
+            answers.append(client.upgrade("/limited/path", {"Origin": f"http://{LOOPBACK}:{server.port}"}).status)
+            open_clients.callback(client.close) if answers[-1] == 101 else client.close()
         return answers
 
-    async with connect(server.url("/door/path/ann")):
-        with ExitStack() as open_ones:
-            answers = await asyncio.to_thread(dial_all, open_ones)
+    async with connect(server.url("/limited/path/ann")):
+        with ExitStack() as open_clients:
+            answers = await asyncio.to_thread(dial_all, open_clients)
             open_files = len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
     assert answers[0] == 101
     assert set(answers[1:]) <= {101, 429}

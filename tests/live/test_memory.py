@@ -1,4 +1,4 @@
-"""Connections that come and go leave no memory behind."""
+"""Connections that open and close leave no memory behind."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Serve = Callable[..., LiveServer]
 
 CONNECTIONS = 1000
 ROUNDS = 16
-WARM_UP = 6  # in these the allocator finds its level; the number of objects is constant from the first on
+WARM_UP = 6  # rounds until the allocator is warm; the number of objects is constant from the first round
 
 
 async def connect_raw(port: int, number: int) -> asyncio.StreamWriter:
-    """A WebSocket with as little of a client as there can be."""
+    """Open a WebSocket with the least client code."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     key = base64.b64encode(os.urandom(16)).decode()
     writer.write(
@@ -33,8 +33,8 @@ async def connect_raw(port: int, number: int) -> asyncio.StreamWriter:
 @pytest.mark.soak
 @pytest.mark.timeout(180)
 async def test_memory_is_flat_during_connection_churn(serve: Serve) -> None:
-    """From the seventh of sixteen rounds on memory stays within 5 %, the objects within 1 % always; no task is left."""
-    # With the system's allocator for all of Python's objects, what is freed can be given back and is not counted.
+    """From the seventh of sixteen rounds memory grows by at most 5 %, objects by at most 1 %, and no task is left."""
+    # With the system's allocator for all Python objects, freed memory returns to the system and is not counted.
     server = serve(
         args=("--log-level", "warning"),
         config={"log_level": "WARNING"},

@@ -1,4 +1,4 @@
-"""What the Python client promises, on each real server."""
+"""Guarantees of the Python client on each real server."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ APP = "tests.live.client_app:app"
 
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_client_loses_nothing_and_reports_rejected_messages(serve: Serve, kind: str) -> None:
-    """Leaving flushes, the rate delays, bugs answer, refusals are named, and a stranger's data ends nothing."""
+    """The client flushes on exit, waits at the rate limit, reports rejections, and reads deep JSON of other clients."""
     server = serve(kind, app=APP)
     async with connect(server.url("/ws/cron")) as client:
         sent = [client.send(number, event="say") for number in range(150)]
     assert [one.exception() for one in sent] == [None] * 150
-    assert server.get("/heard/cron") == list(range(150))
+    assert server.get("/received/cron") == list(range(150))
 
     async with connect(server.url("/ws/ann")) as client:
         document: Any = "x"
         for _ in range(62):
             document = [document]
-        async with plain_connect(server.url("/ws/stranger")) as stranger:
-            await stranger.send(json.dumps({"type": "relay", "doc": document}))
+        async with plain_connect(server.url("/ws/other")) as other:
+            await other.send(json.dumps({"type": "relay", "doc": document}))
             message = await asyncio.wait_for(anext(client), 5)
             assert (message.event, message.data["doc"]["doc"]) == ("relayed", document)
         with pytest.raises(RefusedError, match="unknown_type"):

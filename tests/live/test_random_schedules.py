@@ -1,4 +1,4 @@
-"""After random schedules of good and bad clients and user code, the server holds nothing and each hook ran once."""
+"""Random schedules of valid and invalid clients and user code leave nothing behind, and each hook runs once."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.support.server import ROOT, LiveServer
 Serve = Callable[..., LiveServer]
 
 SECONDS = 6.0
-QUIET_WITHIN = 20.0
-"""Seconds within which everything has ended: session ttl, presence grace, slowest user code, with time to spare."""
+QUIESCENCE_TIMEOUT = 20.0
+"""Seconds within which everything ends: session TTL, presence grace, the slowest user code, and a margin."""
 
 CONFIG = {
     "disconnect_grace": 1.0,
@@ -46,7 +46,7 @@ CONFIG = {
 }
 
 EACH_TIME = (("uvicorn-stable", "asyncio", True), ("uvicorn-sansio", "uvloop", False))
-"""These run with every `make test`; the other combinations run with the long tests."""
+"""Combinations that run with every `make test`; the others run with the long tests."""
 
 COMBINATIONS = [
     pytest.param(kind, loop, debug, id=f"{kind}-{loop}{'-debug' if debug else ''}", marks=marks)
@@ -58,14 +58,14 @@ COMBINATIONS = [
 
 
 EXPECTED_LINES = (EXPECTED_BUG, "division by zero", "UnicodeDecodeError: 'utf-8' codec")
-"""What the last lines of expected tracebacks say: the app's bugs, and uvicorn's record of text that is not UTF-8."""
+"""Last lines of expected tracebacks: bugs of the app, and uvicorn's record of text that is not UTF-8."""
 
-FAULTS_OF_UVICORN = ("in handle_parser_exception", "in send_receive_event_to_app")
-"""Functions of uvicorn's own sans-I/O protocol that raise at frames before the handshake's answer or after a close."""
+UVICORN_BUGS = ("in handle_parser_exception", "in send_receive_event_to_app")
+"""Functions of uvicorn's sans-I/O protocol that raise at frames before the handshake response or after a close."""
 
 
 def unexpected_tracebacks(log: str) -> list[str]:
-    """Return the last line of each traceback that nothing explains, behind the line that led to it."""
+    """Return the last line of each unexplained traceback, after the line before the traceback."""
     found: list[str] = []
     lines = log.splitlines()
     for number, line in enumerate(lines):
@@ -74,10 +74,10 @@ def unexpected_tracebacks(log: str) -> list[str]:
         indent = len(line) - len(line.lstrip(" |+-"))
         frames = ""
         for later in lines[number + 1 :]:
-            if len(later) - len(later.lstrip(" |+-")) > indent or not later.strip(" |+-"):  # its frames are indented
+            if len(later) - len(later.lstrip(" |+-")) > indent or not later.strip(" |+-"):  # frames are indented
                 frames += later
                 continue
-            is_ours = "fastapi_ws_stabilizer" in frames or not any(function in frames for function in FAULTS_OF_UVICORN)
+            is_ours = "fastapi_ws_stabilizer" in frames or not any(function in frames for function in UVICORN_BUGS)
             if is_ours and not any(expected in later for expected in EXPECTED_LINES):
                 found.append(f"{lines[max(0, number - 1)]} -> {later}")
             break
@@ -103,7 +103,7 @@ async def test_random_schedules_leave_nothing_behind(serve: Serve, kind: str, lo
     printed, _ = await asyncio.wait_for(clients.communicate(), 30)
     taken: dict[str, int] = json.loads(printed)
 
-    deadline = time.monotonic() + QUIET_WITHIN
+    deadline = time.monotonic() + QUIESCENCE_TIMEOUT
     state: dict[str, Any] = await asyncio.to_thread(server.get, "/state")
     while state["left"] and time.monotonic() < deadline:
         await asyncio.sleep(0.2)
@@ -113,7 +113,7 @@ async def test_random_schedules_leave_nothing_behind(serve: Serve, kind: str, lo
     assert unexpected_tracebacks(log) == []
     assert "never retrieved" not in log
     assert "never awaited" not in log
-    # The schedules did what they are for: connections, resumptions, and ends of many kinds.
+    # The schedules reached connections, resumptions, and ends of many kinds.
     assert state["connects"] > 50, (state, taken)
     assert state["resumes"] > 0, (state, taken)
     assert len(state["endings"]) >= 6, (state, taken)

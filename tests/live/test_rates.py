@@ -1,14 +1,12 @@
-"""What a client may send, on real servers: floods of messages, bytes and control frames end, honest clients stay."""
+"""Rates on real servers: floods of messages, bytes and control frames are closed, and honest clients stay."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +16,7 @@ from websockets.typing import Subprotocol
 
 from fastapi_ws_stabilizer.client import Client
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
+from tests.support.process import cpu_seconds, no_new_errors
 from tests.support.server import LiveServer, until
 from tests.support.wire_client import CLOSE, PING, PONG, TEXT, WireClient, frame
 
@@ -29,21 +28,20 @@ CONFIG = {"max_message_rate": 10, "max_message_size": LIMIT, "on_duplicate": "al
 
 @pytest.fixture(scope="module", params=KINDS)
 def limited_server(request: pytest.FixtureRequest) -> Iterator[LiveServer]:
-    """A server that lets ten messages of a client through in a second."""
+    """Server that accepts ten messages per second from a client."""
     with LiveServer(request.param, app=APP, config=CONFIG) as server:
         yield server
 
 
 @pytest.fixture
 async def server(limited_server: LiveServer) -> AsyncIterator[LiveServer]:
-    """That server, which must log no error meanwhile."""
-    before = len(limited_server.errors())
-    yield limited_server
-    assert limited_server.errors()[before:] == []
+    """That server, which must log no error during the test."""
+    with no_new_errors(limited_server):
+        yield limited_server
 
 
 async def read_all(client: ClientConnection) -> tuple[list[Any], int, str]:
-    """Read until the server closes: what came, and the code and reason."""
+    """Read until the server closes, and return the messages, the code and the reason."""
     found: list[Any] = []
     with pytest.raises(ConnectionClosed) as closed:
         while True:
@@ -53,7 +51,7 @@ async def read_all(client: ClientConnection) -> tuple[list[Any], int, str]:
 
 
 async def send_evenly(client: ClientConnection, rate: float, seconds: float) -> None:
-    """Send messages at a rate, until the server has had enough."""
+    """Send messages at a rate, until the server closes."""
     loop = asyncio.get_running_loop()
     started = loop.time()
     for number in range(int(rate * seconds)):
@@ -65,7 +63,7 @@ async def send_evenly(client: ClientConnection, rate: float, seconds: float) -> 
 
 
 async def test_tenfold_message_rate_closes_with_4429(server: LiveServer) -> None:
-    """The client gets `rate_limited` errors, and 4429 with the time to wait before half a second is over."""
+    """At ten times the rate the client gets `rate_limited` errors, then 4429 with the time to wait."""
     async with connect(server.url("/run/flood")) as client:
         sending = asyncio.create_task(send_evenly(client, 100, 3))
         found, code, reason = await read_all(client)
@@ -79,7 +77,7 @@ async def test_tenfold_message_rate_closes_with_4429(server: LiveServer) -> None
 
 
 async def test_double_message_rate_gets_errors_and_stays_open(server: LiveServer) -> None:
-    """The client is told, and stays."""
+    """At twice the rate the client gets errors, and the connection stays open."""
     async with connect(server.url("/run/fast")) as client:
         await send_evenly(client, 20, 2)
         await client.send('{"type":"ping"}')
@@ -90,7 +88,7 @@ async def test_double_message_rate_gets_errors_and_stays_open(server: LiveServer
 
 
 async def test_reconnect_does_not_refill_rate_limit(server: LiveServer) -> None:
-    """Neither dialling again nor a second connection fills the bucket; the time that is named does."""
+    """A reconnect does not refill the bucket, but the time in the close reason does."""
     async with connect(server.url("/run/again")) as client:
         for _ in range(60):
             await client.send('{"type":"say"}')
@@ -110,7 +108,7 @@ async def test_reconnect_does_not_refill_rate_limit(server: LiveServer) -> None:
 
 
 async def test_message_one_byte_over_limit_closes_with_1009(server: LiveServer) -> None:
-    """1 MiB is handled, 1 MiB and one byte is 1009, and the callback never runs."""
+    """A message of 1 MiB is handled; one more byte closes with 1009, and the endpoint does not get the message."""
     async with connect(server.url("/echo/large"), max_size=None, compression=None) as client:
         await client.send("x" * LIMIT)
         assert len(await asyncio.wait_for(client.recv(), 5)) == LIMIT
@@ -122,7 +120,7 @@ async def test_message_one_byte_over_limit_closes_with_1009(server: LiveServer) 
 
 
 async def test_message_type_has_its_own_rate_limit(server: LiveServer) -> None:
-    """More of it is refused, and other messages of the same client are not."""
+    """A type over its own rate is rejected, but other messages of the client are not."""
     async with connect(server.url("/run/searcher")) as client:
         for _ in range(3):
             await client.send('{"type":"search"}')
@@ -133,7 +131,7 @@ async def test_message_type_has_its_own_rate_limit(server: LiveServer) -> None:
 
 
 async def test_python_client_over_rate_limit_loses_nothing(server: LiveServer) -> None:
-    """The client waits as long as it is told, after a refusal and after 4429, and each message is handled once."""
+    """The client waits as long as the server asks, and each message is handled once."""
     refused: list[Exception] = []
     async with Client(server.url("/run/patient"), stable_after=0.1) as client:
         client.on_error(refused.append)
@@ -148,7 +146,7 @@ async def test_python_client_over_rate_limit_loses_nothing(server: LiveServer) -
 
 @pytest.mark.parametrize("mode", ["plain", "v1"])
 async def test_text_ping_flood_closes_with_4429(server: LiveServer, mode: str) -> None:
-    """Of clients of either mode."""
+    """A flood of text pings closes plain and session clients with 4429."""
     protocols = [Subprotocol(SUBPROTOCOL)] if mode == "v1" else None
     async with connect(server.url(f"/run/pinging-{mode}"), subprotocols=protocols) as client:
         if mode == "v1":
@@ -165,7 +163,7 @@ async def test_text_ping_flood_closes_with_4429(server: LiveServer, mode: str) -
 
 @pytest.mark.parametrize("opcode", [PING, PONG])
 async def test_protocol_frame_flood_closes_with_4429(opcode: int) -> None:
-    """Where our protocol class sees them; uvicorn's own answers them itself and tells nobody."""
+    """A flood of ping or pong frames closes with 4429 on our protocol class, which counts them."""
     with LiveServer("uvicorn-stable", app=APP, config=CONFIG) as server, WireClient(server.port) as client:
         client.upgrade("/run")
         client.write(frame(opcode, b"x") * 150)
@@ -179,26 +177,20 @@ async def test_protocol_frame_flood_closes_with_4429(opcode: int) -> None:
         assert server.errors() == []
 
 
-def cpu_seconds(server: LiveServer) -> float:
-    """What a server has computed so far."""
-    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 async def test_flood_after_close_uses_little_cpu() -> None:
-    """A client that goes on when it was closed is not read for long: megabytes of pings are no second of computing."""
+    """Megabytes of pings after the close take less than 0.5 s of CPU, because the server stops reading."""
     with LiveServer("uvicorn-stable", app=APP, config=CONFIG) as server, WireClient(server.port) as client:
         client.upgrade("/run")
         before = cpu_seconds(server)
         client.socket.settimeout(1)
-        with suppress(OSError):  # nobody reads any more
+        with suppress(OSError):  # the server no longer reads
             await asyncio.to_thread(client.write, frame(PING) * 3_000_000)
         assert cpu_seconds(server) - before < 0.5
         assert server.errors() == []
 
 
 async def test_client_still_writing_reads_close_frame() -> None:
-    """A large message is on its way when the close frame comes: it is thrown away, and the close frame can be read."""
+    """A client in the middle of a large message can read the close frame, because the server discards the rest."""
     with LiveServer("uvicorn-stable", app=APP, config=CONFIG) as server, WireClient(server.port) as client:
         client.upgrade("/run")
         await asyncio.to_thread(client.write, frame(TEXT, b"x") * 60, frame(TEXT, b"x" * (LIMIT - 1)))
@@ -209,7 +201,7 @@ async def test_client_still_writing_reads_close_frame() -> None:
 
 
 async def test_large_read_does_not_delay_others() -> None:
-    """What one client sends in one go is parsed in slices, and arrives whole and in order."""
+    """A large write of one client is parsed in slices, and arrives whole and in order."""
     with LiveServer("uvicorn-stable", app=APP, config={"max_message_size": LIMIT}) as server:
         with WireClient(server.port) as client:
             client.upgrade("/echo")
@@ -222,7 +214,7 @@ async def test_large_read_does_not_delay_others() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_ordinary_pings_are_not_rate_limited(kind: str) -> None:
-    """Twenty pings a second from each side, of either kind, are far from the ceiling."""
+    """Twenty pings per second from each side are far below the limit of control frames."""
     config = {"heartbeat_interval": 0.05, "heartbeat_timeout": 5, "require_pong": True}
     with LiveServer(kind, app=APP, config=config) as server:
         plain = connect(server.url("/run/plain"), ping_interval=0.05)
@@ -243,7 +235,7 @@ async def test_ordinary_pings_are_not_rate_limited(kind: str) -> None:
 
 
 async def test_requested_acks_are_not_rate_limited(server: LiveServer) -> None:
-    """A client that confirms 300 messages quickly, because it was asked with as many pings, is left alone."""
+    """A client that acknowledges 300 messages quickly, as the server asked, stays connected."""
     codes: list[int] = []
     async with Client(server.url("/run/confirming")) as client:
         client.on_close(lambda code, reason: codes.append(code))

@@ -1,4 +1,4 @@
-"""RFC 6455 under the protocol class: what is allowed works, and what is not ends that connection and no other."""
+"""RFC 6455 on the protocol class: valid input works, and a violation ends its connection and no other."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ from tests.support.wire_client import (
 
 Serve = Callable[..., LiveServer]
 
+pytestmark = pytest.mark.usefixtures("witness_is_unaffected")
+
 MAX_SIZE = 100_000
 INBOX = 16
 SIZES = [0, 1, 125, 126, 127, 65_535, 65_536, 65_537]
@@ -43,30 +45,15 @@ KINDS = pytest.mark.parametrize("opcode", [TEXT, BINARY], ids=["text", "binary"]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[LiveServer]:
-    """One server for the whole module."""
+    """One server for all tests of the module."""
     config = {"max_message_size": MAX_SIZE, "inbox_max_messages": INBOX, "inbox_max_bytes": 1 << 20}
     with quiet_server("--ws-max-size", str(MAX_SIZE), **config) as server:
         yield server
 
 
-@pytest.fixture(scope="module")
-def witness(server: LiveServer) -> Iterator[Witness]:
-    """A well-behaved connection that lives as long as the server."""
-    witness = Witness(server)
-    yield witness
-    witness.close()
-
-
-@pytest.fixture(autouse=True)
-def witness_is_unaffected(witness: Witness) -> Iterator[None]:
-    """After each test another connection still echoes, and the server has logged no error."""
-    yield
-    witness.check()
-
-
 @pytest.fixture
 def client(server: LiveServer) -> Iterator[WireClient]:
-    """A WebSocket on the echo route."""
+    """WebSocket on the echo route."""
     with connect(server) as client:
         yield client
 
@@ -81,7 +68,7 @@ def text_of(size: int) -> bytes:
 @KINDS
 @pytest.mark.parametrize("size", SIZES)
 def test_payload_at_each_length_boundary_is_echoed(client: WireClient, opcode: int, size: int) -> None:
-    """A payload length on either side of each width of the length field is read and written (5.2)."""
+    """Payloads at each boundary of the length field are read and written (5.2)."""
     client.write(frame(opcode, text_of(size)))
     assert client.echoed(opcode, text_of(size))
 
@@ -107,7 +94,7 @@ def test_any_masking_key_is_removed(client: WireClient, mask: bytes) -> None:
     ],
 )
 def test_non_minimal_length_is_read_or_fails_1002(client: WireClient, opcode: int, size: int, length_bits: int) -> None:
-    """The length must be in its shortest form, and a receiver that meets another reads it or fails with 1002 (5.2)."""
+    """A length that is not in its shortest form is read, or fails with 1002 (5.2)."""
     client.write(frame(opcode, text_of(size), length_bits=length_bits))
     found = client.next_frame()
     if found.opcode == CLOSE:
@@ -119,7 +106,7 @@ def test_non_minimal_length_is_read_or_fails_1002(client: WireClient, opcode: in
 
 @pytest.mark.parametrize("length", [1 << 63, (1 << 63) + 5, (1 << 64) - 1])
 def test_length_with_top_bit_set_fails_connection(client: WireClient, length: int) -> None:
-    """The most significant bit of a 64-bit length is 0; the header alone fails the connection (5.2)."""
+    """A 64-bit length with its most significant bit set fails the connection at the header (5.2)."""
     client.write(frame(BINARY, b"rest", announced=length))
     assert client.close_info()[0] in (1002, 1009)
 
@@ -127,7 +114,7 @@ def test_length_with_top_bit_set_fails_connection(client: WireClient, length: in
 @pytest.mark.parametrize("opcode", [CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG])
 @pytest.mark.parametrize("payload", [b"", b"hello"], ids=["empty", "hello"])
 def test_unmasked_frame_fails_with_1002(client: WireClient, opcode: int, payload: bytes) -> None:
-    """A server fails with 1002 when a frame of a client is not masked (5.1)."""
+    """An unmasked frame of a client fails with 1002 (5.1)."""
     client.write(frame(opcode, payload, mask=None))
     assert client.close_info()[0] == 1002
 
@@ -135,14 +122,14 @@ def test_unmasked_frame_fails_with_1002(client: WireClient, opcode: int, payload
 @pytest.mark.parametrize("opcode", [TEXT, BINARY, CLOSE, PING, PONG])
 @pytest.mark.parametrize("rsv", [RSV1, RSV2, RSV3, RSV1 | RSV2, RSV1 | RSV3, RSV2 | RSV3, RSV1 | RSV2 | RSV3], ids=hex)
 def test_reserved_bit_without_extension_fails_with_1002(client: WireClient, opcode: int, rsv: int) -> None:
-    """A reserved bit that no extension has given a meaning fails with 1002 (5.2)."""
+    """A reserved bit that no extension defines fails with 1002 (5.2)."""
     client.write(frame(opcode, rsv=rsv))
     assert client.close_info()[0] == 1002
 
 
 @pytest.mark.parametrize("rsv", [RSV1, RSV2, RSV3], ids=hex)
 def test_reserved_bit_on_continuation_fails_with_1002(client: WireClient, rsv: int) -> None:
-    """The rule of the reserved bits holds for each fragment (5.2)."""
+    """A reserved bit on a continuation frame fails with 1002 (5.2)."""
     client.write(frame(TEXT, b"a", fin=False), frame(CONTINUATION, b"b", rsv=rsv))
     assert client.close_info()[0] == 1002
 
@@ -156,7 +143,7 @@ def test_reserved_opcode_fails_with_1002(client: WireClient, opcode: int, payloa
 
 
 def test_invalid_frame_behind_messages_fails_with_1002(client: WireClient) -> None:
-    """Whether or not what stands before a broken frame is still answered, the connection fails with 1002 (7.1.7)."""
+    """A broken frame behind messages fails with 1002, whether or not they are answered (7.1.7)."""
     client.write(frame(TEXT, b"first"), frame(PING, b"second"), frame(3), frame(TEXT, b"never"))
     found = [client.next_frame()]
     while found[-1].opcode != CLOSE:
@@ -185,7 +172,7 @@ PARTS = {
 @KINDS
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 def test_fragments_are_reassembled(client: WireClient, opcode: int, parts: list[bytes]) -> None:
-    """The fragments of a message are one message, of the type of the first (5.4)."""
+    """The fragments of a message form one message, of the type of the first (5.4)."""
     client.write(*fragments(opcode, parts))
     assert client.echoed(opcode, b"".join(parts))
     client.write(frame(opcode, b"next"))
@@ -194,7 +181,7 @@ def test_fragments_are_reassembled(client: WireClient, opcode: int, parts: list[
 
 @KINDS
 def test_ping_between_fragments_is_answered_at_once(client: WireClient, opcode: int) -> None:
-    """A control frame may stand between fragments, and is answered without waiting for the last one (5.4)."""
+    """A ping between fragments is answered before the last fragment arrives (5.4)."""
     first, middle, last = fragments(opcode, [b"one ", b"two ", b"three"])
     client.write(first, frame(PING, b"a"))
     assert client.next_frame() == Frame(PONG, b"a")
@@ -211,7 +198,7 @@ def test_ping_between_fragments_is_answered_at_once(client: WireClient, opcode: 
     ids=["at first", "after a message", "after fragments"],
 )
 def test_continuation_without_start_fails_with_1002(client: WireClient, before: list[bytes], fin: bool) -> None:
-    """A continuation frame that continues nothing fails with 1002 (5.4)."""
+    """A continuation frame without a started message fails with 1002 (5.4)."""
     client.write(*before)
     if before:
         assert client.echoed(TEXT, b"whole")
@@ -223,14 +210,14 @@ def test_continuation_without_start_fails_with_1002(client: WireClient, before: 
 @pytest.mark.parametrize("fin", [True, False])
 @pytest.mark.parametrize("start", [TEXT, BINARY])
 def test_interleaved_messages_fail_with_1002(client: WireClient, start: int, opcode: int, fin: bool) -> None:
-    """The fragments of two messages must not be interleaved: 1002 (5.4)."""
+    """Interleaved fragments of two messages fail with 1002 (5.4)."""
     client.write(frame(start, b"one", fin=False), frame(opcode, b"two", fin=fin))
     assert client.close_info()[0] == 1002
 
 
 @pytest.mark.parametrize("opcode", [CLOSE, PING, PONG])
 def test_fragmented_control_frame_fails_with_1002(client: WireClient, opcode: int) -> None:
-    """A control frame must not be fragmented: 1002 without waiting for the rest (5.5)."""
+    """A fragmented control frame fails with 1002 at its first fragment (5.5)."""
     client.write(frame(opcode, b"", fin=False))
     assert client.close_info()[0] == 1002
 
@@ -241,7 +228,7 @@ def test_fragmented_control_frame_fails_with_1002(client: WireClient, opcode: in
 @KINDS
 @pytest.mark.parametrize("cut", [1, 3], ids=["one frame", "three fragments"])
 def test_message_at_size_limit_is_echoed(client: WireClient, opcode: int, cut: int) -> None:
-    """The limit is the size that is still taken, whatever the number of fragments (7.4.1)."""
+    """A message of exactly the limit is accepted, in any number of fragments (7.4.1)."""
     payload = text_of(MAX_SIZE)
     size = MAX_SIZE // cut + 1
     client.write(*fragments(opcode, [payload[at : at + size] for at in range(0, MAX_SIZE, size)]))
@@ -251,21 +238,21 @@ def test_message_at_size_limit_is_echoed(client: WireClient, opcode: int, cut: i
 @KINDS
 @pytest.mark.parametrize("length", [MAX_SIZE + 126, 1 << 31, 1 << 32, (1 << 63) - 1])
 def test_oversized_frame_header_closes_with_1009(client: WireClient, opcode: int, length: int) -> None:
-    """A frame that announces more than the limit and a control frame ends with 1009 before its payload has come."""
+    """A frame that announces more than the limit and a control frame closes with 1009 before its payload arrives."""
     client.write(frame(opcode, b"begin", announced=length))
     assert client.close_info()[0] == 1009
 
 
 @KINDS
 def test_message_one_byte_over_limit_fails_with_1009(client: WireClient, opcode: int) -> None:
-    """A whole message that is too big ends with 1009 (7.4.1)."""
+    """A message one byte over the limit closes with 1009 (7.4.1)."""
     client.write(frame(opcode, text_of(MAX_SIZE + 1)))
     assert client.close_info()[0] == 1009
 
 
 @KINDS
 def test_oversized_fragments_close_1009_before_last_fragment(client: WireClient, opcode: int) -> None:
-    """The size of a fragmented message is that of its fragments so far, and the one too much ends with 1009 (7.4.1)."""
+    """Fragments count together, and the fragment over the limit closes with 1009 (7.4.1)."""
     parts = [text_of(MAX_SIZE // 2)] * 2
     client.write(*(frame(opcode if not n else CONTINUATION, part, fin=False) for n, part in enumerate(parts)))
     client.write(frame(PING))
@@ -276,7 +263,7 @@ def test_oversized_fragments_close_1009_before_last_fragment(client: WireClient,
 
 @KINDS
 def test_ping_does_not_count_against_message_limit(client: WireClient, opcode: int) -> None:
-    """The bytes of a control frame between fragments do not count against the limit of the message (5.4)."""
+    """Control frames between fragments do not count against the limit of the message (5.4)."""
     client.write(frame(opcode, text_of(MAX_SIZE), fin=False), frame(PING, b"in between"))
     assert client.next_frame() == Frame(PONG, b"in between")
     client.write(frame(CONTINUATION))
@@ -285,7 +272,7 @@ def test_ping_does_not_count_against_message_limit(client: WireClient, opcode: i
 
 @pytest.fixture(scope="module")
 def wide_server() -> Iterator[LiveServer]:
-    """A server where uvicorn's own limit is wider than the library's."""
+    """Server on which uvicorn's own limit is wider than the library's."""
     with quiet_server("--ws-max-size", "1000000", max_message_size=1000) as server:
         yield server
 
@@ -301,7 +288,7 @@ def wide_server() -> Iterator[LiveServer]:
     ids=["ascii", "binary", "two bytes each", "four bytes each"],
 )
 def test_max_message_size_counts_payload_bytes(wide_server: LiveServer, opcode: int, good: bytes, bad: bytes) -> None:
-    """`max_message_size` counts the bytes of the payload, and ends with 1009 where the server's own limit is wider."""
+    """`max_message_size` counts payload bytes, and closes with 1009 where uvicorn's own limit is wider."""
     with connect(wide_server) as client:
         client.write(*fragments(opcode, [good[:400], good[400:]]))
         assert client.echoed(opcode, good)
@@ -332,7 +319,7 @@ MIXED_ANSWERS = [
 
 
 def test_frames_sent_byte_by_byte_are_read(client: WireClient) -> None:
-    """Frames have no relation to the segments in which TCP brings them (5.2)."""
+    """Frames are read, whatever TCP segments carry them (5.2)."""
     client.drip(*MIXED)
     found = [client.next_frame() for _ in MIXED_ANSWERS]
     assert [f for f in found if f.opcode != PONG] == [f for f in MIXED_ANSWERS if f.opcode != PONG]
@@ -342,7 +329,7 @@ def test_frames_sent_byte_by_byte_are_read(client: WireClient) -> None:
 @pytest.mark.parametrize("opcode", [TEXT, BINARY, PING])
 @pytest.mark.parametrize("size", [0, 5, 125, 126])
 def test_frame_may_be_split_at_every_byte(client: WireClient, witness: Witness, opcode: int, size: int) -> None:
-    """A frame is read whole wherever the first of two segments ends: in its header, its key or its payload (5.2)."""
+    """A frame is read when segments split it anywhere in its header, key or payload (5.2)."""
     size = min(size, 125) if opcode == PING else size
     whole = frame(opcode, text_of(size))
     for at in range(1, len(whole)):
@@ -354,7 +341,7 @@ def test_frame_may_be_split_at_every_byte(client: WireClient, witness: Witness, 
 
 @pytest.mark.parametrize("size", [65_535, 65_536])
 def test_long_frame_header_may_be_split(client: WireClient, witness: Witness, size: int) -> None:
-    """A header with a 16-bit or a 64-bit length is read whole wherever a segment ends in it (5.2)."""
+    """A header with a 16-bit or 64-bit length is read when segments split it anywhere (5.2)."""
     whole = frame(BINARY, text_of(size))
     for at in range(1, 16):
         client.write(whole[:at])
@@ -375,20 +362,20 @@ def test_two_frames_may_be_split_at_every_byte(client: WireClient, witness: Witn
 
 
 def test_all_frames_in_one_segment_are_read(client: WireClient) -> None:
-    """Each of many messages in one segment is delivered, in order, more of them than the inbox holds (5.2)."""
+    """Messages in one segment, more than the inbox holds, are all delivered in order (5.2)."""
     messages = [b"message %d" % number for number in range(20 * INBOX)]
     client.write(*(frame(TEXT, message) for message in messages))
     assert [client.message().payload for _ in messages] == messages
 
 
 def test_connection_lost_anywhere_leaves_nothing_behind(server: LiveServer, witness: Witness) -> None:
-    """TCP may end, or be reset, inside a header, a payload or a fragmented message (7.1.1)."""
+    """TCP may end or reset inside a header, a payload or a fragmented message, and leaves nothing behind (7.1.1)."""
     whole = frame(TEXT, b"hello", fin=False) + frame(CONTINUATION, text_of(200))
     for at in range(0, len(whole), 3):
         with connect(server) as half_closed, connect(server) as reset:
             half_closed.write(whole[:at])
             half_closed.socket.shutdown(socket.SHUT_WR)
-            while half_closed.socket.recv(4096):  # a close frame or none
+            while half_closed.socket.recv(4096):  # a close frame, or nothing
                 pass
             reset.write(whole[:at])
             reset.reset()
@@ -433,7 +420,7 @@ VALID_UTF8 = {
 
 @pytest.mark.parametrize("payload", INVALID_UTF8.values(), ids=INVALID_UTF8)
 def test_invalid_utf8_text_fails_with_1007(client: WireClient, payload: bytes) -> None:
-    """Text that is no UTF-8 fails with 1007 (8.1)."""
+    """Text that is not UTF-8 fails with 1007 (8.1)."""
     client.write(frame(TEXT, payload))
     assert client.close_info()[0] == 1007
 
@@ -448,7 +435,7 @@ def test_invalid_utf8_in_binary_message_is_accepted(client: WireClient, payload:
 
 @pytest.mark.parametrize("payload", INVALID_UTF8.values(), ids=INVALID_UTF8)
 def test_invalid_utf8_across_fragments_fails_with_1007(server: LiveServer, payload: bytes) -> None:
-    """UTF-8 is that of the whole message: cutting invalid bytes apart does not hide them (8.1)."""
+    """UTF-8 is checked over the whole message, so fragments do not hide invalid bytes (8.1)."""
     for at in range(len(payload) + 1):
         with connect(server) as client:
             client.write(*fragments(TEXT, [payload[:at], payload[at:]]))
@@ -457,7 +444,7 @@ def test_invalid_utf8_across_fragments_fails_with_1007(server: LiveServer, paylo
 
 @pytest.mark.parametrize("text", VALID_UTF8.values(), ids=VALID_UTF8)
 def test_code_point_may_be_split_across_fragments(client: WireClient, text: str) -> None:
-    """A fragment need not be UTF-8 of its own: a code point may begin in one and end in another (5.6)."""
+    """A code point may begin in one fragment and end in another (5.6)."""
     payload = text.encode()
     for at in range(len(payload) + 1):
         client.write(*fragments(TEXT, [payload[:at], b"", payload[at:]]))
@@ -470,7 +457,7 @@ def test_code_point_may_be_split_across_fragments(client: WireClient, text: str)
 
 
 def test_ping_of_every_size_is_answered(client: WireClient) -> None:
-    """A pong carries the bytes of its ping, 0 to 125 of any value (5.5.3)."""
+    """A pong carries the payload of its ping, 0 to 125 bytes of any value (5.5.3)."""
     for size in range(126):
         payload = bytes(255 - number for number in range(size))
         client.write(frame(PING, payload))
@@ -480,13 +467,13 @@ def test_ping_of_every_size_is_answered(client: WireClient) -> None:
 @pytest.mark.parametrize("opcode", [CLOSE, PING, PONG])
 @pytest.mark.parametrize("size", [126, 127, 65_536])
 def test_oversized_control_frame_fails_with_1002(client: WireClient, opcode: int, size: int) -> None:
-    """A control frame carries at most 125 bytes: 1002 (5.5)."""
+    """A control frame over 125 bytes fails with 1002 (5.5)."""
     client.write(frame(opcode, b"\x03\xe8" + text_of(size - 2)))
     assert client.close_info()[0] == 1002
 
 
 def test_pings_in_one_segment_are_answered_in_order(client: WireClient) -> None:
-    """Of several pings at least the last is answered, and none out of order (5.5.3)."""
+    """Of several pings at least the last is answered, and all answers are in order (5.5.3)."""
     client.write(*(frame(PING, bytes([number])) for number in range(100)), frame(TEXT, b"done"))
     pongs: list[Frame] = []
     while b"\x63" not in [pong.payload for pong in pongs]:
@@ -500,12 +487,12 @@ def test_pings_in_one_segment_are_answered_in_order(client: WireClient) -> None:
 
 @pytest.mark.parametrize("payload", [b"", b"\x00\xff", b"x" * 125], ids=["empty", "bytes", "longest"])
 def test_unsolicited_pong_is_ignored(client: WireClient, payload: bytes) -> None:
-    """A pong that answers no ping asks for nothing and breaks nothing (5.5.3)."""
+    """An unsolicited pong is ignored (5.5.3)."""
     client.write(frame(PONG, payload), frame(PONG, payload), frame(TEXT, b"after"))
     assert client.echoed(TEXT, b"after")
 
 
-def a_message(kind: str, **fields: object) -> bytes:
+def json_message(kind: str, **fields: object) -> bytes:
     return frame(TEXT, json.dumps({"type": kind, **fields}).encode())
 
 
@@ -514,10 +501,10 @@ WAITING = pytest.mark.parametrize("waiting", [0, 1, INBOX - 1], ids=["none", "on
 
 @WAITING
 def test_ping_is_answered_while_handler_is_busy(server: LiveServer, waiting: int) -> None:
-    """A ping is answered as soon as practical, however many messages wait, and none of them is lost (5.5.2)."""
+    """A ping is answered while a handler is busy, however many messages wait, and none of them is lost (5.5.2)."""
     with connect(server, "/run") as client:
-        client.write(a_message("wait", seconds=0.5, name="slow"))
-        client.write(*(a_message("echo", number=number) for number in range(waiting)))
+        client.write(json_message("wait", seconds=0.5, name="slow"))
+        client.write(*(json_message("echo", number=number) for number in range(waiting)))
         for payload in (b"first", b"second"):
             client.write(frame(PING, payload))
             assert client.next_frame() == Frame(PONG, payload)
@@ -527,7 +514,7 @@ def test_ping_is_answered_while_handler_is_busy(server: LiveServer, waiting: int
 
 @WAITING
 def test_ping_is_answered_when_endpoint_does_not_read(server: LiveServer, witness: Witness, waiting: int) -> None:
-    """Pings are answered for an endpoint that reads nothing, in the segment of its messages and after it (5.5.2)."""
+    """A ping is answered for an endpoint that does not read, with its messages and after them (5.5.2)."""
     with connect(server, "/idle") as client:
         client.write(*(frame(TEXT, b"unread %d" % number) for number in range(waiting)), frame(PING, b"with them"))
         assert client.next_frame() == Frame(PONG, b"with them")
@@ -540,10 +527,10 @@ def test_ping_is_answered_when_endpoint_does_not_read(server: LiveServer, witnes
 @WAITING
 @pytest.mark.parametrize("path", ["/idle", "/run"], ids=["no reader", "busy handler"])
 def test_close_frame_is_answered_at_once(server: LiveServer, witness: Witness, path: str, waiting: int) -> None:
-    """A close frame is answered as soon as practical, whatever waits to be read before it (5.5.1)."""
+    """A close frame is answered at once, whatever waits to be read before it (5.5.1)."""
     with connect(server, path) as client:
-        client.write(a_message("wait", seconds=1, name="slow"))
-        client.write(*(a_message("echo", number=number) for number in range(waiting)))
+        client.write(json_message("wait", seconds=1, name="slow"))
+        client.write(*(json_message("echo", number=number) for number in range(waiting)))
         witness.barrier()
         started = time.monotonic()
         client.write(close_frame(4001, b"bye"))
@@ -562,14 +549,14 @@ def test_close_frame_is_answered_at_once(server: LiveServer, witness: Witness, p
     ids=["long messages", "short messages", "echoes", "pings"],
 )
 def test_flood_uses_bounded_memory(server: LiveServer, path: str, flood: bytes) -> None:
-    """What the endpoint does not read, and what the client does not read, is held up to a limit and no further."""
+    """Data that the endpoint or the client does not read is held up to a limit only."""
     with connect(server, path) as client:
         memory = PeakMemory(server)
         client.socket.settimeout(0.5)
         try:
             for _ in range((32 << 20) // len(flood)):
                 client.write(flood)
-        except (TimeoutError, ConnectionError):  # TCP pushes back, or the connection is over
+        except (TimeoutError, ConnectionError):  # TCP pushes back, or the connection ends
             pass
         assert memory.growth() < 12 << 20
 
@@ -578,7 +565,7 @@ def test_flood_uses_bounded_memory(server: LiveServer, path: str, flood: bytes) 
 
 
 def test_empty_close_frame_is_answered(client: WireClient) -> None:
-    """A close frame without a code is answered with one, and the server ends TCP (5.5.1, 7.1.1)."""
+    """A close frame without a code is answered, and the server ends TCP (5.5.1, 7.1.1)."""
     client.write(close_frame())
     assert client.close_info()[0] in (None, 1000)
 
@@ -594,7 +581,7 @@ def test_valid_close_code_is_echoed(client: WireClient, code: int) -> None:
     "reason", [b"x", "tschüß".encode(), b"x" * 123, "𝄞".encode() * 30 + b"xyz"], ids=["one", "UTF-8", "longest", "both"]
 )
 def test_close_frame_with_reason_is_answered(client: WireClient, reason: bytes) -> None:
-    """A reason of up to 123 bytes of UTF-8 may follow the code (5.5.1)."""
+    """A close frame with a reason of up to 123 bytes of UTF-8 is answered (5.5.1)."""
     client.write(close_frame(1000, reason))
     code, text = client.close_info()
     assert code == 1000
@@ -604,21 +591,21 @@ def test_close_frame_with_reason_is_answered(client: WireClient, reason: bytes) 
 @pytest.mark.parametrize("code", [0, 1, 999, 1004, 1005, 1006, 1015, 1016, 1099, 1100, 2000, 2999, 5000, 9999, 65_535])
 @pytest.mark.parametrize("reason", [b"", b"why"], ids=["bare", "reason"])
 def test_invalid_close_code_fails_with_1002(client: WireClient, code: int, reason: bytes) -> None:
-    """A code that is reserved, unassigned or out of range is a protocol error: 1002 (7.4)."""
+    """A close code that is reserved, unassigned or out of range fails with 1002 (7.4)."""
     client.write(close_frame(code, reason))
     assert client.close_info()[0] == 1002
 
 
 @pytest.mark.parametrize("payload", [b"\x03", b"\xff"], ids=bytes.hex)
 def test_one_byte_close_frame_fails_with_1002(client: WireClient, payload: bytes) -> None:
-    """The body of a close frame begins with a code of two bytes: 1002 (5.5.1)."""
+    """A close frame with a body of one byte fails with 1002 (5.5.1)."""
     client.write(frame(CLOSE, payload))
     assert client.close_info()[0] == 1002
 
 
 @pytest.mark.parametrize("reason", INVALID_UTF8.values(), ids=INVALID_UTF8)
 def test_invalid_utf8_close_reason_fails_connection(client: WireClient, reason: bytes) -> None:
-    """The reason is UTF-8 (5.5.1, 8.1)."""
+    """A close reason that is not UTF-8 fails the connection (5.5.1, 8.1)."""
     client.write(close_frame(1000, reason))
     assert client.close_info()[0] in (1002, 1007)
 
@@ -640,7 +627,7 @@ def test_invalid_utf8_close_reason_fails_connection(client: WireClient, reason: 
 def test_data_after_close_frame_is_ignored(
     server: LiveServer, client: WireClient, after: list[bytes], together: bool
 ) -> None:
-    """What comes after a close frame is neither delivered nor answered (5.5.1)."""
+    """Data after a close frame is neither delivered nor answered (5.5.1)."""
     client.write(frame(TEXT, b"in time"))
     assert client.echoed(TEXT, b"in time")
     received = server.get("/ws-stats/")["messages_received"]
@@ -657,7 +644,7 @@ def test_data_after_close_frame_is_ignored(
 
 
 def test_close_frame_inside_fragmented_message_closes(server: LiveServer, client: WireClient) -> None:
-    """A close frame may stand between fragments; the message that it cuts off is not delivered (5.4, 5.5.1)."""
+    """A close frame between fragments closes, and the unfinished message is not delivered (5.4, 5.5.1)."""
     received = server.get("/ws-stats/")["messages_received"]
     client.write(frame(TEXT, b"cut", fin=False), close_frame(1000), frame(CONTINUATION, b" off"))
     assert client.close_info()[0] in (1000, 1002)
@@ -666,7 +653,7 @@ def test_close_frame_inside_fragmented_message_closes(server: LiveServer, client
 
 @pytest.mark.parametrize("code", [None, 1000, 1001, 4999])
 async def test_application_gets_close_code_of_client(server: LiveServer, code: int | None) -> None:
-    """The code of the received close frame, or 1005 for none, is the close code of the connection (7.1.5)."""
+    """The close code of a connection is that of the client's close frame, or 1005 for none (7.1.5)."""
     with connect(server) as client:
         client.write(close_frame(code))
         client.close_info()
@@ -674,7 +661,7 @@ async def test_application_gets_close_code_of_client(server: LiveServer, code: i
 
 
 async def test_application_gets_protocol_error_cause(server: LiveServer) -> None:
-    """A connection that the server fails has ended for a reason that is not the client's close (7.1.7)."""
+    """A connection that the server fails has the cause `policy` instead of `client_close` (7.1.7)."""
     with connect(server) as client:
         client.write(frame(3))
         assert client.close_info()[0] == 1002
@@ -683,13 +670,13 @@ async def test_application_gets_protocol_error_cause(server: LiveServer) -> None
 
 @pytest.mark.parametrize("code", [1000, 1013, 3000, 4001])
 def test_server_sends_close_frame_and_ends_tcp_first(server: LiveServer, code: int) -> None:
-    """A close by the application is one close frame; the client's answer ends TCP (7.1.2)."""
+    """A close by the application sends one close frame, and the client's answer ends TCP (7.1.2)."""
     with connect(server, f"/close?code={code}&reason=bye") as client:
         assert client.close_info(answer=True) == (code, "bye")
 
 
 def test_simultaneous_close_frames_answer_each_other(server: LiveServer) -> None:
-    """Close frames that cross each other are each other's answer (7.1.2)."""
+    """Close frames that cross each other answer each other (7.1.2)."""
     with WireClient(server.port) as client:
         client.write(client.request("/close?code=4001"))
         assert client.answer().status == 101
@@ -701,7 +688,7 @@ def test_simultaneous_close_frames_answer_each_other(server: LiveServer) -> None
 
 
 def test_handshake_sent_byte_by_byte_is_accepted(server: LiveServer) -> None:
-    """The request has no relation to the segments in which TCP brings it (4.2.1)."""
+    """A handshake is read, whatever TCP segments carry it (4.2.1)."""
     with WireClient(server.port) as client:
         client.drip(client.request())
         assert client.answer().status == 101
@@ -711,7 +698,7 @@ def test_handshake_sent_byte_by_byte_is_accepted(server: LiveServer) -> None:
 
 @pytest.mark.parametrize("offered", [None, "chat", "chat, superchat"])
 def test_only_offered_subprotocol_is_selected(server: LiveServer, offered: str | None) -> None:
-    """The answer names no subprotocol where none was offered, and none but an offered one (4.2.2)."""
+    """The response selects only an offered subprotocol, and none without an offer (4.2.2)."""
     with WireClient(server.port) as client:
         answer = client.upgrade(headers={"Sec-WebSocket-Protocol": offered})
         assert answer.status == 101
@@ -722,7 +709,7 @@ def test_only_offered_subprotocol_is_selected(server: LiveServer, offered: str |
 
 @pytest.mark.parametrize("header", ["Upgrade", "Connection"])
 def test_upgrade_tokens_are_case_insensitive(server: LiveServer, header: str) -> None:
-    """`websocket` and `Upgrade` are compared without regard to case, the latter among other tokens (4.2.1)."""
+    """`websocket` and `Upgrade` are compared without case, and `Upgrade` may be one of several tokens (4.2.1)."""
     value = {"Upgrade": "WebSocket", "Connection": "keep-alive, UPGRADE"}[header]
     with WireClient(server.port) as client:
         assert client.upgrade(headers={header: value}).status == 101
@@ -730,7 +717,7 @@ def test_upgrade_tokens_are_case_insensitive(server: LiveServer, header: str) ->
 
 @pytest.mark.parametrize("version", [None, "0", "8", "12", "14", "thirteen", ""])
 def test_handshake_with_other_version_is_rejected(server: LiveServer, version: str | None) -> None:
-    """A version that is not 13 is answered with an HTTP error, and a 426 tells which one is spoken (4.2.2)."""
+    """A version other than 13 gets an HTTP error, and a 426 names version 13 (4.2.2)."""
     with WireClient(server.port) as client:
         answer = client.upgrade(headers={"Sec-WebSocket-Version": version})
         assert answer.status in (400, 426)
@@ -740,7 +727,7 @@ def test_handshake_with_other_version_is_rejected(server: LiveServer, version: s
 
 @pytest.mark.parametrize("key", [None, "", "short", "c2hvcnQ=", "*" * 24, "dGhlIHNhbXBsZSBub25jZQ==dGhl"])
 def test_handshake_with_invalid_key_is_rejected_with_400(server: LiveServer, key: str | None) -> None:
-    """The key is base64 of 16 bytes; without it the answer is 400 (4.2.1)."""
+    """A key that is not base64 of 16 bytes gets 400 (4.2.1)."""
     with WireClient(server.port) as client:
         assert client.upgrade(headers={"Sec-WebSocket-Key": key}).status == 400
 
@@ -750,7 +737,7 @@ def test_handshake_with_invalid_key_is_rejected_with_400(server: LiveServer, key
     ["permessage-deflate; ;", "permessage-deflate; =", "permessage-deflate;;", "=", ";", "a b", '"'],
 )
 def test_malformed_extension_offer_is_rejected_or_ignored(server: LiveServer, offer: str) -> None:
-    """A header that is not of the grammar fails the handshake with 400, or agrees to no extension (9.1)."""
+    """A malformed extension offer gets 400, or a response without extensions (9.1)."""
     with WireClient(server.port) as client:
         answer = client.upgrade(headers={"Sec-WebSocket-Extensions": offer})
         assert answer.status in (101, 400)
@@ -758,7 +745,7 @@ def test_malformed_extension_offer_is_rejected_or_ignored(server: LiveServer, of
 
 
 def test_malformed_http_request_is_rejected(server: LiveServer) -> None:
-    """A request that cannot be read is answered with 400 or ended; nobody waits for an answer for ever (4.2.1)."""
+    """A malformed request gets a response or the end of the connection, and never hangs (4.2.1)."""
     with WireClient(server.port) as client:
         try:
             assert client.upgrade(headers={"X-Delete": "\x7f"}).status in (101, 400)
@@ -767,7 +754,7 @@ def test_malformed_http_request_is_rejected(server: LiveServer) -> None:
 
 
 def test_frames_before_handshake_answer_crash_nothing(server: LiveServer) -> None:
-    """A client must wait for the answer (4.1); early frames are answered, lost, or the end of their connection."""
+    """Frames before the handshake response are answered, lost, or end the connection, and crash nothing (4.1)."""
     with WireClient(server.port) as client:
         client.write(client.request(), frame(TEXT, b"early"), frame(PING, b"early"))
         try:
@@ -784,54 +771,54 @@ def test_frames_before_handshake_answer_crash_nothing(server: LiveServer) -> Non
 
 
 @pytest.fixture(scope="module")
-def beating_server() -> Iterator[LiveServer]:
-    """A server whose heartbeats are quick."""
+def heartbeat_server() -> Iterator[LiveServer]:
+    """Server with a short heartbeat interval."""
     config = {"heartbeat_interval": 0.3, "heartbeat_timeout": 0.6}
     with LiveServer(KIND, config=config, args=NO_UVICORN_PINGS) as server:
         yield server
 
 
 @pytest.mark.alone
-async def test_client_answering_pings_stays_connected(beating_server: LiveServer) -> None:
-    """Heartbeats are ping frames and nothing else; a client that answers them stays, and its round trip is shown."""
-    with connect(beating_server) as client:
+async def test_client_answering_pings_stays_connected(heartbeat_server: LiveServer) -> None:
+    """A client that answers ping frames stays, gets no other heartbeats, and has a round trip in the stats."""
+    with connect(heartbeat_server) as client:
         for _ in range(4):
             ping = client.next_frame()
             assert ping.opcode == PING
             client.write(frame(PONG, ping.payload))
 
         def measured() -> list[float]:
-            found = beating_server.get(f"/ws-stats/connections?client_id={client.name}")["connections"]
+            found = heartbeat_server.get(f"/ws-stats/connections?client_id={client.name}")["connections"]
             return [c["rtt_seconds"] for c in found if c["rtt_seconds"] is not None]
 
         (rtt,) = await until(measured)
         assert 0 <= rtt < 0.3
         client.write(frame(TEXT, b"alive"))
         assert client.echoed(TEXT, b"alive")
-    assert not beating_server.errors()
+    assert not heartbeat_server.errors()
 
 
 @pytest.mark.alone
-async def test_client_ignoring_pings_closes_with_4408(beating_server: LiveServer) -> None:
-    """Silence after a ping ends with 4408 at interval + timeout, and without a word of text before it."""
+async def test_client_ignoring_pings_closes_with_4408(heartbeat_server: LiveServer) -> None:
+    """Silence after a ping closes with 4408 after interval + timeout, without a text message before it."""
     started = time.monotonic()
-    with connect(beating_server) as client:
+    with connect(heartbeat_server) as client:
         while (found := client.next_frame()).opcode == PING:
             pass
         took = time.monotonic() - started
         assert found == Frame(CLOSE, b"\x11\x38heartbeat timeout")
         client.write(close_frame(4408))
         client.eof()
-        await beating_server.until_event(f"disconnect {client.name} heartbeat_timeout 4408")
+        await heartbeat_server.until_event(f"disconnect {client.name} heartbeat_timeout 4408")
     assert 0.6 <= took < 0.3 + 0.6 + 0.5
-    assert not beating_server.errors()
+    assert not heartbeat_server.errors()
 
 
-def test_unmatched_pong_is_not_measured(beating_server: LiveServer) -> None:
-    """An unsolicited pong is ignored as an answer: it is no round trip, though its sender is alive (5.5.3)."""
-    with connect(beating_server) as client:
+def test_unmatched_pong_is_not_measured(heartbeat_server: LiveServer) -> None:
+    """A pong without a matching ping proves liveness, but is not measured as a round trip (5.5.3)."""
+    with connect(heartbeat_server) as client:
         for _ in range(4):
             assert client.next_frame().opcode == PING
             client.write(frame(PONG, b"something else"))
-        (found,) = beating_server.get(f"/ws-stats/connections?client_id={client.name}")["connections"]
+        (found,) = heartbeat_server.get(f"/ws-stats/connections?client_id={client.name}")["connections"]
         assert found["rtt_seconds"] is None

@@ -1,17 +1,17 @@
-"""A client that breaks every rule at once delays nobody else's echo by more than 50 ms at p99.
+"""A client that breaks every rule at once delays other clients' echoes by at most 50 ms at p99.
 
-With the options that a server in production sets, since the defaults limit no application's traffic:
+The options are those of a server in production, since the defaults do not limit the traffic of an application:
 
-- `max_message_size` as small as the application's messages are, and uvicorn's `--ws-max-size` the same;
+- `max_message_size` as small as the application's messages, and uvicorn's `--ws-max-size` the same;
 - `max_message_rate`, `max_message_burst` and `max_byte_rate`;
 - `max_connections_per_address`, `max_connect_rate_per_address`, `max_connections`;
 - `max_bad_messages` and `hello_timeout` below their defaults, `max_memory_per_connection`;
-- log level WARNING, since every refused handshake is a line at INFO, of uvicorn's too.
+- log level WARNING, since every rejected handshake is a line at INFO, also in uvicorn's log.
 
-The ceiling of control frames needs no option. What does need something is the protocol class: uvicorn's own one parses
-all of a read, 256 KiB, before anybody else has a turn, and reads on after the close frame. A read that is full of small
-frames holds the loop for seconds there, and no ASGI application can help it: that this is so is a test too.
-`StableWebSocketProtocol` parses in slices, and throws away what comes after the end.
+The limit of control frames needs no option, but the protocol class matters. uvicorn's own class parses a whole read of
+256 KiB before other connections run, and it reads on after the close frame. A read full of small frames blocks the loop
+there for seconds, which no ASGI application can prevent; one test here shows it. `StableWebSocketProtocol` parses in
+slices, and discards what arrives after the end.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from tests.support.server import ROOT, LiveServer, free_port
 
 APP = "tests.live.identity_app:app"
 MAX_DELAY = 0.050
-"""Seconds that the 99th percentile of an echo may grow by."""
+"""Seconds by which the 99th percentile of an echo may grow."""
 
-EVERY = 0.02
+ECHO_INTERVAL = 0.02
 MESSAGE_SIZE = 64 << 10
 PRODUCTION: dict[str, Any] = {
     "max_message_size": MESSAGE_SIZE,
@@ -62,7 +62,7 @@ FLOODS = (
     "bombs",
     "acks",
 )
-"""Rules that are kept towards uvicorn's own protocol class."""
+"""Rules that are not broken towards uvicorn's own protocol class."""
 
 BROKEN = {
     "pings",
@@ -82,10 +82,10 @@ BROKEN = {
 
 
 async def echoes(client: ClientConnection, seconds: float) -> list[float]:
-    """Send every 20 ms, whether the last one is back or not, and return how long each echo took."""
+    """Send every 20 ms without waiting for echoes, and return the duration of each echo."""
     sent: list[float] = []
     took: list[float] = []
-    count = int(seconds / EVERY)
+    count = int(seconds / ECHO_INTERVAL)
 
     async def read() -> None:
         while len(took) < count:
@@ -98,7 +98,7 @@ async def echoes(client: ClientConnection, seconds: float) -> list[float]:
     reading = asyncio.create_task(read())
     started = time.perf_counter()
     for number in range(count):
-        await asyncio.sleep(max(0.0, started + number * EVERY - time.perf_counter()))
+        await asyncio.sleep(max(0.0, started + number * ECHO_INTERVAL - time.perf_counter()))
         sent.append(time.perf_counter())
         await client.send(f"{number}")
     await asyncio.wait_for(reading, 10)
@@ -106,31 +106,31 @@ async def echoes(client: ClientConnection, seconds: float) -> list[float]:
 
 
 def p99(took: list[float]) -> float:
-    """The 99th percentile."""
+    """Return the 99th percentile."""
     return statistics.quantiles(took, n=100)[-1]
 
 
-async def suffers_at_least(kind: str, seconds: float, *kept: str) -> float:
-    """The least of up to three tries: what else the machine does can only add to it."""
+async def least_delay(kind: str, seconds: float, *skipped: str) -> float:
+    """Return the least delay of up to three tries, since other load on the machine only adds to it."""
     delays: list[float] = []
     while len(delays) < 3 and (not delays or min(delays) > MAX_DELAY):
-        delays.append(await suffers(kind, seconds, *kept))
+        delays.append(await measured_delay(kind, seconds, *skipped))
     return min(delays)
 
 
-async def suffers(kind: str, seconds: float, *kept: str) -> float:
-    """By how much the 99th percentile of a client's echo grows while another breaks every rule."""
+async def measured_delay(kind: str, seconds: float, *skipped: str) -> float:
+    """Return the growth of a client's p99 echo while another client breaks every rule."""
     witness = connect(f"ws://127.0.0.1:{(port := free_port())}/echo/witness", compression=None)
     with LiveServer(kind, app=APP, config=PRODUCTION, args=ARGS, port=port) as server:
         async with witness as client:
-            return await grows(server, client, seconds, *kept)
+            return await added_delay(server, client, seconds, *skipped)
 
 
-async def grows(server: LiveServer, client: ClientConnection, seconds: float, *kept: str) -> float:
-    """By how much the 99th percentile of this client's echo grows."""
+async def added_delay(server: LiveServer, client: ClientConnection, seconds: float, *skipped: str) -> float:
+    """Return the growth of this client's p99 echo."""
     await echoes(client, 0.5)
     calm = await echoes(client, seconds)
-    command = (sys.executable, "-m", "tests.live.rule_breaker", str(server.port), str(seconds + 1), *kept)
+    command = (sys.executable, "-m", "tests.live.rule_breaker", str(server.port), str(seconds + 1), *skipped)
     breaker = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=asyncio.subprocess.PIPE)
     try:
         await asyncio.sleep(1)
@@ -145,29 +145,29 @@ async def grows(server: LiveServer, client: ClientConnection, seconds: float, *k
     print(f"{server.kind}: p99 {p99(calm) * 1000:.1f} ms, then {p99(disturbed) * 1000:.1f} ms, {count}")
     print("slowest", [f"{one * 1000:.0f}" for one in sorted(disturbed)[-10:]])
     assert "Traceback" not in server.log
-    assert count.keys() == BROKEN - {*kept}
+    assert count.keys() == BROKEN - {*skipped}
     return delay
 
 
 async def test_abusive_client_does_not_delay_others() -> None:
-    """Pings, giant frames, bombs, half-open handshakes and dials without end: an echo is at most 50 ms later."""
-    assert await suffers_at_least("uvicorn-stable", 3) <= MAX_DELAY
+    """Pings, giant frames, bombs, half-open handshakes and endless reconnects delay an echo by at most 50 ms."""
+    assert await least_delay("uvicorn-stable", 3) <= MAX_DELAY
 
 
 @pytest.mark.soak
 async def test_abusive_client_does_not_delay_others_on_uvicorn_class() -> None:
-    """The same there without the floods of frames."""
-    assert await suffers_at_least("uvicorn-sansio", 3, *FLOODS) <= MAX_DELAY
+    """The limit holds on uvicorn's own class without the floods of frames."""
+    assert await least_delay("uvicorn-sansio", 3, *FLOODS) <= MAX_DELAY
 
 
 @pytest.mark.soak
 async def test_long_abuse_does_not_delay_others() -> None:
-    """The same for ten seconds."""
-    assert await suffers_at_least("uvicorn-stable", 10) <= MAX_DELAY
+    """The limit holds for 10 s of abuse."""
+    assert await least_delay("uvicorn-stable", 10) <= MAX_DELAY
 
 
 @pytest.mark.soak
-@pytest.mark.xfail(reason="uvicorn's own class parses a whole read at one go", raises=(AssertionError, TimeoutError))
+@pytest.mark.xfail(reason="uvicorn's own class parses a whole read at once", raises=(AssertionError, TimeoutError))
 async def test_frame_floods_delay_others_on_uvicorn_class() -> None:
-    """Where this begins to pass, the docs say too little good of uvicorn."""
-    assert await suffers("uvicorn-sansio", 3) <= MAX_DELAY
+    """Floods of frames exceed the limit on uvicorn's own class; if this passes, the docs understate uvicorn."""
+    assert await measured_delay("uvicorn-sansio", 3) <= MAX_DELAY

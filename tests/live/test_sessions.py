@@ -1,4 +1,4 @@
-"""Sessions on real servers: what is cut, stalled and swallowed in between costs nobody anything."""
+"""Sessions on real servers: cuts, stalls and swallowed data lose no messages."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ APP = "tests.live.sessions_app:app"
 QUICK_DIALS: dict[str, Any] = {"base_delay": 0.05, "max_delay": 0.3, "min_delay": 0.01, "connect_timeout": 2.0}
 
 CUTS = 1000
-CUT_EACH = 0.04
+MEAN_CUT_INTERVAL = 0.04
 
 
 async def collect(client: Client, found: list[Any]) -> None:
-    """Note the data of everything that comes."""
+    """Append the data of every message."""
     async for message in client:
         found.append(message.data)
 
 
-async def storm_of_cuts(proxy: CuttingProxy, cuts: int, dice: random.Random) -> None:
-    """Break connections at random, in every way that a network has."""
+async def cut_at_random(proxy: CuttingProxy, cuts: int, chance: random.Random) -> None:
+    """Break connections at random: resets, half-open ends, stalls and black holes."""
     done = 0
     while done < cuts:
-        await asyncio.sleep(dice.random() * 2 * CUT_EACH)
+        await asyncio.sleep(chance.random() * 2 * MEAN_CUT_INTERVAL)
         if not proxy.streams:
             continue
         stream = proxy.streams[-1]
-        roll = dice.random()
+        roll = chance.random()
         if roll < 0.55:
             stream.cut()
         elif roll < 0.7:
@@ -47,16 +47,16 @@ async def storm_of_cuts(proxy: CuttingProxy, cuts: int, dice: random.Random) -> 
         elif roll < 0.85:
             stream.cut_far()
         elif roll < 0.97:
-            await stream.stall(dice.random() * 0.05)
+            await stream.stall(chance.random() * 0.05)
             continue
         else:
             stream.swallow()
         done += 1
 
 
-async def cut_again_and_again(server: LiveServer, cuts: int, seed: int) -> None:
-    """Twenty messages a second flow both ways while connections break; afterwards both sides hold the same lists."""
-    dice = random.Random(seed)
+async def exchange_during_cuts(server: LiveServer, cuts: int, seed: int) -> None:
+    """Exchange twenty messages per second in each direction during cuts; both sides must then hold the same lists."""
+    chance = random.Random(seed)
     said: list[int] = []
     pushed: list[int] = []
     got: list[Any] = []
@@ -66,9 +66,9 @@ async def cut_again_and_again(server: LiveServer, cuts: int, seed: int) -> None:
         client.on_gap(gaps.append)
         async with client:
             reader = asyncio.ensure_future(collect(client, got))
-            storm = asyncio.ensure_future(storm_of_cuts(proxy, cuts, dice))
+            cutting = asyncio.ensure_future(cut_at_random(proxy, cuts, chance))
             number = 0
-            while not storm.done():
+            while not cutting.done():
                 number += 1
                 client.send(number, event="say")
                 said.append(number)
@@ -77,7 +77,7 @@ async def cut_again_and_again(server: LiveServer, cuts: int, seed: int) -> None:
                 if number % 40 == 0:
                     client.probe()
                 await asyncio.sleep(0.05)
-            await storm
+            await cutting
             last = client.send(number + 1, event="say")
             said.append(number + 1)
             await asyncio.wait_for(last, 20)
@@ -85,7 +85,7 @@ async def cut_again_and_again(server: LiveServer, cuts: int, seed: int) -> None:
             reader.cancel()
     assert gaps == []
     assert [message["number"] for message in got] == pushed
-    assert server.get("/heard/ann") == said
+    assert server.get("/received/ann") == said
 
 
 @pytest.mark.timeout(60)
@@ -93,20 +93,20 @@ async def cut_again_and_again(server: LiveServer, cuts: int, seed: int) -> None:
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
 async def test_sixty_random_cuts_lose_and_duplicate_nothing(serve: Serve, kind: str) -> None:
     """After 60 cuts, stalls and black holes both sides hold identical lists."""
-    await cut_again_and_again(serve(kind, app=APP), 60, seed=1)
+    await exchange_during_cuts(serve(kind, app=APP), 60, seed=1)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
 async def test_thousand_random_cuts_lose_and_duplicate_nothing(serve: Serve, kind: str) -> None:
-    """After 1,000 cuts, with 20 messages a second in each direction, both sides hold identical lists."""
-    await cut_again_and_again(serve(kind, app=APP), CUTS, seed=2)
+    """After 1,000 cuts with 20 messages per second in each direction, both sides hold identical lists."""
+    await exchange_during_cuts(serve(kind, app=APP), CUTS, seed=2)
 
 
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_messages_of_outage_arrive_after_reconnect(serve: Serve, kind: str) -> None:
-    """A client whose TCP dies gets exactly the ten messages that were sent while it was away, in order."""
+    """After a broken TCP connection a client gets exactly the ten messages of the outage, in order."""
     server = serve(kind, app=APP)
     got: list[Any] = []
     async with CuttingProxy(server.port) as proxy:
@@ -118,7 +118,7 @@ async def test_messages_of_outage_arrive_after_reconnect(serve: Serve, kind: str
             assert await client.request("note", "remember") == "remember"
             proxy.rejector = True
             proxy.streams[-1].cut()
-            await until(lambda: server.get("/count")["away"] == 1, 5)
+            await until(lambda: server.get("/count")["detached"] == 1, 5)
             assert await asyncio.to_thread(server.post, "/push-many/ann/10")
             proxy.rejector = False
             await until(lambda: len(got) >= 10)
@@ -132,7 +132,7 @@ async def test_messages_of_outage_arrive_after_reconnect(serve: Serve, kind: str
         "resume ann full rooms=lobby data=remember",
         "disconnect ann client_close",
     ]
-    if kind != "hypercorn":  # which keeps the code to itself that says whether this was a goodbye
+    if kind != "hypercorn":  # it does not report the close code, so the session stays
         expected.append("session_end ann client_close")
     await until(lambda: server.get("/events") == expected, 5, server.get("/events"))
     assert server.errors() == []
@@ -140,7 +140,7 @@ async def test_messages_of_outage_arrive_after_reconnect(serve: Serve, kind: str
 
 @pytest.mark.parametrize("why", ["overflow", "unknown"])
 async def test_late_resume_reports_gap_or_lost(serve: Serve, why: str) -> None:
-    """More messages than the log holds are a gap; a session whose time is over is lost. Neither is silent."""
+    """More messages than the replay buffer holds are reported as a gap, and an expired session as lost."""
     config = {"replay_max_messages": 5} if why == "overflow" else {"session_ttl": 0.2}
     server = serve(app=APP, config=config)
     gaps: list[Gap] = []
@@ -163,7 +163,7 @@ async def test_late_resume_reports_gap_or_lost(serve: Serve, why: str) -> None:
 
 @pytest.mark.parametrize("client_id", ["ann@example.com", "a.b.c", "😀", "x" * 200])
 async def test_any_client_id_can_resume(serve: Serve, client_id: str) -> None:
-    """A session resumes whatever its client is called."""
+    """A session resumes with any client id."""
     server = serve(app=APP)
     async with CuttingProxy(server.port) as proxy:
         client = connect(f"ws://127.0.0.1:{proxy.port}/ws/{client_id}", **QUICK_DIALS)
@@ -178,7 +178,7 @@ async def test_any_client_id_can_resume(serve: Serve, client_id: str) -> None:
 
 @pytest.mark.parametrize("kind", UVICORN)
 async def test_half_open_connection_is_taken_over_at_once(serve: Serve, kind: str) -> None:
-    """The server has not noticed that the old connection is dead; the new one gets the session within a moment."""
+    """A new connection takes over the session of a half-open one within 2 s, before the server detects the loss."""
     server = serve(kind, app=APP)
     async with CuttingProxy(server.port) as proxy:
         client = connect(f"ws://127.0.0.1:{proxy.port}/ws/ann", **QUICK_DIALS)
@@ -192,11 +192,11 @@ async def test_half_open_connection_is_taken_over_at_once(serve: Serve, kind: st
             assert await client.request("add", [1]) == 1
             assert asyncio.get_running_loop().time() - began < 2
             assert server.get("/events")[1:] == ["disconnect ann replaced", "resume ann full rooms= data=None"]
-            assert server.get("/count") == {"connections": 1, "sessions": 1, "away": 0}
+            assert server.get("/count") == {"connections": 1, "sessions": 1, "detached": 0}
 
 
 async def test_requests_and_acks_survive_reconnect(serve: Serve) -> None:
-    """A question of the server is answered in the next connection; a message of the client is accepted there."""
+    """A request of the server is answered on the next connection, and a message of the client is accepted there."""
     server = serve(app=APP)
     async with CuttingProxy(server.port) as proxy:
         client = connect(f"ws://127.0.0.1:{proxy.port}/ws/ann", **QUICK_DIALS)
@@ -213,17 +213,17 @@ async def test_requests_and_acks_survive_reconnect(serve: Serve) -> None:
         async with client:
             await client.send("why", event="ask_back")
             await asyncio.wait_for(asked.wait(), 5)
-            accepted = client.send("while away", event="say")
+            accepted = client.send("while detached", event="say")
             await asyncio.wait_for(accepted, 5)
-            await until(lambda: server.get("/heard/answers") == ["why!"])
-    assert server.get("/heard/ann") == ["while away"]
+            await until(lambda: server.get("/received/answers") == ["why!"])
+    assert server.get("/received/ann") == ["while detached"]
 
 
-# ── before the session ──
+# ── first frames ──
 
 
 async def first_frames(server: LiveServer, *frames: Any) -> tuple[int, str]:
-    """Send frames on a new connection, and return how it was closed."""
+    """Send frames on a new connection, and return the code and reason of its close."""
     async with plain_connect(server.url("/ws/ann"), subprotocols=[SUBPROTOCOL]) as ws:  # type: ignore[list-item]
         assert ws.subprotocol == SUBPROTOCOL
         for frame in frames:
@@ -247,17 +247,17 @@ async def first_frames(server: LiveServer, *frames: Any) -> tuple[int, str]:
     ids=["no json", "binary", "no hello", "version", "no n", "too long", "token too long"],
 )
 async def test_invalid_first_frame_closes_with_4400(serve: Serve, kind: str, frame: Any) -> None:
-    """What is malformed gets 4400, another version 4406, and nothing is kept of it."""
+    """A malformed first frame closes with 4400 and another version with 4406; no session is left."""
     server = serve(kind, app=APP)
     code, reason = await first_frames(server, frame)
     assert code == (4406 if isinstance(frame, dict) and frame.get("v") == 2 else 4400), reason
-    assert server.get("/count") == {"connections": 0, "sessions": 0, "away": 0}
+    assert server.get("/count") == {"connections": 0, "sessions": 0, "detached": 0}
     assert server.errors() == []
 
 
 @pytest.mark.parametrize("kind", UVICORN)
 async def test_missing_hello_closes_with_4408(serve: Serve, kind: str) -> None:
-    """A client has `hello_timeout` for its first frame."""
+    """A client without a hello is closed with 4408 after `hello_timeout`."""
     server = serve(kind, app=APP, config={"hello_timeout": 0.2})
     assert (await first_frames(server))[0] == 4408
 
@@ -266,7 +266,7 @@ async def test_missing_hello_closes_with_4408(serve: Serve, kind: str) -> None:
 
 
 async def test_reconnect_token_restores_rooms_and_user_data(serve: Serve) -> None:
-    """A plain client with a token gets its rooms and user data back; without one it is new; a used one is refused."""
+    """A reconnect token restores rooms and user data; a client without one is new, and a used token is rejected."""
     server = serve(app=APP)
     token = server.post("/reconnect-token/ann@example.com")["token"]
     first = await plain_connect(server.url("/seed/ann@example.com"))
@@ -283,7 +283,7 @@ async def test_reconnect_token_restores_rooms_and_user_data(serve: Serve) -> Non
 
 @pytest.mark.parametrize("kind", UVICORN)
 async def test_query_token_restores_rooms_and_user_data(serve: Serve, kind: str) -> None:
-    """`?token=` works with the dependency alone, also while the old connection is not noticed to be dead."""
+    """`?reconnect_token=` works with the dependency alone, also while the dead old connection is undetected."""
     server = serve(kind, app=APP)
     token = server.post("/reconnect-token/ann")["token"]
     async with CuttingProxy(server.port) as proxy:
@@ -307,7 +307,7 @@ async def test_query_token_restores_rooms_and_user_data(serve: Serve, kind: str)
 
 @pytest.mark.parametrize("kind", ["granian", "uvicorn-sansio", "uvicorn-stable"])
 async def test_deflate_client_compresses_on_server_without_deflate(serve: Serve, kind: str) -> None:
-    """With `deflate=True` large frames are compressed both ways on a server without permessage-deflate."""
+    """With `deflate=True` large frames are compressed in both directions without permessage-deflate."""
     args = ("--ws-per-message-deflate", "false") if kind.startswith("uvicorn") else ()
     server = serve(kind, app=APP, args=args)
     text = "x" * 100_000
@@ -324,18 +324,18 @@ async def test_deflate_client_compresses_on_server_without_deflate(serve: Serve,
 
 
 @pytest.mark.parametrize("kind", UVICORN)
-@pytest.mark.parametrize("what", ["room", "remove", "members", "client"])
-async def test_returning_plain_client_sees_closed_room_and_kick_code(serve: Serve, kind: str, what: str) -> None:
-    """A plain client comes back to no room that was closed to it, and hears the code with which it was kicked."""
+@pytest.mark.parametrize("action", ["room", "remove", "members", "client"])
+async def test_returning_plain_client_sees_closed_room_and_kick_code(serve: Serve, kind: str, action: str) -> None:
+    """A returning plain client is not in a room that was closed to it, and gets the code of its kick."""
     server = serve(kind, app=APP)
     token = server.post("/reconnect-token/ann")["token"]
     first = await plain_connect(server.url("/ws/ann?room=lobby"))
     await until(lambda: "connect ann none" in server.get("/events"))
     first.transport.abort()
     await until(lambda: server.get("/count")["connections"] == 0)
-    assert await asyncio.to_thread(server.post, f"/end/{what}/ann") == 1
+    assert await asyncio.to_thread(server.post, f"/end/{action}/ann") == 1
     async with plain_connect(server.url(f"/ws/ann?reconnect_token={token}")) as ws:
-        if what in ("members", "client"):
+        if action in ("members", "client"):
             await asyncio.wait_for(ws.wait_closed(), 5)
             assert (ws.close_code, ws.close_reason) == (4403, "banned")
         else:
@@ -345,9 +345,9 @@ async def test_returning_plain_client_sees_closed_room_and_kick_code(serve: Serv
 
 
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
-@pytest.mark.parametrize("what", ["members", "client"])
-async def test_detached_client_gets_kick_code_on_return(serve: Serve, kind: str, what: str) -> None:
-    """A client with a session that was kicked while its network was gone ends with the code and reason of the kick."""
+@pytest.mark.parametrize("action", ["members", "client"])
+async def test_detached_client_gets_kick_code_on_return(serve: Serve, kind: str, action: str) -> None:
+    """A session client that is kicked while detached gets the code and reason of the kick on its return."""
     server = serve(kind, app=APP)
     async with CuttingProxy(server.port) as proxy:
         client = connect(f"ws://127.0.0.1:{proxy.port}/ws/ann?room=lobby", **QUICK_DIALS)
@@ -355,8 +355,8 @@ async def test_detached_client_gets_kick_code_on_return(serve: Serve, kind: str,
             async with client:
                 proxy.rejector = True
                 proxy.streams[-1].cut()
-                await until(lambda: server.get("/count")["away"] == 1, 5)
-                assert await asyncio.to_thread(server.post, f"/end/{what}/ann") == 1
+                await until(lambda: server.get("/count")["detached"] == 1, 5)
+                assert await asyncio.to_thread(server.post, f"/end/{action}/ann") == 1
                 proxy.rejector = False
                 await asyncio.wait_for(client.request("add", [1, 2], timeout=5), 5)
     assert (closed.value.code, closed.value.reason) == (4403, "banned")
@@ -365,7 +365,7 @@ async def test_detached_client_gets_kick_code_on_return(serve: Serve, kind: str,
 
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
 async def test_history_is_sent_once_across_cuts(serve: Serve, kind: str) -> None:
-    """An endpoint that joins with history in each connection of a session sends it once, however often it is cut."""
+    """An endpoint that joins with history on each connection of a session sends it once, despite cuts."""
     server = serve(kind, app=APP, config={"room_history": 50})
     got: list[Any] = []
     async with CuttingProxy(server.port) as proxy:

@@ -1,4 +1,4 @@
-"""A client that does not take its messages hurts nobody but itself, and its memory is bounded."""
+"""A slow client does not delay other clients, and its memory is bounded."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def test_stalled_client_does_not_delay_broadcasts(serve: Serve) -> None:
 
 @pytest.mark.parametrize("kind", [*UVICORN, "hypercorn"])
 async def test_stalled_send_closes_after_send_timeout(serve: Serve, kind: str) -> None:
-    """Within send_timeout + 1 s the slot is free and on_disconnect has run once; SIGTERM then exits in under 3 s."""
+    """A stalled client is closed within send_timeout + 1 s, on_disconnect runs once, and SIGTERM exits within 3 s."""
     server = serve(kind, config={"send_timeout": 1, "disconnect_grace": 1})
     with RawClient(server.port, "/flood/stalled", receive_buffer=4096) as stalled:
         stalled.handshake()
@@ -56,13 +56,13 @@ async def test_stalled_send_closes_after_send_timeout(serve: Serve, kind: str) -
         assert server.events("disconnect") == ["disconnect stalled slow_consumer 4507"]
         if kind in UVICORN:
             assert await asyncio.to_thread(server.terminate, 3) < 3
-    # The flood fills the buffers of both kernels before its send is stuck; the second starts there.
+    # The flood fills the buffers of both kernels before its send stalls, and send_timeout starts then.
     assert took < 1 + 1 + 0.8
     assert not server.errors()
 
 
 async def test_memory_stays_flat_while_client_does_not_read(serve: Serve) -> None:
-    """2,000 messages of 64 KiB to a stalled client cost less than 8 MiB, and end it as a slow consumer."""
+    """2,000 messages of 64 KiB to a stalled client use less than 8 MiB, and close it as a slow consumer."""
     server = serve(config={"send_timeout": 60})
     with RawClient(server.port, "/echo/stalled", receive_buffer=4096) as stalled:
         stalled.handshake()
@@ -78,21 +78,20 @@ async def test_memory_stays_flat_while_client_does_not_read(serve: Serve) -> Non
         assert after - before < 8 * 1024 * 1024
         assert report["failed"] == 1
         assert found["endings"]["slow_consumer"] == 1
-        # What was never sent is counted: at most what the outbox may hold, the message that was on its way, and the one
-        # that found no room.
+        # Discarded messages are at most those of a full outbox, the one being sent, and the one that overflows.
         assert 0 < found["discarded"] <= 4 * 1024 * 1024 // SIZE + 2
         assert server.events("disconnect stalled") == ["disconnect stalled slow_consumer 4507"]
 
 
 async def test_slow_client_reads_close_code_4507(serve: Serve) -> None:
-    """A client whose outbox has overflowed and that reads on then finds 4507."""
+    """After its outbox overflows, a client that reads again gets 4507."""
     server = serve(config={"outbox_max_messages": 4, "send_timeout": 30})
     with RawClient(server.port, "/idle/slow", receive_buffer=4096) as slow:
         slow.handshake()
         await server.until_event("connect")
         for _ in range(40):
             report = await asyncio.to_thread(server.post, f"/broadcast?count=10&size={SIZE}&pause=0.001")
-            if report["failed"]:  # it was the only recipient, and the broadcast says so without raising
+            if report["failed"]:  # the only recipient failed, which the result reports without an exception
                 break
         assert report["failed"] == 1
         code, reason = await asyncio.to_thread(slow.close_frame)
@@ -102,7 +101,7 @@ async def test_slow_client_reads_close_code_4507(serve: Serve) -> None:
 @pytest.mark.parametrize("kind", [*UVICORN, "hypercorn", "granian"])
 @pytest.mark.parametrize("path", ["/send/ann?text=x&times=1500", "/broadcast?count=3000&size=1"])
 async def test_burst_over_outbox_size_reaches_reading_client(serve: Serve, kind: str, path: str) -> None:
-    """More messages than an outbox holds, sent in one go, all reach a client that reads."""
+    """A burst of more messages than an outbox holds reaches a reading client completely."""
     server = serve(kind)
     async with connect(server.url("/echo/ann"), max_queue=None) as client:
         await until(lambda: server.probe()["connections"] == 1)
@@ -114,7 +113,7 @@ async def test_burst_over_outbox_size_reaches_reading_client(serve: Serve, kind:
 
 
 async def test_slow_recipients_do_not_close_broadcasting_endpoint(serve: Serve) -> None:
-    """A broadcast whose only recipient is too slow raises nothing: the sender's connection goes on."""
+    """A broadcast to a single slow recipient raises nothing, and the sender's connection goes on."""
     server = serve(config={"outbox_max_messages": 4, "send_timeout": 30})
     with RawClient(server.port, "/idle/slow", receive_buffer=4096) as slow:
         slow.handshake()
@@ -128,7 +127,7 @@ async def test_slow_recipients_do_not_close_broadcasting_endpoint(serve: Serve) 
 
 
 async def test_direct_send_waits_for_slow_client_and_loses_nothing(serve: Serve) -> None:
-    """`await ws.send()` from the endpoint waits while the outbox is full; every message arrives, in order."""
+    """`await ws.send()` in the endpoint waits while the outbox is full; every message arrives in order."""
     server = serve(config={"outbox_max_messages": 8})
     async with connect(server.url("/ten-writers/ann"), max_queue=2) as client:
         received = []

@@ -1,4 +1,4 @@
-"""Under the protocol class, a client that goes, floods or breaks the rules at the worst moment costs only itself."""
+"""On the protocol class, a client that disconnects, floods or breaks rules at any moment affects only itself."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from contextlib import suppress
 from typing import NamedTuple
 
 import pytest
-from websockets.asyncio.client import connect as friendly
-from websockets.exceptions import ConnectionClosed
+from websockets.asyncio.client import connect as connect_plain
 
+from tests.support.plain_client import received_close
+from tests.support.process import no_new_errors
 from tests.support.raw import RawClient
 from tests.support.server import LiveServer, until
 from tests.support.wire_client import (
@@ -38,53 +39,52 @@ Serve = Callable[..., LiveServer]
 MEBIBYTE = 1 << 20
 LIMIT = 1000
 COUNT, SIZE = 800, 20_000
-"""Messages of a large outbox: several times what the buffers of both kernels hold."""
+"""Messages of a large outbox, several times what the buffers of both kernels hold."""
 
-STOPPED = (0, -15)
-"""Return codes of a uvicorn that has stopped in order: newer ones raise the signal again when all is done."""
+CLEAN_EXITS = (0, -15)
+"""Exit codes of a clean stop of uvicorn; newer versions raise the signal again at the end."""
 
-PATIENT = {"outbox_max_bytes": 2 * COUNT * SIZE, "send_timeout": 20, "disconnect_grace": 20}
-"""No timeout of these options ends anything within the time of a test."""
+LONG_TIMEOUTS = {"outbox_max_bytes": 2 * COUNT * SIZE, "send_timeout": 20, "disconnect_grace": 20}
+"""Options with timeouts longer than any test here."""
 
 
 @pytest.fixture(scope="module")
 def strict_server() -> Iterator[LiveServer]:
-    """One server with a small limit, for all tests of clients that break the rules."""
+    """One server with a small message limit, for all tests of clients that break rules."""
     with quiet_server(max_message_size=LIMIT) as server:
         yield server
 
 
 @pytest.fixture
-def strict(strict_server: LiveServer) -> Iterator[LiveServer]:
-    """That server, which must not log a crash during the test."""
-    before = len(strict_server.errors())
-    yield strict_server
-    strict_server.probe()  # once more round the event loop, so that what is to be logged is
-    assert strict_server.errors()[before:] == []
+def clean_server(strict_server: LiveServer) -> Iterator[LiveServer]:
+    """That server, which must not log an error during the test."""
+    with no_new_errors(strict_server):
+        yield strict_server
+        strict_server.probe()  # one more loop iteration, in which a pending error is logged
 
 
-class Flush(NamedTuple):
-    """A server in the middle of a `ws.close()`, and the client that does not read what is sent first."""
+class StalledFlush(NamedTuple):
+    """Server in the middle of a `ws.close()`, and the client that does not read what is flushed."""
 
     server: LiveServer
     client: RawClient
 
 
 @pytest.fixture
-async def flushing(serve: Serve, request: pytest.FixtureRequest) -> AsyncIterator[Flush]:
-    """A flush that waits for its client."""
-    server = serve(KIND, config={**PATIENT, **getattr(request, "param", {})})
+async def flushing(serve: Serve, request: pytest.FixtureRequest) -> AsyncIterator[StalledFlush]:
+    """Flush that waits for its client."""
+    server = serve(KIND, config={**LONG_TIMEOUTS, **getattr(request, "param", {})})
     with RawClient(server.port, f"/flush/ann?count={COUNT}&size={SIZE}", receive_buffer=4096) as client:
         client.handshake()
         await server.until_event("queued ann")
-        yield Flush(server, client)
+        yield StalledFlush(server, client)
 
 
-def read_to_the_end(client: RawClient) -> tuple[int, int]:
-    """Read up to the close frame and the end of TCP, which must follow it; return the number of messages, and the code.
+def read_to_eof(client: RawClient) -> tuple[int, int]:
+    """Read to the close frame and the end of TCP, and return the number of messages and the code.
 
     Args:
-        client: A client whose server closes.
+        client: Client of a server that closes.
     """
     messages = 0
     while (found := client.frame())[0] != CLOSE:
@@ -95,48 +95,48 @@ def read_to_the_end(client: RawClient) -> tuple[int, int]:
     return messages, int.from_bytes(found[1][:2], "big")
 
 
-# ── a flush that is cut short ──
+# ── interrupted flushes ──
 
 
-async def test_client_close_during_flush_ends_flush(flushing: Flush) -> None:
-    """No message follows the echoed close frame, ws.close() returns at once, and what was not sent is counted."""
+async def test_client_close_during_flush_ends_flush(flushing: StalledFlush) -> None:
+    """No message follows the echoed close frame, ws.close() returns at once, and unsent messages are counted."""
     server, client = flushing
     client.socket.sendall(close_frame(1000))
     await server.until_event("closed ann", 2)
-    messages, code = await asyncio.to_thread(read_to_the_end, client)
+    messages, code = await asyncio.to_thread(read_to_eof, client)
     assert code == 1000
     assert 0 < messages < COUNT
     assert server.probe()["discarded"] == COUNT - messages
     assert not server.errors()
 
 
-async def test_sigterm_during_flush_waits_for_reading_client(flushing: Flush) -> None:
-    """The drain waits for what is being sent to a client that reads: all of it, and the code that was meant."""
+async def test_sigterm_during_flush_waits_for_reading_client(flushing: StalledFlush) -> None:
+    """The drain waits for a flush to a client that reads, which gets every message and the original code."""
     server, client = flushing
     stopping = asyncio.create_task(asyncio.to_thread(server.terminate, 8))
-    assert await asyncio.to_thread(read_to_the_end, client) == (COUNT, 4001)
+    assert await asyncio.to_thread(read_to_eof, client) == (COUNT, 4001)
     await stopping
-    assert "LIFESPAN over" in server.log
+    assert "LIFESPAN ended" in server.log
     assert not server.errors()
 
 
 @pytest.mark.parametrize("flushing", [{"handle_signals": False}], indirect=True, ids=["no drain"])
-async def test_sigterm_during_flush_closes_stalled_client_with_1012(flushing: Flush) -> None:
-    """No message follows the close frame with 1012, and the process ends."""
+async def test_sigterm_during_flush_closes_stalled_client_with_1012(flushing: StalledFlush) -> None:
+    """Without a drain no message follows the close frame with 1012, and the process ends."""
     server, client = flushing
     stopping = asyncio.create_task(asyncio.to_thread(server.terminate, 4))
-    await until(lambda: "Shutting down" in server.log)  # else the client may have read all of it before
-    messages, code = await asyncio.to_thread(read_to_the_end, client)
+    await until(lambda: "Shutting down" in server.log)  # else the client may read everything before the shutdown
+    messages, code = await asyncio.to_thread(read_to_eof, client)
     assert code == 1012
     assert 0 < messages < COUNT
     await stopping
-    assert server.process.returncode in STOPPED
-    assert "LIFESPAN over" in server.log
+    assert server.process.returncode in CLEAN_EXITS
+    assert "LIFESPAN ended" in server.log
     assert not server.errors()
 
 
-async def test_reset_during_flush_ends_flush(flushing: Flush) -> None:
-    """ws.close() returns at once, what was not sent is counted, and SIGTERM then ends the process at once."""
+async def test_reset_during_flush_ends_flush(flushing: StalledFlush) -> None:
+    """After a reset ws.close() returns at once, unsent messages are counted, and SIGTERM ends the process at once."""
     server, client = flushing
     client.reset()
     await server.until_event("closed ann", 2)
@@ -146,38 +146,35 @@ async def test_reset_during_flush_ends_flush(flushing: Flush) -> None:
     assert not server.errors()
 
 
-async def test_reset_and_sigterm_during_flush_end_process(flushing: Flush) -> None:
-    """Nobody waits for send_timeout or disconnect_grace of a client that is gone."""
+async def test_reset_and_sigterm_during_flush_end_process(flushing: StalledFlush) -> None:
+    """A process does not wait for send_timeout or disconnect_grace of a lost client."""
     server, client = flushing
     client.reset()
     assert await asyncio.to_thread(server.terminate, 4) < 4
-    assert server.process.returncode in STOPPED
-    assert "LIFESPAN over" in server.log
+    assert server.process.returncode in CLEAN_EXITS
+    assert "LIFESPAN ended" in server.log
     assert not server.errors()
 
 
 async def test_sigterm_sends_1012_despite_stalled_closed_client(serve: Serve) -> None:
-    """A transport that waits for such a client keeps neither the 1012 from the others nor the lifespan from its end."""
-    server = serve(KIND, config=PATIENT)
+    """A transport that waits for a stalled client delays neither the 1012 of others nor the end of the lifespan."""
+    server = serve(KIND, config=LONG_TIMEOUTS)
     path = f"/flush/ann?count={COUNT}&size={SIZE}&close=false"
     with RawClient(server.port, path, receive_buffer=4096) as stalled:
         stalled.handshake()
         await server.until_event("queued ann")
-        async with friendly(server.url("/echo/bob")) as bob, friendly(server.url("/echo/cyd")) as cyd:
+        async with connect_plain(server.url("/echo/bob")) as bob, connect_plain(server.url("/echo/cyd")) as cyd:
             stalled.socket.sendall(close_frame(1000))
             await server.until_event("disconnect ann client_close")
             assert await asyncio.to_thread(server.terminate, 4) < 4
             for client in (bob, cyd):
-                with pytest.raises(ConnectionClosed) as closed:
-                    await client.recv()
-                assert closed.value.rcvd is not None
-                assert closed.value.rcvd.code == 1012
-    assert server.process.returncode in STOPPED
-    assert "LIFESPAN over" in server.log
+                assert (await received_close(client))[0] == 1012
+    assert server.process.returncode in CLEAN_EXITS
+    assert "LIFESPAN ended" in server.log
     assert not server.errors()
 
 
-# ── what is against the rules ──
+# ── protocol errors ──
 
 
 @pytest.mark.parametrize("behind", [PING, PONG, TEXT])
@@ -190,13 +187,13 @@ async def test_sigterm_sends_1012_despite_stalled_closed_client(serve: Serve) ->
     ],
 )
 def test_data_behind_protocol_error_does_not_hide_its_code(
-    strict: LiveServer, wrong: list[bytes], code: int, behind: int
+    clean_server: LiveServer, wrong: list[bytes], code: int, behind: int
 ) -> None:
-    """The close frame has the code of the error, nothing comes after it, and the server logs no crash."""
-    with connect(strict) as client:
+    """The close frame has the code of the error, no data follows it, and the server logs no crash."""
+    with connect(clean_server) as client:
         client.write(*wrong, frame(behind, b"behind"))
         found = client.next_frame()
-        if found.opcode == PONG:  # the parser is ahead of whoever looks into texts
+        if found.opcode == PONG:  # the parser is ahead of the UTF-8 check
             found = client.next_frame()
         assert (found.opcode, int.from_bytes(found.payload[:2], "big")) == (CLOSE, code)
         client.eof()
@@ -211,19 +208,19 @@ def test_data_behind_protocol_error_does_not_hide_its_code(
         pytest.param(frame(BINARY, b"x" * (LIMIT + 1)), 1009, id="1009"),
     ],
 )
-def test_data_after_protocol_error_is_discarded(strict: LiveServer, wrong: bytes, code: int) -> None:
-    """The server reads on for a moment: no TCP reset overtakes the close frame of a client that is still sending."""
-    with connect(strict) as client:
+def test_data_after_protocol_error_is_discarded(clean_server: LiveServer, wrong: bytes, code: int) -> None:
+    """The server reads on briefly, so no TCP reset overtakes the close frame of a client that is still sending."""
+    with connect(clean_server) as client:
         client.write(wrong)
         found = client.next_frame()
         assert (found.opcode, int.from_bytes(found.payload[:2], "big")) == (CLOSE, code)
-        for _ in range(20):  # more than both kernels hold: it would get stuck if nobody read it
+        for _ in range(20):  # more than both kernels hold, so the write stalls unless the server reads
             client.write(b"y" * MEBIBYTE)
         client.eof()
 
 
-async def test_client_writing_long_after_error_is_aborted(strict: LiveServer) -> None:
-    """The moment is short: two seconds after its close frame the server takes nothing more."""
+async def test_client_writing_long_after_error_is_aborted(clean_server: LiveServer) -> None:
+    """The server stops reading about 2 s after its close frame."""
 
     def refused() -> bool:
         try:
@@ -232,7 +229,7 @@ async def test_client_writing_long_after_error_is_aborted(strict: LiveServer) ->
             return True
         return False
 
-    with connect(strict) as client:
+    with connect(clean_server) as client:
         client.write(frame(TEXT, b"\xff"))
         started = time.monotonic()
         assert client.close_info()[0] == 1007
@@ -250,15 +247,15 @@ async def test_client_writing_long_after_error_is_aborted(strict: LiveServer) ->
         pytest.param([frame(BINARY, deflate(bytes(MEBIBYTE)), rsv=RSV1)], id="compressed-far-over"),
     ],
 )
-def test_oversized_message_reason_names_max_message_size(strict: LiveServer, message: list[bytes]) -> None:
-    """The close reason names max_message_size, whoever has noticed: the parser, the inflater or this library."""
-    with connect(strict, offer=BROWSER_OFFER) as client:
+def test_oversized_message_reason_names_max_message_size(clean_server: LiveServer, message: list[bytes]) -> None:
+    """The close reason names max_message_size, whether the parser, the inflater or the library finds the excess."""
+    with connect(clean_server, offer=BROWSER_OFFER) as client:
         client.write(*message)
         assert client.close_info() == (1009, f"message over {LIMIT} bytes")
 
 
 def test_oversized_message_reason_names_smaller_server_limit(serve: Serve) -> None:
-    """Where --ws-max-size is below max_message_size, the close reason names that."""
+    """If --ws-max-size is below max_message_size, the close reason names --ws-max-size."""
     server = serve(KIND, config={"max_message_size": 2 * LIMIT}, args=("--ws-max-size", str(LIMIT)))
     for size in (LIMIT + 1, 5 * LIMIT):
         with connect(server) as client:
@@ -266,11 +263,11 @@ def test_oversized_message_reason_names_smaller_server_limit(serve: Serve) -> No
             assert client.close_info() == (1009, f"message over {LIMIT} bytes")
 
 
-# ── an inbox that nobody reads ──
+# ── unread inboxes ──
 
 
 async def test_compressed_burst_does_not_overrun_full_inbox(serve: Serve) -> None:
-    """A segment that inflates a thousand times stays compressed while nobody reads, and arrives in order when it is."""
+    """A segment that inflates a thousand times stays compressed while it is unread, and arrives in order later."""
     count = 60
     server = serve(KIND, config={"inbox_max_bytes": MEBIBYTE})
     peak = PeakMemory(server)
@@ -278,7 +275,7 @@ async def test_compressed_burst_does_not_overrun_full_inbox(serve: Serve) -> Non
         messages = [f"{number:08d}".encode().ljust(MEBIBYTE, b"x") for number in range(count)]
         client.write(*(frame(TEXT, deflate(message), rsv=RSV1) for message in messages))
         await until(lambda: "reading_paused" in server.log)
-        # What is parsed at one go is 4 KiB, and so at most 4 MiB; the message before it had not filled the inbox.
+        # One slice of the parser is 4 KiB, which inflates to at most 4 MiB; the previous message left the inbox open.
         assert MEBIBYTE <= server.probe()["unread_bytes"] <= 6 * MEBIBYTE
         assert peak.growth() < 24 * MEBIBYTE
         server.post("/release")
@@ -289,7 +286,7 @@ async def test_compressed_burst_does_not_overrun_full_inbox(serve: Serve) -> Non
 
 
 async def test_read_pause_suspends_uvicorn_keepalive(serve: Serve) -> None:
-    """With heartbeat_type off and a full inbox, uvicorn's own keepalive waits as long as reading does."""
+    """With heartbeat_type off and a full inbox, uvicorn's own keepalive pauses as long as reading does."""
     server = serve(
         KIND,
         config={"heartbeat_type": "off", "inbox_max_messages": 5},
@@ -313,7 +310,7 @@ async def test_read_pause_suspends_uvicorn_keepalive(serve: Serve) -> None:
                 assert opcode == TEXT, payload
                 received.append(payload)
         assert received == [b"%d" % number for number in range(20)]
-        for _ in range(2):  # and it goes on when reading does
+        for _ in range(2):  # the keepalive resumes with reading
             answer_ping(ann)
     assert not server.errors()
 
@@ -325,15 +322,15 @@ def answer_ping(client: RawClient) -> None:
     client.send(PONG, payload)
 
 
-# ── a WebSocket that is handed over late ──
+# ── late adoption ──
 
 
 async def test_task_blocked_in_send_survives_connect(serve: Serve) -> None:
-    """Everything arrives that a task had begun to send before manager.connect(), and the end is noticed."""
+    """Data that a task began to send before manager.connect() arrives completely, and the disconnect is detected."""
     server = serve(KIND)
-    with RawClient(server.port, "/hand-over/ann?doing=send", receive_buffer=4096) as client:
+    with RawClient(server.port, "/adopt-busy/ann?operation=send", receive_buffer=4096) as client:
         client.handshake()
-        await server.until_event("handed over")
+        await server.until_event("adopted")
         assert not server.events("worked")
 
         def read() -> int:
@@ -347,11 +344,11 @@ async def test_task_blocked_in_send_survives_connect(serve: Serve) -> None:
 
 
 async def test_disconnect_wakes_task_blocked_in_send(serve: Serve) -> None:
-    """It gets what uvicorn raises there, and the connection ends."""
+    """A disconnect raises uvicorn's exception in a task that is blocked in send, and the connection ends."""
     server = serve(KIND)
-    with RawClient(server.port, "/hand-over/ann?doing=send", receive_buffer=4096) as client:
+    with RawClient(server.port, "/adopt-busy/ann?operation=send", receive_buffer=4096) as client:
         client.handshake()
-        await server.until_event("handed over")
+        await server.until_event("adopted")
         client.reset()
         await server.until_event("worked")
         await server.until_event("disconnect ann")
@@ -360,11 +357,11 @@ async def test_disconnect_wakes_task_blocked_in_send(serve: Serve) -> None:
 
 
 async def test_task_blocked_in_receive_gets_next_message(serve: Serve) -> None:
-    """A reader from before manager.connect() is served, and the end is noticed."""
+    """A task that reads since before manager.connect() gets the next message, and the disconnect is detected."""
     server = serve(KIND)
-    with RawClient(server.port, "/hand-over/ann?doing=receive") as client:
+    with RawClient(server.port, "/adopt-busy/ann?operation=receive") as client:
         client.handshake()
-        await server.until_event("handed over")
+        await server.until_event("adopted")
         client.send(TEXT, b"hello")
         await server.until_event("worked hello")
         client.reset()
@@ -373,11 +370,11 @@ async def test_task_blocked_in_receive_gets_next_message(serve: Serve) -> None:
 
 
 async def test_client_close_wakes_task_blocked_in_receive(serve: Serve) -> None:
-    """It and the connection both learn of it."""
+    """A client close reaches both the task that is blocked in receive and the connection."""
     server = serve(KIND)
-    with RawClient(server.port, "/hand-over/ann?doing=receive") as client:
+    with RawClient(server.port, "/adopt-busy/ann?operation=receive") as client:
         client.handshake()
-        await server.until_event("handed over")
+        await server.until_event("adopted")
         client.socket.sendall(close_frame(1000))
         await server.until_event("worked WebSocketDisconnect")
         await server.until_event("disconnect ann")
@@ -385,7 +382,7 @@ async def test_client_close_wakes_task_blocked_in_receive(serve: Serve) -> None:
     assert not server.errors()
 
 
-# ── an end that is decided with the client's close frame already parsed ──
+# ── closes behind a parsed close frame ──
 
 
 @pytest.mark.parametrize(
@@ -399,7 +396,7 @@ async def test_client_close_wakes_task_blocked_in_receive(serve: Serve) -> None:
 async def test_close_behind_parsed_close_frame_completes_teardown(
     serve: Serve, config: dict[str, object], reason: str
 ) -> None:
-    """A connection that a message ends, with the close frame parsed behind it, runs its hooks and holds no shutdown."""
+    """A connection that ends behind a parsed close frame runs its hooks, and does not delay the shutdown."""
     server = serve(KIND, config={"heartbeat_type": "off", **config})
     client = connect(server, "/idle", offer=BROWSER_OFFER)
     messages = [frame(TEXT, deflate(b"x" * 60_000), rsv=RSV1) for _ in range(8)]

@@ -1,4 +1,4 @@
-"""What SIGTERM does on servers that do not wait for a drain. docs/deploy/going-away.md quotes this table."""
+"""SIGTERM on servers that do not wait for a drain. docs/deploy/going-away.md quotes the results."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.live.test_drain import APP, CONFIG, Closes, closes, crowd
+from tests.live.test_drain import APP, CONFIG, Closes, closes, connect_clients
 from tests.support.server import LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
-CROWD = 100
+CLIENTS = 100
 
 pytestmark = pytest.mark.timeout(90)
 
 
 async def stop(server: LiveServer) -> Closes:
-    """Send SIGTERM with a crowd connected, and tell when and how each client was closed."""
-    clients = await crowd(server, CROWD)
-    await until(lambda: server.get("/ws-stats/")["connections"] == CROWD)  # a client may know before the application
+    """Send SIGTERM with clients connected, and return time, code and reason of each close."""
+    clients = await connect_clients(server, CLIENTS)
+    # The handshake of a client may end before the application counts it.
+    await until(lambda: server.get("/ws-stats/")["connections"] == CLIENTS)
     since = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     found = await asyncio.wait_for(closes(clients, since), 30)
@@ -31,7 +32,7 @@ async def stop(server: LiveServer) -> Closes:
 
 
 async def test_hypercorn_without_workers_drains_over_window(serve: Serve) -> None:
-    """With `--workers 0` the server runs in the process that gets the signal: all are told, spread over a while."""
+    """With `--workers 0` the server runs in the process that gets the signal, and closes are spread over time."""
     found = await stop(serve("hypercorn", app=APP, config=CONFIG, args=("--workers", "0")))
     assert found.codes == {1012}
     assert {reason.split(";")[0] for reason in found.reasons} == {"server shutdown"}
@@ -39,7 +40,7 @@ async def test_hypercorn_without_workers_drains_over_window(serve: Serve) -> Non
 
 
 async def test_hypercorn_with_workers_closes_all_at_once(serve: Serve) -> None:
-    """Its workers get no signal of their own: nobody hears `retry=`, and all are closed in one instant."""
+    """Workers get no signal of their own, so all clients are closed within 1 s, without `retry=`."""
     found = await stop(serve("hypercorn", app=APP, config=CONFIG))
     times = found.times
     assert max(times) - min(times) < 1.0
@@ -47,7 +48,7 @@ async def test_hypercorn_with_workers_closes_all_at_once(serve: Serve) -> None:
 
 
 async def test_granian_closes_all_at_once(serve: Serve) -> None:
-    """Its worker does not wait: all are closed in one instant, whether or not the word reaches them."""
+    """The worker does not wait, so all clients are closed within 1 s, with or without a close frame."""
     found = await stop(serve("granian", app=APP, config=CONFIG))
     times = found.times
     assert max(times) - min(times) < 1.0

@@ -1,4 +1,4 @@
-"""An endpoint that goes on when its client has left costs itself, and neither the process nor its shutdown."""
+"""Endpoints that go on after their client disconnected, and delay neither the process nor its shutdown."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = ("uvicorn-sansio", "uvicorn-wsproto", "uvicorn-stable")
 Serve = Callable[..., LiveServer]
 
 DEADLINE = 8.0
-"""Seconds. `disconnect_grace` is half a second in these tests, but where it is said."""
+"""Seconds. `disconnect_grace` is 0.5 s in these tests unless a test sets another."""
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -32,8 +32,8 @@ def server(request: pytest.FixtureRequest) -> Iterator[LiveServer]:
         yield server
 
 
-async def visit(server: LiveServer, path: str, *messages: str, subprotocol: str | None = None) -> None:
-    """Connect, send something, and leave."""
+async def connect_briefly(server: LiveServer, path: str, *messages: str, subprotocol: str | None = None) -> None:
+    """Connect, send messages, and disconnect."""
     offered = [subprotocol] if subprotocol else None
     async with connect(server.url(path), subprotocols=offered) as ws:
         if subprotocol:
@@ -45,25 +45,25 @@ async def visit(server: LiveServer, path: str, *messages: str, subprotocol: str 
         await asyncio.sleep(0.1)
 
 
-@pytest.mark.parametrize("way", SOCKET)
-async def test_catch_all_loop_is_cancelled_after_grace(server: LiveServer, way: str) -> None:
+@pytest.mark.parametrize("call", SOCKET)
+async def test_catch_all_loop_is_cancelled_after_grace(server: LiveServer, call: str) -> None:
     """A loop that catches every error of a socket is cancelled after `disconnect_grace`, and others are served."""
     before = server.events().count("ended")
-    subprotocol = SUBPROTOCOL if way in ("request", "send_ack") else None
-    await visit(server, f"/socket/{way}", "x", subprotocol=subprotocol)
+    subprotocol = SUBPROTOCOL if call in ("request", "send_ack") else None
+    await connect_briefly(server, f"/socket/{call}", "x", subprotocol=subprotocol)
     await until(lambda: server.events().count("ended") == before + 1, DEADLINE)
 
 
-@pytest.mark.parametrize("way", WEBSOCKET)
-async def test_catch_all_websocket_loop_is_cancelled_after_grace(server: LiveServer, way: str) -> None:
+@pytest.mark.parametrize("call", WEBSOCKET)
+async def test_catch_all_websocket_loop_is_cancelled_after_grace(server: LiveServer, call: str) -> None:
     """A loop that catches every error of Starlette's WebSocket is cancelled after `disconnect_grace`."""
     before = server.events().count("ended")
-    await visit(server, f"/hand/{way}")
+    await connect_briefly(server, f"/adopt/{call}")
     await until(lambda: server.events().count("ended") == before + 1, DEADLINE)
 
 
 async def test_second_reader_catching_all_yields_to_event_loop(server: LiveServer) -> None:
-    """A loop that catches the error of a second reader does not hold the event loop, while the client is there."""
+    """A loop that catches the error of a second reader does not block the event loop while the client is connected."""
     before = server.events().count("ended")
     async with connect(server.url("/two-readers")) as ws:
         await asyncio.sleep(0.2)
@@ -73,10 +73,10 @@ async def test_second_reader_catching_all_yields_to_event_loop(server: LiveServe
 
 
 async def test_endpoint_ignoring_close_is_logged_once_by_name(serve: Serve) -> None:
-    """The log names the endpoint that goes on after the end of its connection, once."""
+    """The log names an endpoint that goes on after the end of its connection, once."""
     server = serve(KINDS[0], app=APP)
     for _ in range(2):
-        await visit(server, "/socket/receive")
+        await connect_briefly(server, "/socket/receive")
     await until(lambda: server.events().count("ended") == 2, 5)
     lines = [line for line in server.log.splitlines() if "end_ignored" in line]
     assert len(lines) == 1
@@ -85,11 +85,11 @@ async def test_endpoint_ignoring_close_is_logged_once_by_name(serve: Serve) -> N
 
 
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
-@pytest.mark.parametrize("way", ["receive", "send", "iter", "sleep"])
-async def test_suppressed_cancellation_does_not_block_shutdown(serve: Serve, kind: str, way: str) -> None:
-    """An endpoint that swallows its cancellation is named in the log, and neither others nor SIGTERM wait for it."""
+@pytest.mark.parametrize("call", ["receive", "send", "iter", "sleep"])
+async def test_suppressed_cancellation_does_not_block_shutdown(serve: Serve, kind: str, call: str) -> None:
+    """The log names an endpoint that suppresses its cancellation; other connections and SIGTERM do not wait for it."""
     server = serve(kind, app=APP, config={"disconnect_grace": 0.3})
-    await visit(server, f"/swallows/{way}")
+    await connect_briefly(server, f"/swallows/{call}")
     await until(lambda: server.probe()["unfinished"] == 0, 5)
     assert "disconnect client_close" in server.events()
     await until(lambda: "endpoint_does_not_end endpoint=tests.live.stubborn_app.swallows" in server.log)
@@ -97,7 +97,7 @@ async def test_suppressed_cancellation_does_not_block_shutdown(serve: Serve, kin
 
 
 async def test_suppressed_cancellation_on_open_socket_exits_in_time(serve: Serve) -> None:
-    """An endpoint whose client is there, and that swallows its cancellation, ends with the process at SIGTERM."""
+    """An endpoint with an open socket that suppresses its cancellation ends with the process at SIGTERM."""
     server = serve("uvicorn-sansio", app=APP, config={"disconnect_grace": 0.3, "drain_window": 0})
     async with connect(server.url("/swallows/receive")):
         await asyncio.to_thread(server.terminate, 8)
@@ -108,23 +108,23 @@ async def test_suppressed_cancellation_on_open_socket_exits_in_time(serve: Serve
 
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
 async def test_client_state_ends_loop_that_does_not_read(serve: Serve, kind: str) -> None:
-    """A loop over `websocket.client_state` ends when the client has left, and does not wait for `disconnect_grace`."""
+    """A loop over `websocket.client_state` ends at the disconnect, without waiting for `disconnect_grace`."""
     server = serve(kind, app=APP, config={"disconnect_grace": 60})
-    await visit(server, "/state/sleep")
-    await until(lambda: "loop over" in server.events(), DEADLINE)
+    await connect_briefly(server, "/state/sleep")
+    await until(lambda: "loop ended" in server.events(), DEADLINE)
     await until(lambda: "state DISCONNECTED" in server.events(), DEADLINE)
 
 
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
 async def test_client_state_allows_reading_unread_messages(serve: Serve, kind: str) -> None:
-    """Messages that came in before the end are read by a loop over `client_state`."""
+    """A loop over `client_state` reads the messages that arrived before the end."""
     server = serve(kind, app=APP, config={"disconnect_grace": 60})
     with RawClient(server.port, "/state/read") as client:
         client.handshake()
         for number in range(50):
             client.send(1, b"%d" % number)
         client.send(8, b"\x03\xe8")
-        await until(lambda: "loop over" in server.events(), DEADLINE)
+        await until(lambda: "loop ended" in server.events(), DEADLINE)
     assert server.events("read") == [f"read {number}" for number in range(50)]
     assert "raised WebSocketDisconnect" in server.events()
 
@@ -132,19 +132,19 @@ async def test_client_state_allows_reading_unread_messages(serve: Serve, kind: s
 # ── tasks of the application ──
 
 
-@pytest.mark.parametrize("way", ["hand", "socket"])
-async def test_forgotten_reader_and_writer_tasks_log_nothing(server: LiveServer, way: str) -> None:
-    """`asyncio.wait` over a reader and a writer task leaves no traceback when the client leaves."""
+@pytest.mark.parametrize("call", ["adopt", "socket"])
+async def test_forgotten_reader_and_writer_tasks_log_nothing(server: LiveServer, call: str) -> None:
+    """`asyncio.wait` over a reader and a writer task leaves no traceback when the client disconnects."""
     before = server.events().count("returned")
     for _ in range(3):
-        await visit(server, f"/wait/{way}")
+        await connect_briefly(server, f"/wait/{call}")
     await until(lambda: server.events().count("returned") == before + 3, DEADLINE)
     server.probe()
     assert "never retrieved" not in server.log
 
 
 async def test_forgotten_task_bug_is_still_logged(serve: Serve) -> None:
-    """Another exception of a task that was told of the end is logged by asyncio as ever."""
+    """asyncio still logs another exception of a task that got the disconnect as an exception."""
     server = serve(KINDS[0], app=APP)
-    await visit(server, "/forgotten-bug")
+    await connect_briefly(server, "/forgotten-bug")
     await until(lambda: "ZeroDivisionError" in server.log, 3)

@@ -1,4 +1,4 @@
-"""What a handshake is answered, on real servers: a subprotocol, headers, or 403 behind files."""
+"""Handshake responses on real servers: a subprotocol, headers, or 403 behind static files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ OFFER = [Subprotocol("ocpp2.0.1"), Subprotocol("ocpp1.6")]
 
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_handshake_answer_has_subprotocol_and_headers(serve: Serve, kind: str) -> None:
-    """Every server answers the subprotocol that the endpoint speaks, and all but granian the headers of a hook."""
+    """Each server answers with the endpoint's subprotocol, and all except granian with the headers of a hook."""
     server = serve(kind, app="tests.live.subprotocol_app:app")
     async with connect(server.url("/speaks/cp1"), subprotocols=OFFER) as client:
         assert client.subprotocol == "ocpp1.6"
         assert json.loads(await asyncio.wait_for(client.recv(), 5)) == {"subprotocol": "ocpp1.6"}
         assert client.response is not None
-        cookies = [] if kind == "granian" else ["seen=cp1; HttpOnly", "node=n1"]  # it sends no headers with an accept
+        cookies = [] if kind == "granian" else ["seen=cp1; HttpOnly", "node=n1"]  # granian sends no accept headers
         assert client.response.headers.get_all("set-cookie") == cookies
         await client.send("ping me")
         assert await asyncio.wait_for(client.recv(), 5) == "ping me"
@@ -33,7 +33,7 @@ async def test_handshake_answer_has_subprotocol_and_headers(serve: Serve, kind: 
 
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_unanswered_subprotocols_are_logged_once(serve: Serve, kind: str) -> None:
-    """A client whose subprotocols have no answer is accepted without, and the log says once what to write."""
+    """A client with unanswered subprotocols is accepted without one, and the log shows the fix once."""
     server = serve(kind, app="tests.live.subprotocol_app:app")
     for number in range(3):
         async with connect(server.url(f"/speaks-none/cp{number}"), subprotocols=OFFER) as client:
@@ -49,7 +49,7 @@ async def test_unanswered_subprotocols_are_logged_once(serve: Serve, kind: str) 
 
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_wrong_path_behind_static_files_is_logged(serve: Serve, kind: str) -> None:
-    """A WebSocket on a path that a mount of files takes is refused, and the log has a line instead of a traceback."""
+    """A WebSocket on a path of a static mount is rejected, with a log line instead of a traceback."""
     server = serve(kind, app="tests.live.subprotocol_app:app")
     with pytest.raises(InvalidStatus) as refused:
         async with connect(server.url("/wrong/cp1")):

@@ -1,4 +1,4 @@
-"""An app whose threads speak to its clients."""
+"""App with threads that broadcast to its clients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi_ws_stabilizer import StableSocketDep, WebSocketConnectionManager
 
 MESSAGES = 200
-"""Of each thread."""
+"""Messages of each thread."""
 
 manager = WebSocketConnectionManager()
 app = FastAPI(lifespan=manager.lifespan)
@@ -23,11 +23,11 @@ async def endpoint(ws: StableSocketDep) -> None:
     await ws.run()
 
 
-def right(text: str) -> str:
+def publish_from_thread(text: str) -> str:
     return f"queued for {manager.from_thread.broadcast(text).succeeded}"
 
 
-def wrong(text: str) -> str:
+def publish_on_own_loop(text: str) -> str:
     try:
         return f"queued for {asyncio.run(manager.broadcast(text)).succeeded}"
     except RuntimeError as error:
@@ -35,18 +35,18 @@ def wrong(text: str) -> str:
 
 
 @app.post("/publish")
-def publish(how: str) -> dict[str, int]:
-    """Let three threads publish at the same time, and tell what they were told."""
-    told: Counter[str] = Counter()
-    call: Callable[[str], str] = right if how == "right" else wrong
+def publish(path: str) -> dict[str, int]:
+    """Publish from three threads at the same time, and count the results."""
+    results: Counter[str] = Counter()
+    call: Callable[[str], str] = publish_from_thread if path == "from_thread" else publish_on_own_loop
 
     def run(name: int) -> None:
         for number in range(MESSAGES):
-            told[call(f"{name}:{number}:" + "x" * 200)] += 1
+            results[call(f"{name}:{number}:" + "x" * 200)] += 1
 
     threads = [threading.Thread(target=run, args=(name,)) for name in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return dict(told)
+    return dict(results)

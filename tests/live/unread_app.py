@@ -22,19 +22,19 @@ app = FastAPI(lifespan=manager.lifespan)
 app.include_router(stats_router, prefix="/ws-stats")
 
 
-@app.websocket("/{how}/{client_id}")
-async def endpoint(ws: StableSocketDep, how: str) -> None:
-    if how == "waits":
+@app.websocket("/{behaviour}/{client_id}")
+async def endpoint(ws: StableSocketDep, behaviour: str) -> None:
+    if behaviour == "waits":
         await ws.wait_closed()
-    elif how == "hangs":
+    elif behaviour == "hangs":
         await ws.receive()
         await asyncio.Event().wait()
-    elif how == "works":
+    elif behaviour == "works":
         ws.create_task(ws.run())
         await ws.wait_closed()
-    elif how == "subscribed":
+    elif behaviour == "subscribed":
         await ws.receive()
-    elif how == "ignores":
+    elif behaviour == "ignores":
         ws.ignore_messages()
     while True:
         await ws.send("tick")
@@ -43,7 +43,7 @@ async def endpoint(ws: StableSocketDep, how: str) -> None:
 
 @manager.on_message("ask")
 async def ask(ws: StableSocket, number: int) -> int:
-    """Answer."""
+    """Answer a request with its number."""
     return number
 
 
