@@ -45,8 +45,7 @@ from fastapi_ws_stabilizer.observability.logs import get_logger, write_event
 from fastapi_ws_stabilizer.room import Room
 from fastapi_ws_stabilizer.servers.detect import exits_on_signal, missing_websocket_library, several_workers
 from fastapi_ws_stabilizer.servers.uvicorn.options import uvicorn_options
-from fastapi_ws_stabilizer.shutdown.close_all import ShutdownReport
-from fastapi_ws_stabilizer.shutdown.drain import Drain
+from fastapi_ws_stabilizer.shutdown.drain import Drain, ShutdownReport
 from fastapi_ws_stabilizer.shutdown.signals import SignalHandler
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.socket_context import (

@@ -11,17 +11,18 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Iterable, Set
-from typing import Final, Protocol
+from dataclasses import dataclass
+from typing import Final
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.server_transport import FLUSH_GRACE
 from fastapi_ws_stabilizer.events import EventBus
+from fastapi_ws_stabilizer.handshake.admission import AdmissionController
 from fastapi_ws_stabilizer.hub.reaper import DRAIN_LEAD
 from fastapi_ws_stabilizer.limits.connections import shutdown_error
 from fastapi_ws_stabilizer.scheduling import LoopBudget
-from fastapi_ws_stabilizer.shutdown.close_all import ShutdownReport, close_all
 from fastapi_ws_stabilizer.tasks import wait_for_all, wait_for_first
 
 CLOSES_PER_SECOND: Final = 100.0
@@ -34,14 +35,48 @@ POLL_INTERVAL: Final = 0.25
 """Seconds between two checks for clients that take nothing."""
 
 
-class Handshakes(Protocol):
-    """Interface to the handshakes in progress."""
+@dataclass
+class ShutdownReport:
+    """Report of a drain or shutdown.
 
-    async def wait_until_empty(self, timeout: float) -> bool:
-        """Wait at most `timeout` seconds until no handshake is in progress, and return whether that is so."""
+    Attributes:
+        closed_count: Connections that ended in time: close frame sent, hooks run, endpoint finished.
+        failed_count: Connections that did not end in time and were aborted.
+        duration_seconds: Duration in seconds.
+        forced_count: Connections that were aborted because their client took nothing or the time had passed.
+        resumable_count: Sessions that clients could resume at the end. They are in the memory of this process, and end
+            with it.
+    """
 
-    def abort(self) -> None:
-        """Abort the transports of the handshakes in progress."""
+    closed_count: int = 0
+    failed_count: int = 0
+    duration_seconds: float = 0.0
+    forced_count: int = 0
+    resumable_count: int = 0
+
+
+async def close_all(connections: Iterable[Connection], timeout: float) -> ShutdownReport:
+    """Close all connections with 1012 at the same time, and wait at most `timeout` seconds for their end.
+
+    Then the transports of unfinished connections are aborted and their endpoints cancelled. The call also waits for
+    connections that were already closing, but counts them only if it aborts them.
+    """
+    started = monotonic()
+    connections = list(connections)
+    closed_here = []
+    loop_budget = LoopBudget()
+    for connection in connections:
+        if connection.close(DisconnectReason.SERVER_SHUTDOWN):
+            closed_here.append(connection)
+        if loop_budget.exceeded():
+            await loop_budget.yield_to_loop()
+    await wait_for_all([connection.finished for connection in connections], timeout)
+    late = [connection for connection in connections if not connection.is_finished]
+    for connection in late:
+        connection.abort()
+        connection.endpoint.cancel()
+    closed = sum(1 for connection in closed_here if connection.is_finished)
+    return ShutdownReport(closed, len(late), monotonic() - started, forced_count=len(late))
 
 
 class Drain:
@@ -99,7 +134,9 @@ class Drain:
     def _remaining_seconds(self) -> float:
         return max(0.0, self._until - monotonic())
 
-    async def run(self, connections: Iterable[Connection], handshakes: Handshakes | None = None) -> ShutdownReport:
+    async def run(
+        self, connections: Iterable[Connection], handshakes: AdmissionController | None = None
+    ) -> ShutdownReport:
         """Close all connections, and wait for their hooks, endpoints and dependencies.
 
         Args:
@@ -124,7 +161,7 @@ class Drain:
         report.duration_seconds = monotonic() - self._started
         return report
 
-    async def _wait_for_handshakes(self, handshakes: Handshakes) -> None:
+    async def _wait_for_handshakes(self, handshakes: AdmissionController) -> None:
         """Wait until no handshake is in progress, and abort those that are left after the timeout."""
         while not self._cancelled and not await handshakes.wait_until_empty(
             min(POLL_INTERVAL, self._remaining_seconds)

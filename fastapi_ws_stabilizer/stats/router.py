@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 
 from fastapi_ws_stabilizer.dependencies import find_manager
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.shutdown.close_all import ShutdownReport
+from fastapi_ws_stabilizer.shutdown.drain import ShutdownReport
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.stats.models import StatsSummary, overview_of
 

@@ -106,7 +106,7 @@ def resend_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def resumed(self: SendBuffer, accepted: int) -> None:
         self._next = max(self._next, accepted + 1)
-        self._again = deque(self._sent)
+        self._to_resend = deque(self._sent)
 
     monkeypatch.setattr(SendBuffer, "resume", resumed)
 

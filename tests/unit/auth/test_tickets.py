@@ -31,7 +31,7 @@ def test_ticket_redeems_to_its_client_id(client_id: str) -> None:
 @pytest.mark.parametrize("client_id", ["", None, 7])
 def test_ticket_for_empty_client_id_raises(client_id: object) -> None:
     """An empty or invalid client id raises where the ticket is issued."""
-    with pytest.raises(ValueError, match="not empty"):
+    with pytest.raises(ValueError, match="non-empty"):
         Tickets([SECRET], 30).issue(client_id)  # type: ignore[arg-type]
 
 

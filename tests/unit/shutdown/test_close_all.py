@@ -10,7 +10,7 @@ import pytest
 
 from fastapi_ws_stabilizer import scheduling as scheduling_module
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.shutdown.close_all import ShutdownReport, close_all
+from fastapi_ws_stabilizer.shutdown.drain import ShutdownReport, close_all
 from fastapi_ws_stabilizer.wire.encoded import encode
 from tests.support.fake_websocket import eventually, settle, with_deadline
 
