@@ -27,7 +27,7 @@ class Say(BaseModel):
     text: str
 
 
-@manager.on_message("join")  # {"type": "join", "room": "garden", "name": "Ann"}
+@manager.on_message("join")  # {"type": "join", "room": "lobby", "name": "Ann"}
 async def join(ws: StableSocket, message: Join) -> None:
     present = await ws.join(message.room, {"name": message.name})
     clients = [{"id": presence.client_id, **presence.metadata} for presence in present]

@@ -46,7 +46,7 @@ def heartbeat(bench: Bench) -> list[Table]:
         "heartbeat",
         f"Heartbeat: {clients:,} idle clients, one ping a second",
         "µs",
-        "Server CPU per ping and its answer, without what the server uses when nobody is connected.",
+        "Server CPU per ping and its answer, minus what the server uses without connections.",
         REFERENCE.key,
     )
 

@@ -31,13 +31,13 @@ def slow(bench: Bench) -> list[Table]:
         "ms",
         f"99th percentile of the delay of {SLOW_BYTES:,}-byte messages to the {others:,} clients that read, "
         f"{before} messages before and {after} after the others have stopped. Their outboxes hold {SLOW_OUTBOX} "
-        "messages, and overflow on the way.",
+        "messages, and overflow during the run.",
         "",
     )
     ratio = Table("slow-ratio", "Slow clients: delay with / without", "ratio", "99th percentiles, of the same run.", "")
     missed = Table(
         "slow-missed",
-        "Slow clients: who reads and did not get everything",
+        "Slow clients: reading clients that missed messages",
         "clients",
         f"Of {others:,}.",
         "",

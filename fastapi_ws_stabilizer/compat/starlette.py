@@ -24,7 +24,7 @@ _MAX_MIDDLEWARE: Final = 32
 
 
 def asgi_callables(websocket: WebSocket) -> tuple[Any, Any]:
-    """Return the ASGI `receive` and `send` of a `WebSocket`. Starlette has no public way to them, and no fallback."""
+    """Return the ASGI `receive` and `send` of a `WebSocket`, which have no public name. There is no fallback."""
     return websocket._receive, websocket._send
 
 

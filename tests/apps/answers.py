@@ -48,7 +48,7 @@ async def answer(room: str, said: dict[str, Any], question: str) -> None:
 
 
 @manager.on_connect
-async def greet(ws: StableSocket) -> None:
+async def send_hello(ws: StableSocket) -> None:
     ws.user_data["said"] = {"text": ""}
     await ws.send({"type": "hello", "reconnect_token": ws.reconnect_token()})
 

@@ -82,7 +82,7 @@ async def say(ws: StableSocket, message: Say, database: AsyncSession) -> None:
 
 @manager.on_message("typing")
 async def typing(ws: StableSocket, message: Join) -> None:
-    """For those who are here now: neither kept for members that are away, nor shown to newcomers."""
+    """Tell the connected members. Detached members and new ones do not get it."""
     event = {"type": "typing", "who": ws.client_id}
     await manager.broadcast(event, room=message.room, exclude=ws.client_id, volatile=True)
 

@@ -79,7 +79,7 @@ async def test_send_of_server_is_found_inside_starlette_closures() -> None:
     assert found == [server.send]
 
 
-def test_foreign_closure_is_kept() -> None:
+def test_foreign_closure_is_not_opened() -> None:
     """A middleware that is not Starlette's may change messages, so its `send` stays if only Starlette's are opened."""
 
     def wrapped(send: Any) -> Any:
