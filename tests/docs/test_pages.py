@@ -127,7 +127,7 @@ def test_checks_table_matches_doctor() -> None:
     assert re.findall(r"D\d\d", at_start) == [check.code for check in CHECKS if check.at_start]
 
 
-@pytest.mark.parametrize("page", ["docs/how-to/hooks-and-error-replies.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("page", ["docs/how-to/write-handlers.md", "CHANGELOG.md"])
 def test_error_reply_codes_match_package(page: str) -> None:
     """The error codes on the page are exactly those of the package."""
     source = (ROOT / "fastapi_ws_stabilizer/handlers/registry.py").read_text()
