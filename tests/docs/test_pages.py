@@ -177,6 +177,14 @@ def test_every_page_is_in_navigation_once() -> None:
     assert sorted(listed) == sorted(path.relative_to(ROOT / "docs").as_posix() for path in PAGES[2:])
 
 
+def test_titles_in_navigation_are_those_of_the_pages() -> None:
+    """The navigation names each page by its own title, except for the first page."""
+    listed = re.findall(r'^ +- "?([^"\n]+)"?: ([\w/-]+\.md)$', (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
+    titles = {page: (ROOT / "docs" / page).read_text().partition("\n")[0] for _, page in listed}
+    wrong = {page: title for title, page in listed if titles[page].replace("`", "") != f"# {title}"}
+    assert wrong == {"index.md": "Home"}
+
+
 def test_every_promise_names_its_tests() -> None:
     """Each numbered guarantee ends with a test file, and so does each row that differs between kinds of clients."""
     page = "docs/concepts/delivery-promises.md"
