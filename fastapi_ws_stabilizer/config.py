@@ -175,7 +175,9 @@ class WebSocketConfig(BaseModel):
     """
 
     # The text below each option is its description, for editors and for the reference of options.
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", validate_default=False)
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        use_attribute_docstrings=True, frozen=True, extra="forbid", validate_default=False
+    )
 
     # heartbeat
     heartbeat_interval: _Seconds = 30.0

@@ -18,15 +18,15 @@ class EnqueueResult(Enum):
 
     QUEUED = "queued"
     """The frame is queued."""
-    BACKPRESSURE = "pressed"
+    BACKPRESSURE = "backpressure"
     """The frame is queued. More than half of the outbox is used, and the client seems to read."""
     SLOW = "slow"
     """The frame is queued. More than half of the outbox is used or older messages were dropped, and the client lags."""
     DROPPED = "dropped"
     """The frame was dropped because of `outbox_overflow="drop_newest"`."""
-    SKIPPED = "missed"
+    SKIPPED = "skipped"
     """The frame was skipped, because it is volatile and its client is detached."""
-    CLOSED = "refused"
+    CLOSED = "closed"
     """The frame was refused. The connection is closed, or its full outbox has just closed it."""
 
 

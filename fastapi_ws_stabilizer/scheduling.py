@@ -271,8 +271,13 @@ class DeadlineHeap(Generic[D]):
         heapq.heappush(self._entries, entry)
 
     def pop(self, now: float) -> D | None:
-        """Take out the first entry that is due; `None` if no entry is."""
-        while self._entries and self._entries[0].due <= now:
+        """Take out the first entry that is due; `None` if no entry is, or if very many removed ones are before it.
+
+        In the second case the timer is set again at once, so that other work can run in between.
+        """
+        for _ in range(CHECK_INTERVAL):
+            if not self._entries or self._entries[0].due > now:
+                return None
             entry = heapq.heappop(self._entries)
             if entry.recipient is not None:
                 self._count -= 1

@@ -89,7 +89,7 @@ class SocketContext:
     because each open connection holds one.
     """
 
-    __slots__ = ("_arguments", "_connection", "_node", "_node_for")
+    __slots__ = ("_arguments", "_connection", "_node")
 
     _connection: Connection
     _node: Node
@@ -107,16 +107,15 @@ class SocketContext:
     ) -> None:
         if subprotocols:
             websocket.scope[SERVED_KEY] = subprotocols
-        self._node_for = node_for
-        self._arguments: tuple[WebSocket, str | None, Any, float | None, bool] | None
-        self._arguments = websocket, client_id, identity, expires_in, control_frames
+        self._arguments: tuple[NodeProvider, WebSocket, str | None, Any, float | None, bool] | None
+        self._arguments = node_for, websocket, client_id, identity, expires_in, control_frames
 
     async def __aenter__(self) -> StableSocket:
         if self._arguments is None:
             raise RuntimeError("manager.serve() returns a context manager that can be entered only once")
-        websocket, client_id, identity, expires_in, control_frames = self._arguments
-        self._arguments = None
-        self._node = await self._node_for(websocket)
+        node_for, websocket, client_id, identity, expires_in, control_frames = self._arguments
+        self._arguments = None  # one object less for each open connection
+        self._node = await node_for(websocket)
         async with handshake_scope(self._node, websocket) as handshake:
             self._connection = await self._node.accept(
                 handshake,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, Final
 
+from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketState
 
 _MAX_WRAPPERS: Final = 8
@@ -104,7 +105,7 @@ def mounted_app(route: Any) -> Any:
     app = getattr(route, "_base_app", route.app)
     for _ in range(_MAX_MIDDLEWARE):
         inner = getattr(app, "app", None)
-        if inner is None or hasattr(app, "routes"):
+        if inner is None or isinstance(app, StaticFiles) or hasattr(app, "routes"):
             break
         app = inner
     return app

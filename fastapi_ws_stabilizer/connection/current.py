@@ -40,7 +40,7 @@ class Opened:
             connection.finished.add_done_callback(lambda _: self.on_task_done())
 
 
-_last_opened: contextvars.ContextVar[Opened | None] = contextvars.ContextVar("own_connections", default=None)
+_last_opened: contextvars.ContextVar[Opened | None] = contextvars.ContextVar("last_opened", default=None)
 """Link of the connection that the current task opened last. It leads to the earlier ones."""
 
 

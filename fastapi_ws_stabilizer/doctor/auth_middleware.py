@@ -18,7 +18,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.routing import WebSocketRoute
 
 from fastapi_ws_stabilizer.auth.credentials import Credential
-from fastapi_ws_stabilizer.compat.fastapi import included_router
+from fastapi_ws_stabilizer.compat.fastapi import included_dependencies, included_router
 from fastapi_ws_stabilizer.doctor.context import MAX_DEPENDENCIES, OWN_MODULES
 
 OWN_SOCKETS: Final = frozenset({"stable_socket", "socket"})
@@ -117,7 +117,7 @@ def _routes(
         if isinstance(route, WebSocketRoute):
             yield prefix + route.path, route, logins
         elif (included := included_router(route)) is not None:
-            if not any(map(authenticates, included.dependencies)):
+            if not any(map(authenticates, included_dependencies(included))):
                 yield from _routes(included.routes, prefix + included.prefix, logins)
         elif inner := getattr(route, "routes", None):
             more = _logins(getattr(route, "app", None))

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from starlette.routing import WebSocketRoute
 
-from fastapi_ws_stabilizer.compat.fastapi import included_router
+from fastapi_ws_stabilizer.compat.fastapi import included_dependencies, included_router
 from fastapi_ws_stabilizer.doctor.auth_middleware import authenticates
 from fastapi_ws_stabilizer.doctor.context import MAX_DEPENDENCIES
 from fastapi_ws_stabilizer.socket_context import identity_dependency
@@ -39,7 +39,9 @@ def _routes_in_order(routes: Iterable[Any], prefix: str, before: tuple[Any, ...]
             whole = itertools.chain.from_iterable(map(_flattened, (*before, *own)))
             yield prefix + route.path, list(itertools.islice(whole, MAX_DEPENDENCIES))
         elif (included := included_router(route)) is not None:
-            yield from _routes_in_order(included.routes, prefix + included.prefix, (*before, *included.dependencies))
+            yield from _routes_in_order(
+                included.routes, prefix + included.prefix, (*before, *included_dependencies(included))
+            )
         elif inner := getattr(route, "routes", None):
             yield from _routes_in_order(inner, prefix + str(getattr(route, "path", "")), ())
 

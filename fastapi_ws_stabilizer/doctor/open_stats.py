@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from fastapi.routing import APIRoute
 
-from fastapi_ws_stabilizer.compat.fastapi import included_router
+from fastapi_ws_stabilizer.compat.fastapi import included_dependencies, included_router
 from fastapi_ws_stabilizer.doctor.auth_middleware import authenticates
 
 MODULE: Final = "fastapi_ws_stabilizer.stats.router"
@@ -29,7 +29,7 @@ def _open_routes(routes: Iterable[Any], prefix: str) -> Iterator[str]:
             if is_stats and not any(map(authenticates, own)):
                 yield prefix + route.path
         elif (included := included_router(route)) is not None:
-            if not any(map(authenticates, included.dependencies)):
+            if not any(map(authenticates, included_dependencies(included))):
                 yield from _open_routes(included.routes, prefix + included.prefix)
         elif inner := getattr(route, "routes", None):
             yield from _open_routes(inner, prefix + str(getattr(route, "path", "")))

@@ -310,3 +310,8 @@ def test_arguments_that_pages_name_exist() -> None:
     named = set(re.findall(r"`(--[a-z][a-z0-9-]+)", prose(ROOT / "docs/deploy/doctor.md")))
     offered = set(re.findall(r"--[a-z][a-z0-9-]+", reference.help_of("doctor")))
     assert named - offered == {"--forwarded-allow-ips"}
+
+
+def test_options_are_described_at_run_time() -> None:
+    """The docstring of each option is its description in the JSON schema, too."""
+    assert [name for name, field in WebSocketConfig.model_fields.items() if not field.description] == []

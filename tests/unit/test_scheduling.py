@@ -11,8 +11,14 @@ from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer import scheduling as scheduling_module
 from fastapi_ws_stabilizer.events import EventBus
-from fastapi_ws_stabilizer.scheduling import CHECK_INTERVAL, CallbackSemaphore, FlushScheduler, LoopBudget
-from tests.support.fake_websocket import settle
+from fastapi_ws_stabilizer.scheduling import (
+    CHECK_INTERVAL,
+    CallbackSemaphore,
+    DeadlineHeap,
+    FlushScheduler,
+    LoopBudget,
+)
+from tests.support.fake_websocket import eventually, settle
 from tests.support.own_loop import run
 
 
@@ -281,3 +287,37 @@ async def test_long_flush_does_not_count_against_sender(monkeypatch: pytest.Monk
     assert not scheduler.exceeded()
     clock.now += 1.1 * scheduling_module.MAX_BLOCK
     assert scheduler.exceeded()
+
+
+class Entry:
+    """An entry of a deadline heap."""
+
+    def __init__(self, due: float) -> None:
+        self.due = due
+        self.recipient: Any = "connection"
+
+    def __lt__(self, other: Any) -> bool:
+        return self.due < other.due
+
+
+async def test_deadline_heap_skips_many_removed_entries_in_parts() -> None:
+    """One call skips a bounded number of removed entries, and the timer continues with the rest."""
+    checked: list[float] = []
+
+    def on_due(now: float, _: float) -> None:
+        while (entry := heap.pop(now)) is not None:
+            checked.append(entry.due)
+
+    heap: DeadlineHeap[Entry] = DeadlineHeap(on_due, 0.0)
+    entries = [Entry(float(number)) for number in range(2000)]
+    for entry in entries:
+        heap.push(entry)
+    for entry in entries[:999]:  # not yet most of the heap, so they stay in it
+        heap.remove(entry)
+    assert heap.size == 2000
+    assert heap.pop(5000.0) is None
+    assert 0 < 2000 - heap.size < 999
+    heap.arm()
+    await eventually(lambda: len(checked) == 1001)
+    assert checked == [entry.due for entry in entries[999:]]
+    assert (len(heap), heap.size) == (0, 0)

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI, WebSocket
 from fastapi.routing import APIWebSocketRoute
 
-from fastapi_ws_stabilizer.compat.fastapi import find_exit_stack, included_router
+from fastapi_ws_stabilizer.compat.fastapi import find_exit_stack, included_dependencies, included_router
 from tests.support.fake_websocket import FakeServer
 
 
@@ -53,7 +53,7 @@ def test_routes_of_included_router_are_found_with_prefix() -> None:
         if isinstance(route, APIWebSocketRoute):  # older FastAPI copies the route
             found.append((route.path, [one.call for one in route.dependant.dependencies]))
         elif (included := included_router(route)) is not None:
-            calls = [one.call for one in included.dependencies]
+            calls = [one.call for one in included_dependencies(included)]
             found += [(included.prefix + inner.path, calls) for inner in included.routes]
     assert found == [("/api/ws", [login])]
 

@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 
 import pytest
 import uvicorn
-import websockets
 from fastapi import FastAPI
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
@@ -18,15 +17,7 @@ from websockets.exceptions import ConnectionClosed
 from fastapi_ws_stabilizer import StableSocketDep, WebSocketConnectionManager
 from fastapi_ws_stabilizer.servers.detect import missing_websocket_library
 from tests.support.fake_websocket import with_deadline
-
-
-def version(text: str) -> tuple[int, ...]:
-    """Return the first two numbers of a version."""
-    return tuple(int(part) for part in text.split(".")[:2])
-
-
-HAS_PROTOCOL_CLASS = version(uvicorn.__version__) >= (0, 53) and version(websockets.__version__) >= (16, 0)
-"""Whether both libraries have everything that `StableWebSocketProtocol` is built on."""
+from tests.support.versions import HAS_DIRECT_TRANSPORT
 
 
 def make() -> tuple[WebSocketConnectionManager, FastAPI]:
@@ -76,7 +67,7 @@ async def test_installed_uvicorn_serves_with_manager_options(caplog: pytest.LogC
                 await with_deadline(client.recv())
     assert closed.value.rcvd is not None
     assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (4000, "bye")
-    assert is_direct == HAS_PROTOCOL_CLASS
+    assert is_direct == HAS_DIRECT_TRANSPORT
     events = [getattr(record, "event", "") for record in caplog.records]
     assert ("uvicorn_internals_unknown" in events) == (not is_direct)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import APIRouter, FastAPI, WebSocket
+from fastapi import APIRouter, Depends, FastAPI, WebSocket
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -121,3 +121,12 @@ def test_path_is_matched_by_first_route() -> None:
     assert names_for("/api/no") == ("the mount at /api", None)
     assert names_for("/late") == ("the mount at /", "the WebSocket route /late")
     assert entries_for_path(routes[:2], "/no") == (None, None)
+
+
+def test_handshake_solves_no_dependencies_of_routers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The route of a path is found by attributes alone: solving the dependencies of routers takes milliseconds."""
+    app = FastAPI()
+    for number in range(20):
+        app.include_router(APIRouter(), prefix=f"/{number}", dependencies=[Depends(lambda: None)])
+    monkeypatch.setattr("fastapi_ws_stabilizer.compat.fastapi.APIWebSocketRoute", lambda *_, **__: pytest.fail("made"))
+    assert entries_for_path(app.routes, "/ws") == (None, None)

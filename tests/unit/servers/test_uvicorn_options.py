@@ -12,6 +12,7 @@ from uvicorn.config import Config
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.servers.uvicorn.options import MODULE, uvicorn_options
+from tests.support.versions import HAS_PROTOCOL_CLASS
 
 FOLDER = "fastapi_ws_stabilizer.servers.uvicorn"
 
@@ -35,7 +36,7 @@ def test_uvicorn_accepts_options(options: dict[str, Any]) -> None:
     """The options select the protocol class, and pass the manager's limits to uvicorn."""
     manager = WebSocketConnectionManager(WebSocketConfig(**options))
     config = loaded(manager.uvicorn_options())
-    assert config.ws_protocol_class is not None  # which one depends on uvicorn: `unit/compat/test_uvicorn.py`
+    assert (getattr(config.ws_protocol_class, "__name__", "") == "StableWebSocketProtocol") == HAS_PROTOCOL_CLASS
     assert config.ws_max_size == manager.config.max_message_size
     assert config.ws_ping_interval == manager.config.heartbeat_interval
     assert config.ws_ping_timeout == manager.config.heartbeat_timeout
