@@ -9,8 +9,10 @@ from types import TracebackType
 from typing import Annotated, Any
 
 from fastapi import Depends, WebSocket, WebSocketException
+from starlette.websockets import WebSocketState
 
 from fastapi_ws_stabilizer.auth.credentials import HANDSHAKE_SCOPE_KEY
+from fastapi_ws_stabilizer.compat.starlette import mark_handled
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.endpoint import is_bug
 from fastapi_ws_stabilizer.handshake.admission import AdmissionController, Handshake
@@ -71,7 +73,9 @@ async def handshake_scope(node: Node, websocket: WebSocket) -> AsyncIterator[Han
     except asyncio.CancelledError as error:
         if handshake is None or handshake.established or not handshake.endpoint.is_own_cancellation(error):
             raise
-        if handshake.abandoned:  # Starlette closes, which the server refuses in silence
+        if handshake.abandoned:  # Starlette sends a close, which the server silently ignores
+            if websocket.application_state is WebSocketState.DISCONNECTED:
+                mark_handled(websocket)  # a close is already sent, so Starlette's would raise
             raise WebSocketException(1000) from error
         raise await reject_handshake(admission, websocket, admission.stopping()) from error
     finally:

@@ -1157,6 +1157,28 @@ async def test_handshake_rejected_by_one_manager_skips_other(admission_app: Make
     assert (apps.first.refusals, apps.second.refusals) == ({}, {"4403": 1})
 
 
+async def test_abandoned_handshake_after_close_is_quiet(admission_app: Make) -> None:
+    """A client that leaves after the server has closed its handshake causes no second close, and no error."""
+    harness = admission_app()
+
+    async def dependency(websocket: WebSocket) -> AsyncIterator[None]:
+        async with handshake_scope(harness.manager._require_node(), websocket) as handshake:
+            await websocket.accept()
+            await websocket.close(4503)
+            handshake.abandoned = True
+            handshake.cancel()
+            await asyncio.sleep(5.0)
+            yield
+
+    @harness.app.websocket("/closing")
+    async def closing(_: None = Depends(dependency)) -> None:
+        raise AssertionError("unreachable")
+
+    call = harness.call("/closing")
+    await call.wait_done()
+    assert [message["type"] for message in call.server.taken] == ["websocket.accept", "websocket.close"]
+
+
 # ── after the hello ──
 
 NUMBERED: dict[str, tuple[dict[str, Any], str, str, int, str, str]] = {
