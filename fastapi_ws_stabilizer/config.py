@@ -238,7 +238,7 @@ class WebSocketConfig(BaseModel):
     """Maximum bytes per second from one client, enforced like `max_message_rate`. The server always accepts one message
     of `max_message_size` at once."""
     max_bad_messages: _Count | None = 100
-    """Maximum messages that no handler accepts and that get an error reply. The next one closes the connection with
+    """Maximum number of error replies for messages that no handler accepts. The next such message closes the connection with
     1008."""
     inbox_max_messages: _Count = 256
     """Maximum received messages of one connection that wait to be read."""
