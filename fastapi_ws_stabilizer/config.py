@@ -191,8 +191,8 @@ class WebSocketConfig(BaseModel):
     heartbeat_payload: Any = None
     """Message to send with `heartbeat_type="custom"`, or a function that takes the socket and returns the message."""
     require_pong: Annotated[Literal["auto", True, False], BeforeValidator(_true_false_or_word)] = "auto"
-    """Whether silence closes a connection. `True` is always, `False` is never, `"auto"` is from the client's first pong
-    on."""
+    """Whether silence closes a connection: `True` for always, `False` for never, `"auto"` for clients that have answered
+    a ping."""
 
     # connections
     max_connections: _Count | None = None
@@ -238,8 +238,8 @@ class WebSocketConfig(BaseModel):
     """Maximum bytes per second from one client, enforced like `max_message_rate`. The server always accepts one message
     of `max_message_size` at once."""
     max_bad_messages: _Count | None = 100
-    """Maximum number of error replies for messages that no handler accepts. The next such message closes the connection with
-    1008."""
+    """Maximum number of error replies for messages that no handler accepts. The next such message closes the
+    connection with 1008."""
     inbox_max_messages: _Count = 256
     """Maximum received messages of one connection that wait to be read."""
     inbox_max_bytes: _Count = 4 * 1024 * 1024
