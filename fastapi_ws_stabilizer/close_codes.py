@@ -27,7 +27,7 @@ UNSENDABLE: Final = frozenset({1004, NO_STATUS, ABNORMAL, 1015})
 
 
 class DisconnectReason(str, Enum):
-    """Why a connection ended, identical on every server."""
+    """Cause of the end of a connection, identical on every server."""
 
     COMPLETED = "completed"
     """The endpoint returned."""

@@ -60,7 +60,7 @@ class Counters:
     messages_coalesced: int = 0
     """Queued messages replaced by a newer message with the same `coalesce_key`."""
     slow_clients: Counter[str] = field(default_factory=Counter)
-    """Times that a client became slow, by `SlowConsumer`."""
+    """Slow consumer events, by `SlowConsumer`."""
     messages_refused: int = 0
     """Messages refused because their client exceeded a rate limit."""
     bad_messages: int = 0

@@ -58,7 +58,7 @@ class FromThread:
     result, or raises the exception of the call.
 
     All calls raise:
-        WrongLoopError: This is the manager's own event loop: write `await manager.broadcast(...)` there.
+        WrongLoopError: The call came from the manager's own event loop. Use `await manager.broadcast(...)` instead.
         ManagerNotRunningError: The app has not started yet, or has ended.
         ThreadCallTimeoutError: The call did not finish within `timeout` seconds and was cancelled. A message that was
             already queued is still sent.

@@ -437,7 +437,7 @@ class SessionLifecycle:
             self._hub.record_missed_since(connection, state.rooms, since)
 
     def mark_verified(self, claim: TokenClaims) -> None:
-        """Record that the current task has verified a token. It proves the next connection under that client id."""
+        """Record that the current task has verified a token. It authorizes the next connection with that client id."""
         _proven.set(claim)
         for state in self.detached.all_of(claim.client_id):
             self._budget.attach(state)  # evicted last, because the time until the connection is unknown
@@ -449,7 +449,7 @@ class SessionLifecycle:
         return claim is not None and claim.client_id == client_id
 
     def consume_verification(self, connection: Connection) -> bool:
-        """Return whether the current task has verified a token for a connection. Each token proves one connection.
+        """Return whether the current task has verified a token for a connection. Each token authorizes one connection.
 
         Raises:
             InvalidTokenError: The token was revoked since.

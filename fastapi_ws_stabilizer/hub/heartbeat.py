@@ -33,12 +33,12 @@ GRACE_AFTER_LAG: Final = 1.0
 """Seconds that the server gets to read those pongs."""
 
 MIN_UPLOAD_RATE: Final = 4096
-"""Bytes per second of the slowest client that the server waits for while it sends one message. A client that sends a
-byte now and then, but never completes a message, is closed when the largest message would have arrived at this rate."""
+"""Minimum upload rate, in bytes per second, of a client that is sending one message. A client that sends a byte now and
+then, but never completes a message, is closed when the largest message would have arrived at this rate."""
 
 
 LARGE_BACKLOG_BYTES: Final = 16 * 1024
-"""Bytes queued before a ping from which on the server watches their progress: what a slow link carries in a second."""
+"""Queued bytes ahead of a ping at which the server starts to track progress: about 1 s of a slow link."""
 
 
 class UnansweredPing:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Final
 
 MIN_WAIT: Final = 1e-6
-"""Seconds. A smaller shortage is granted as a debt, because it may be a rounding error. A client that waited exactly as
-long as it was asked to would otherwise be rejected again."""
+"""Shortage, in seconds of refill, below which tokens are granted as debt, because it may be a rounding error. A client
+that waited exactly as long as it was asked to would otherwise be rejected again."""
 
 PURGED_PER_CALL: Final = 2
 """Buckets that each use of a table checks and perhaps removes. A use adds one at most, so the table shrinks."""
@@ -103,9 +103,9 @@ class TokenBucket:
 class KeyedTokenBuckets:
     """Token buckets of many senders. Full ones are removed.
 
-    There is no timer: each use checks the least recently used buckets. A full bucket behind one that is not full waits
-    for it, at most for the seconds in which an empty bucket fills. So no bucket is removed too early as long as at most
-    `max_keys` senders arrive within these seconds.
+    There is no timer: each use checks the least recently used buckets. A full bucket stays until the bucket before it
+    has refilled, at most `burst / per_second` seconds. So no bucket is removed too early as long as at most `max_keys`
+    senders arrive within that time.
 
     Args:
         rate: Rate of each sender.
@@ -120,8 +120,8 @@ class KeyedTokenBuckets:
             raise ValueError(f"max_keys must be at least 1, not {max_keys}")
         self._rate = rate
         self._max_keys = max_keys
-        # The least recently used one comes first. A plain dict would search for it behind all that were removed before
-        # it.
+        # The least recently used one comes first. In a plain dict, finding the first key after many deletions takes
+        # linear time.
         self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
 
     def __len__(self) -> int:

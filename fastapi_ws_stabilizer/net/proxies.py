@@ -29,8 +29,8 @@ class TrustedProxies:
     Args:
         entries: IP addresses; networks, as in `10.0.0.0/8`; `"unix"` for a peer without an address; or `"*"` for every
             peer, on a server that only its proxy can reach. With `"*"` the first entry of X-Forwarded-For is the
-            client. Most proxies append to the header that they receive, and then the client has written that entry
-            itself. It can claim any number of addresses, and no limit by address is effective.
+            client. Most proxies append to the header that they receive. The client can then forge that entry and evade
+            every limit by address.
 
     Raises:
         ValueError: An entry is none of these. The message says what to write.

@@ -18,13 +18,14 @@ PART_OF_IDLE: Final = 0.4
 """Fraction of an idle timeout between two heartbeats. If one is lost, the next still arrives in time."""
 
 PART_OF_GRACE: Final = 1 / 3
-"""Fraction of a grace for the closes of a drain. The rest is for hooks, endpoints and the server."""
+"""Fraction of the grace period over which a drain spreads its closes. The rest is for hooks, endpoints and the
+server."""
 
 PART_OF_GRACE_FOR_ALL: Final = 2 / 3
-"""Fraction of a grace for the whole drain, unless that leaves too little for what follows."""
+"""Fraction of the grace period for the whole drain, unless that leaves too little for the rest."""
 
 MARGIN_PART: Final = 1 / 6
-"""Fraction of a grace that is reserved before SIGKILL, at most `MAX_MARGIN`."""
+"""Fraction of the grace period that is reserved before SIGKILL, at most `MAX_MARGIN`."""
 
 MAX_MARGIN: Final = 5.0
 """Maximum reserve in seconds."""
@@ -95,7 +96,7 @@ def resolve_hops(*names: str | Platform) -> tuple[Platform, ...]:
 def derive_options(path: Iterable[Platform], most: Mapping[str, float]) -> dict[str, float]:
     """Return the options that fit the smallest values of a path.
 
-    Options without a value of any hop are left out.
+    Options for which no hop has a value are omitted.
 
     Args:
         path: The hops; their order does not matter.

@@ -30,7 +30,7 @@ MAX_DETACHED_PER_CLIENT: Final = 16
 
 
 class StaleAttemptError(Exception):
-    """A dial that its client has given up arrived late, and a newer one has the session."""
+    """A stale connection attempt arrived after a newer one took the session."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class ShutdownReport:
         closed_count: Connections that ended in time: close frame sent, hooks run, endpoint finished.
         failed_count: Connections that did not end in time and were aborted.
         duration_seconds: Duration in seconds.
-        forced_count: Connections that were aborted because their client took nothing or the time had passed.
+        forced_count: Connections that were aborted because their client read nothing or the timeout expired.
         resumable_count: Sessions that clients could resume at the end. They are in the memory of this process, and end
             with it.
     """

@@ -31,7 +31,7 @@ class StatsSummary(BaseModel):
     messages_coalesced: int = Field(
         description="Queued messages replaced by a newer message with the same coalesce_key."
     )
-    slow_clients: dict[str, int] = Field(description="Times that a client became slow, by how slow.")
+    slow_clients: dict[str, int] = Field(description="Slow consumer events, by state.")
     rooms: int = Field(description="Rooms that have a client, connected or detached.")
     sessions: int = Field(description="Sessions of stabilizer.v1.json clients, with or without a connection.")
     sessions_away: int = Field(description="Sessions without a connection, which a client can resume.")

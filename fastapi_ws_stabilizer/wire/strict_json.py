@@ -95,7 +95,7 @@ def read_json(text: str | bytes, max_depth: int = MAX_DEPTH) -> Any:
 
 
 def check_json(text: str | bytes) -> None:
-    """Raise if `read_json` rejects a text that pydantic's validation of the same text accepts.
+    """Apply the limits of `read_json` that pydantic does not enforce.
 
     Raises:
         InvalidJsonError: As for `read_json`. Invalid JSON may pass, because pydantic rejects it.
@@ -200,9 +200,8 @@ def _has_many_levels(text: str) -> bool:
 def _check_depth(value: Any, max_depth: int) -> None:
     """Raise if a value is nested too deep.
 
-    The garbage collector knows the references between containers. It does not track dicts without containers, or values
-    that are no containers. Asking it takes a fraction of the parse time, but a look at each value takes twice the parse
-    time.
+    Only values that the garbage collector tracks are visited, for a fraction of the parse time. It tracks containers,
+    except dicts that hold no container. Visiting every value takes twice the parse time.
     """
     level: list[Any] = [value]
     for _ in range(max_depth - 1):

@@ -84,7 +84,7 @@ class PacedParser(WebSocketsSansIOProtocol):
                 self.start_keepalive()
 
     def read(self, data: bytes) -> None:
-        """Process received bytes for the receiver. Hot path: almost always they are few."""
+        """Process received bytes for the receiver. Hot path: `data` is nearly always small."""
         if self.discarding:
             self._discard()
         elif self.unparsed or len(data) > MAX_PARSED_AT_ONCE:
@@ -97,7 +97,7 @@ class PacedParser(WebSocketsSansIOProtocol):
     def _should_parse(self, size: int) -> bool:
         """Return whether to parse `size` more bytes.
 
-        After the end of the connection they may contain a close frame, if they are few.
+        After the end of the connection, only the first `MAX_AFTER_END` bytes are parsed, to find the close frame.
         """
         if self.sink is None or self.sink.data_received():
             return True
