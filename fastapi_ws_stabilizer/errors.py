@@ -285,12 +285,12 @@ class TokenExpiredError(WebSocketStabilizerError, WebSocketException, ValueError
 
 
 class MemoryLimitExceededError(WebSocketStabilizerError):
-    """A value would exceed a memory limit. What was stored before is unchanged.
+    """A value would exceed a memory limit. The stored values are unchanged.
 
     Attributes:
         limit: The option that was exceeded: `max_memory_per_connection` or `max_total_memory`.
         most: The value of that option, in bytes.
-        wanted: The bytes that the value would have needed in all.
+        wanted: Total bytes that the value would have needed.
     """
 
     close_code = 4503

@@ -220,7 +220,7 @@ class FromThread:
 def _is_cancelled_from_outside() -> bool:
     """Return whether the current task itself was cancelled, as at the end of an event loop.
 
-    Python 3.10 cannot tell, so the result is always `True` there.
+    Python 3.10 cannot detect this, so the result is always `True` there.
     """
     task = asyncio.current_task()
     return sys.version_info < (3, 11) or (task is not None and task.cancelling() > 0)

@@ -99,12 +99,12 @@ class ClientConnection:
         self._idle: asyncio.Future[None] | None = None
         self._timers = NamedTimers()
         self._received_at = monotonic()
-        self._reading_paused = False  # whether the client has stopped reading, so that the silence says nothing about the server
+        self._reading_paused = False  # whether the client has stopped reading
         self._whole_bytes = 0  # bytes received when the last complete frame was read
         self._progress: int | None = None  # send progress at the last probe
         self._probed_at = 0.0
         self._silence_timeout = 0.0
-        self._keepalive_interval = 0.0  # seconds between acknowledgements that show the client is alive while a large message arrives
+        self._keepalive_interval = 0.0  # seconds between acknowledgements during a large message
         self._deflates = False  # whether the server accepts compressed frames
         self._unacknowledged = 0
         self._pinged_at = 0.0

@@ -452,7 +452,7 @@ class SessionLifecycle:
         """Return whether the current task has verified a token for a connection. Each token authorizes one connection.
 
         Raises:
-            InvalidTokenError: The token was revoked since.
+            InvalidTokenError: The token has since been revoked.
         """
         claim = _proven.get()
         if claim is None or claim.client_id != connection.client_id:
