@@ -58,8 +58,10 @@ class EndErrors:
         return times
 
     def mark_resumed(self, *, sends: int) -> None:
-        """Record that the task gets its error now. Its actions until the next error decide whether the row
-        continues."""
+        """Record that the task gets its error now.
+
+        Its actions until the next error decide whether the row continues.
+        """
         self.is_new = self._waited = False
         self._sends = sends
         asyncio.get_running_loop().call_soon(self._has_waited)  # runs only if the task yields to the event loop

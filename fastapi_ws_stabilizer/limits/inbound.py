@@ -21,13 +21,13 @@ from typing import Final, NamedTuple
 from fastapi_ws_stabilizer.limits.rates import KeyedTokenBuckets, Rate
 
 MAX_REMEMBERED: Final = 65_536
-"""Clients, and connections, with a stored bucket that is not full."""
+"""Maximum number of clients, and of connections, with a stored bucket."""
 
 IN_FLIGHT: Final = 512
-"""Messages that a client may have sent before it gets the rejection of the first one."""
+"""Maximum number of messages that a client has in flight when the first one is rejected."""
 
 IN_FLIGHT_BYTES: Final = 1024 * 1024
-"""Bytes of these messages: the default buffer of the client of this library."""
+"""Maximum bytes of these messages, equal to the default buffer of this library's client."""
 
 MAX_RETRY_DELAY: Final = 60.0
 """Maximum seconds that a disconnected client is asked to wait, unless its message needs longer."""

@@ -13,7 +13,8 @@ MIN_WAIT: Final = 1e-6
 that waited exactly as long as it was asked to would otherwise be rejected again."""
 
 PURGED_PER_CALL: Final = 2
-"""Buckets that each use of a table checks and perhaps removes. A use adds one at most, so the table shrinks."""
+"""Number of buckets that each call checks, and removes if they are full. A call adds at most one, so the table
+shrinks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +41,13 @@ class Rate:
 class TokenBucket:
     """Token bucket of one sender. A new bucket is full.
 
-    Each use passes the rate, so that a bucket is small. Time that goes backwards changes nothing.
+    The caller passes the rate to each call, which keeps a bucket small. Time that goes backwards changes nothing.
     """
 
     __slots__ = ("_at", "_missing")
 
     def __init__(self) -> None:
-        self._missing = 0.0  # below a full bucket; above `burst` it is a debt
+        self._missing = 0.0  # tokens missing from a full bucket; more than `burst` is a debt
         self._at = -math.inf
 
     def take(self, rate: Rate, cost: float, now: float) -> float:
@@ -165,7 +166,7 @@ class RetryQueue:
     def __init__(self, per_second: float, max_keys: int = 1) -> None:
         self._step = 1 / per_second
         self._max_keys = max_keys
-        self._free: OrderedDict[str, float] = OrderedDict()  # time from which on no retry is scheduled
+        self._free: OrderedDict[str, float] = OrderedDict()  # time after the last scheduled retry
 
     def __len__(self) -> int:
         """Number of queues."""

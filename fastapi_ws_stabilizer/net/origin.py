@@ -54,7 +54,7 @@ class OriginPolicy:
       lower case, no default port, no dot at the end of the host, and an international name as `xn--`. Some devices
       append a path, which only a pattern matches. Avoid catastrophic backtracking: the input can have 511 characters.
     - `"*"`: every client, whatever its Origin header is.
-    - `"null"`: pages without an origin. A sandboxed frame of any page is one, so this accepts all pages.
+    - `"null"`: pages without an origin. Any page can create a sandboxed frame without one, so this accepts all pages.
 
     The same-origin rule trusts the Host header. In a DNS rebinding attack, the attacker's name resolves to this server,
     and the browser sends that name as Host. Starlette's `TrustedHostMiddleware` protects a server in a private network
@@ -246,7 +246,10 @@ def _parse_entry(entry: str) -> tuple[bool, _Origin]:
 
 
 def _is_domain(host: str) -> bool:
-    """Whether one owner can have all hosts below. A top-level domain and an IP address are not accepted."""
+    """Whether a single owner can control all hosts below it.
+
+    A top-level domain and an IP address are not accepted.
+    """
     return host == "localhost" or ("." in host and host[0] != "[" and not host.rpartition(".")[2].isdecimal())
 
 

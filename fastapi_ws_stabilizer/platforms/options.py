@@ -52,7 +52,7 @@ def hop(name: str, **values: float | None) -> Platform:
         values: Its `idle_timeout`, `max_lifetime` and `grace`, in seconds; `None` means no limit.
 
     Raises:
-        UnknownPlatformError: No facts are known about the platform.
+        UnknownPlatformError: The platform is unknown.
         UnsupportedPlatformError: The platform cannot hold sockets.
         ValueError: A platform has no such value, or it is not above zero.
     """
@@ -72,7 +72,7 @@ def resolve_hops(*names: str | Platform) -> tuple[Platform, ...]:
         names: Names of platforms (in any case, with `-` or `_`), or results of `hop`.
 
     Raises:
-        UnknownPlatformError: No facts are known about a platform.
+        UnknownPlatformError: A platform is unknown.
         UnsupportedPlatformError: A platform cannot hold sockets.
         ValueError: There are no names.
     """
@@ -120,7 +120,7 @@ def derive_options(path: Iterable[Platform], most: Mapping[str, float]) -> dict[
 
 
 def margin(grace: float) -> float:
-    """Return the seconds of a grace that a shutdown reserves before SIGKILL."""
+    """Return the seconds of a grace period that a shutdown reserves before SIGKILL."""
     return min(MAX_MARGIN, grace * MARGIN_PART)
 
 

@@ -70,7 +70,7 @@ class SignalHandler:
         if threading.current_thread() is threading.main_thread():
             for number in HANDLED_SIGNALS:
                 previous = signal.getsignal(number)
-                # A known number means that another library has wrapped our handler since an earlier start.
+                # If the number is already stored, another library has wrapped our handler since an earlier start.
                 if number not in self._previous and callable(previous):
                     self._previous[number] = previous
                     signal.signal(number, self._on_signal)

@@ -8,7 +8,7 @@ from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 
 
 class StatsSummary(BaseModel):
-    """What a manager holds now and has counted since it was created."""
+    """Current totals of a manager, and its counters since it was created."""
 
     # A test keeps these descriptions equal to the help of the Prometheus metrics.
     connections: int = Field(description="Open connections.")

@@ -33,8 +33,8 @@ class MetricsCollector(Collector):
     ```
 
     The two histograms need `WebSocketConfig(enable_metrics=True)`; all other metrics work without it. A scrape visits
-    every open connection once, to add up the queues. A registry takes one collector of this class, because the metrics
-    have no label that tells two managers apart.
+    every open connection once, to add up the queues. A registry accepts one collector of this class, because the
+    metrics have no label that distinguishes two managers.
 
     A collector reports its own process only. With several worker processes, each scrape reaches one of them, so give
     each worker its own address. The multiprocess mode of `prometheus_client` does not support custom collectors.

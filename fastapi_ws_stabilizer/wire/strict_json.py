@@ -1,4 +1,4 @@
-"""Strict JSON parser for everything that the other side sends, with limits on depth and numbers.
+"""Strict JSON parser for everything that the peer sends, with limits on depth and numbers.
 
 The server checks its own messages against similar limits (`check_sent`), so that every client can read them.
 
@@ -133,7 +133,7 @@ def check_sent(text: bytes, max_depth: int = MAX_SENT_DEPTH) -> None:
 
 
 def _has_many(text: bytes, bracket: bytes) -> bool:
-    """Return whether a text has so many brackets of one kind that it may be too deep.
+    """Return whether a text has enough brackets of one kind to exceed the maximum depth.
 
     It is fast if there are few brackets: `split` searches by machine words, `count` by bytes.
     """

@@ -39,10 +39,10 @@ LONG_TYPES: Final = frozenset({"msg", "reply", "auth"})
 _OBJECT_BYTES: Final = 200
 _LIST_BYTES: Final = 72
 _VALUE_BYTES: Final = 48
-"""Memory that an object, a list and a value in one take, in bytes, without their characters."""
+"""Estimated memory of an object, of a list, and of a value in one of them, in bytes, without its characters."""
 
 MAX_STAMP_CHARS: Final = 64
-"""Maximum length of the text that a ping may ask to get back, in characters."""
+"""Maximum length of the text in the `ts` of a ping, in characters. The pong repeats that text."""
 
 ACK_EVERY: Final = 32
 """Maximum number of sequenced frames before the receiver acknowledges."""
