@@ -290,7 +290,7 @@ class MemoryLimitExceededError(WebSocketStabilizerError):
     Attributes:
         limit: The option that was exceeded: `max_memory_per_connection` or `max_total_memory`.
         most: The value of that option, in bytes.
-        wanted: Total bytes that the value would have needed.
+        wanted: The bytes that the value would have needed in all.
     """
 
     close_code = 4503

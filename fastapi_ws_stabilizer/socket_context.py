@@ -71,7 +71,7 @@ async def handshake_scope(node: Node, websocket: WebSocket) -> AsyncIterator[Han
     except asyncio.CancelledError as error:
         if handshake is None or handshake.established or not handshake.endpoint.is_own_cancellation(error):
             raise
-        if handshake.abandoned:  # Starlette sends a close, which the server silently ignores
+        if handshake.abandoned:  # Starlette closes, which the server refuses in silence
             raise WebSocketException(1000) from error
         raise await reject_handshake(admission, websocket, admission.stopping()) from error
     finally:
