@@ -27,7 +27,7 @@ class EnqueueResult(Enum):
     SKIPPED = "missed"
     """The frame was skipped, because it is volatile and its client is detached."""
     CLOSED = "refused"
-    """The frame was not queued. The connection is closed, or its full outbox has just closed it."""
+    """The frame was refused. The connection is closed, or its full outbox has just closed it."""
 
 
 class SendQueueLike(Protocol):

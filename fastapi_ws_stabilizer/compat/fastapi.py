@@ -46,7 +46,7 @@ class IncludedRouter(NamedTuple):
 def included_router(route: Any) -> IncludedRouter | None:
     """Return the router of an entry in `app.routes`; `None` if the entry is another kind of route.
 
-    Fallback: `None`. Older FastAPI copies the routes of a router into the app, so there is nothing to unwrap.
+    Fallback: `None`. Older FastAPI copies the routes of a router into the app, so there is nothing to open.
     """
     router = getattr(route, "original_router", None)
     if router is None:
