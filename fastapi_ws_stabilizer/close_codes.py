@@ -27,7 +27,7 @@ UNSENDABLE: Final = frozenset({1004, NO_STATUS, ABNORMAL, 1015})
 
 
 class DisconnectReason(str, Enum):
-    """Why a connection ended, identical on every server."""
+    """Cause of the end of a connection, identical on every server."""
 
     COMPLETED = "completed"
     """The endpoint returned."""
@@ -42,7 +42,8 @@ class DisconnectReason(str, Enum):
     SERVER_SHUTDOWN = "server_shutdown"
     """The server is stopping or restarting."""
     REPLACED = "replaced"
-    """The same client id connected again. A client with a session gets 4410 unless it opened the newer connection itself."""
+    """The same client id connected again. A client with a session gets 4410, unless it opened the newer connection
+    itself."""
     LIFETIME = "lifetime"
     """The connection reached `max_lifetime`. The client should reconnect."""
     IDLE = "idle"

@@ -54,7 +54,7 @@ class MemoryEvictionPolicy(str, Enum):
     """Order in which connections are evicted when memory is short."""
 
     LRU = "lru"
-    """The connection that has got no message from its client for the longest time."""
+    """The connection whose client has sent no message for the longest time."""
     FIFO = "fifo"
     """The connection that opened first."""
     OLDEST = "oldest"
@@ -191,8 +191,7 @@ class WebSocketConfig(BaseModel):
     heartbeat_payload: Any = None
     """Message to send with `heartbeat_type="custom"`, or a function that takes the socket and returns the message."""
     require_pong: Annotated[Literal["auto", True, False], BeforeValidator(_true_false_or_word)] = "auto"
-    """Whether silence closes a connection: `True` for always, `False` for never, `"auto"` for clients that have answered
-    a ping."""
+    """Whether silence closes a connection: `True` always, `False` never, `"auto"` after clients that have pong."""
 
     # connections
     max_connections: _Count | None = None

@@ -152,7 +152,7 @@ class EndedConnection(Messages):
 
 
 def socket_after_end(socket: StableSocket) -> StableSocket:
-    """Return a socket with the data of another one, which does not hold the connection of that socket."""
+    """Return a socket with the data of an ended one, without a reference to its connection."""
     ended: Any = EndedConnection(socket._connection)
     copy = StableSocket(ended, socket._services, identity=socket.identity)
     copy._metadata, copy._user_data = socket._metadata, socket._user_data

@@ -285,7 +285,7 @@ class TokenExpiredError(WebSocketStabilizerError, WebSocketException, ValueError
 
 
 class MemoryLimitExceededError(WebSocketStabilizerError):
-    """A value would exceed a memory limit. What was stored before is unchanged.
+    """A value would exceed a memory limit. The stored values are unchanged.
 
     Attributes:
         limit: The option that was exceeded: `max_memory_per_connection` or `max_total_memory`.

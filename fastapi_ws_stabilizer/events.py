@@ -54,15 +54,15 @@ class Counters:
     messages_received: int = 0
     messages_sent: int = 0
     messages_discarded: int = 0
-    """Messages not yet read, sent, or in a session acknowledged, when their connection or session ended."""
+    """Messages not yet read, sent or acknowledged when their connection or session ended."""
     messages_dropped: int = 0
     """Messages dropped by `outbox_overflow` because their client is slow."""
     messages_coalesced: int = 0
     """Queued messages replaced by a newer message with the same `coalesce_key`."""
     slow_clients: Counter[str] = field(default_factory=Counter)
-    """Times that a client became slow, by `SlowConsumer`."""
+    """Slow consumer events, by `SlowConsumer`."""
     messages_refused: int = 0
-    """Messages refused because their client exceeded a rate limit."""
+    """Messages rejected because their client exceeded a rate limit."""
     bad_messages: int = 0
     broadcasts: int = 0
     pings_sent: int = 0

@@ -58,7 +58,7 @@ class FromThread:
     result, or raises the exception of the call.
 
     All calls raise:
-        WrongLoopError: This is the manager's own event loop: write `await manager.broadcast(...)` there.
+        WrongLoopError: The call came from the manager's own event loop. Use `await manager.broadcast(...)` instead.
         ManagerNotRunningError: The app has not started yet, or has ended.
         ThreadCallTimeoutError: The call did not finish within `timeout` seconds and was cancelled. A message that was
             already queued is still sent.
@@ -220,7 +220,7 @@ class FromThread:
 def _is_cancelled_from_outside() -> bool:
     """Return whether the current task itself was cancelled, as at the end of an event loop.
 
-    Python 3.10 cannot tell, so the result is always `True` there.
+    Python 3.10 cannot detect this, so the result is always `True` there.
     """
     task = asyncio.current_task()
     return sys.version_info < (3, 11) or (task is not None and task.cancelling() > 0)

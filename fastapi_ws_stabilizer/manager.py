@@ -494,7 +494,7 @@ class WebSocketConnectionManager(EventDecorators):
             ConnectionLimitExceededError: A connection limit is reached. It is a `TooManyConnectionsError` if the limit
                 is the client's or its IP address's.
             OriginNotAllowedError: The `Origin` of the handshake is not allowed.
-            InvalidTokenError: The token that this task has validated for the client was revoked since.
+            InvalidTokenError: The token that this task has validated for the client has since been revoked.
             MemoryLimitExceededError: The metadata exceeds a memory limit.
         """
         check_client_id(client_id)

@@ -27,7 +27,7 @@ class EnqueueResult(Enum):
     SKIPPED = "skipped"
     """The frame was skipped, because it is volatile and its client is detached."""
     CLOSED = "closed"
-    """The frame was refused. The connection is closed, or its full outbox has just closed it."""
+    """The frame was not queued. The connection is closed, or its full outbox has just closed it."""
 
 
 class SendQueueLike(Protocol):
@@ -50,10 +50,10 @@ class SendQueueLike(Protocol):
         """Queue a frame like `offer`, and write it now instead of at the end of the loop iteration, if possible."""
 
     def flush(self) -> None:
-        """Write queued frames now instead of at the end of the loop iteration, as far as the network takes them."""
+        """Write queued frames now instead of at the end of the loop iteration, as far as the network accepts them."""
 
     def lingers(self) -> bool:
-        """Return whether a frame waits that the network may take in the next loop iteration."""
+        """Return whether a frame waits that the network may accept in the next loop iteration."""
 
     def is_backpressured(self) -> bool:
         """Return whether more than half of the outbox is used and the client seems to read."""

@@ -1,10 +1,9 @@
 """Work for many connections, divided into shards so that the iterations of the event loop stay short.
 
-Sharding on one event loop is about latency, not about locks. All code runs in one thread, but work without a pause
-delays messages, pongs and HTTP requests of all other clients. Each connection belongs to a shard. The scheduler works
-shard by shard. After `MAX_BLOCK`, the other shards wait for the next iteration of the event loop. More shards divide
-the work more finely, and one shard does not divide it. In a large shard, the scheduler also checks the clock every
-`CHECK_INTERVAL` connections.
+Sharding limits latency. All code runs in one thread, so work without a pause delays messages, pongs and HTTP requests
+of all other clients. Each connection belongs to a shard. The scheduler works shard by shard. After `MAX_BLOCK`, the
+other shards wait for the next iteration of the event loop. More shards divide the work more finely, and one shard does
+not divide it. In a large shard, the scheduler also checks the clock every `CHECK_INTERVAL` connections.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from fastapi_ws_stabilizer.errors import WrongLoopError
 from fastapi_ws_stabilizer.events import EventBus
 
 MIN_COMPACTED: Final = 64
-"""Entries of a deadline heap below which removed ones stay in it."""
+"""Size of a deadline heap below which removed entries stay in it."""
 
 MAX_BLOCK: Final = 0.005
-"""Seconds of work after which the event loop can do other work."""
+"""Maximum seconds of work before the event loop can do other work."""
 
 
 CHECK_INTERVAL: Final = 256
@@ -65,7 +64,7 @@ class FlushScheduler:
         self._events = events
         self._context = contextvars.copy_context()  # not the context of the connection that schedules first
         self._scheduled = False
-        self._yielded_at = monotonic()  # the last time at which other work is known to have had its turn
+        self._yielded_at = monotonic()  # last time at which other work is known to have run
 
     def check_loop(self) -> None:
         """Raise unless the event loop of the connections is the running one.
@@ -240,7 +239,7 @@ D = TypeVar("D", bound=Deadline)
 class DeadlineHeap(Generic[D]):
     """Deadlines of many connections on one timer.
 
-    A removed entry stays in the heap without its connection, until it is due or most of the heap is such entries.
+    A removed entry stays in the heap without its connection, until it is due or removed entries are most of the heap.
 
     Args:
         on_due: Called with the time and the delay of the call in seconds. It takes entries with `pop`.

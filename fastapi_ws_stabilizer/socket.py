@@ -70,7 +70,7 @@ class StableSocket:
     """Accepted and registered WebSocket of one client.
 
     One task at a time may read, and any task of the event loop may send. A message is sent immediately, or queued while
-    the network takes nothing. `send` waits while the outbox of the client is full. After `send_timeout` without
+    the network accepts no data. `send` waits while the outbox of the client is full. After `send_timeout` without
     progress, the server disconnects the client. Once the connection is closed, a send raises `SocketClosed`
     immediately, and a read raises it after the received messages. Another thread calls
     `manager.from_thread.run(ws.send, message)`, because a direct call raises `WrongLoopError` there.

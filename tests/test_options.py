@@ -235,7 +235,7 @@ async def seconds_until_hanging_endpoint_closes(stage: Stage) -> int | None:
 
 
 async def block_client(stage: Stage) -> tuple[Any, int]:
-    """Return the close code of a client that takes nothing, and how many of its messages were dropped."""
+    """Return the close code of a client that does not read, and how many of its messages were dropped."""
     line = stage.plain()
     await soon()
     socket = stage.socket()

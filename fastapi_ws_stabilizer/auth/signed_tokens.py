@@ -158,7 +158,7 @@ class SignedTokens:
         return claim
 
     def check_not_revoked(self, claim: TokenClaims) -> None:
-        """Check that a verified token was not revoked since. It may have been used.
+        """Check that a verified token has not been revoked since its check. It may have been used.
 
         Raises:
             InvalidTokenError: The token was revoked.

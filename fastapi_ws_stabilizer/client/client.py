@@ -427,8 +427,9 @@ class Client(ClientEvents):
 
         The client calls it with the data of each message. Handlers run one after the other, in the order of the
         messages. The return value answers the server if the message was a request. A handler that awaits `request`
-        delays the handlers after it. When 1,024 messages wait, the client reads nothing more, including answers, so
-        start a task for such work. Without an event the handler gets every event that has no handler of its own.
+        delays the handlers after it. While 1,024 messages wait, the client stops reading, and receives no answers
+        either. Start a task for such work. Without an event the handler gets every event that has no handler of its
+        own.
         """
 
         def register(handler: F) -> F:
@@ -499,7 +500,7 @@ class Client(ClientEvents):
         """Record a connection that was lost during a large message of the server.
 
         The server sends the message again on the next connection. If that fails each time, the message would block all
-        later ones forever, so the client skips it in the end and reports a gap. The server does not send a volatile
+        later ones forever, so the client finally skips it and reports a gap. The server does not send a volatile
         message again, see `clear_truncated`.
         """
         before, times = self._truncated

@@ -57,7 +57,7 @@ REPLAY_TIMEOUT: Final = 1.0
 """Seconds after the welcome within which the first replayed bytes arrive."""
 
 CLOSE_TIMEOUT: Final = 5.0
-"""Seconds that a close frame may take on a connection that is no longer used."""
+"""Maximum seconds to send a close frame on an abandoned connection."""
 
 READ_ERROR_GRACE: Final = 0.5
 """Seconds between a failed write and the end of the connection."""
@@ -99,12 +99,12 @@ class ClientConnection:
         self._idle: asyncio.Future[None] | None = None
         self._timers = NamedTimers()
         self._received_at = monotonic()
-        self._reading_paused = False  # whether the client does not read, so that silence is not the server's fault
+        self._reading_paused = False  # whether the client has stopped reading
         self._whole_bytes = 0  # bytes received when the last complete frame was read
         self._progress: int | None = None  # send progress at the last probe
         self._probed_at = 0.0
         self._silence_timeout = 0.0
-        self._keepalive_interval = 0.0  # seconds between signs of life to the server while a large message arrives
+        self._keepalive_interval = 0.0  # seconds between acknowledgements during a large message
         self._deflates = False  # whether the server accepts compressed frames
         self._unacknowledged = 0
         self._pinged_at = 0.0

@@ -27,7 +27,7 @@ ABANDONED_AFTER: Final = 10.0
 """Seconds without a reader after which unread messages no longer block reading."""
 
 ABANDONED_CHECK_INTERVAL: Final = 1.0
-"""Seconds between two checks of that."""
+"""Interval in seconds at which the client checks for an abandoned reader."""
 
 Handler = Callable[..., Any]
 Reply = Callable[[str, Any, "dict[str, str] | None"], None]

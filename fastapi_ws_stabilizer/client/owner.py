@@ -15,7 +15,7 @@ class Gap:
     """Messages of the server that this client will not get.
 
     Attributes:
-        session_lost: Whether the session is a new one, which knows nothing of the old one.
+        session_lost: Whether the server started a new session without any state of the old one.
         why: Cause from the server: `overflow`, `epoch`, `unknown`, `expired`, `denied`, ...; or `unfinished` from the
             client, for a message during which the connection was lost twice.
         first: Number of the first missed message.

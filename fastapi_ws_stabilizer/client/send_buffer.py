@@ -16,15 +16,13 @@ NO_LIMIT: Final = 2**62
 
 FIRST_WINDOW: Final = 128
 """Maximum number of unacknowledged messages before the server has acknowledged any. It grows by one with each
-acknowledged message. So a client needs a moment to send fast, and few messages are unacknowledged when a server with
-a rate limit rejects one."""
+acknowledged message. This slow start keeps few messages in flight if the server rejects one because of a rate limit."""
 
 RESUMED_WINDOW: Final = ACK_EVERY
-"""The same at the start of each later connection. The server acknowledges so many messages at once."""
+"""Initial window after a reconnect. One acknowledgement covers this many messages."""
 
 MAX_WINDOW: Final = 512
-"""Upper bound of the window. The server tolerates so many messages after a rejected one without closing the
-connection."""
+"""Upper bound of the window. This many messages may follow a rejected one before the server closes the connection."""
 
 MAX_REMEMBERED: Final = 256
 """Number of accepted messages with a remembered event, in case the server rejects one later."""

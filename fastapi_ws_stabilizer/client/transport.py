@@ -60,7 +60,7 @@ class Transport(Protocol):
         """Return the bytes received so far and the monotonic time of the last ones; zeros if unknown."""
 
     def send_progress(self) -> int | None:
-        """Return a number that grows as the peer's machine accepts bytes; `None` if unknown."""
+        """Return a number that increases as the peer acknowledges bytes; `None` if unknown."""
 
     async def close(self, code: int, reason: str) -> None:
         """Close the WebSocket. Cancelling aborts it."""

@@ -20,7 +20,7 @@ The names have changed over its versions."""
 def find_exit_stack(scope: Mapping[str, Any]) -> AsyncExitStack | None:
     """Return the exit stack that FastAPI closes first when the endpoint of a connection ends.
 
-    Fallback: `None`. The connection then learns of the end of its endpoint after the other dependencies are closed.
+    Fallback: `None`. The connection then detects the end of its endpoint only after the other dependencies are closed.
     """
     for name in EXIT_STACK_KEYS:
         stack = scope.get(name)
@@ -44,10 +44,10 @@ class IncludedRouter(NamedTuple):
 
 
 def included_router(route: Any) -> IncludedRouter | None:
-    """Return the router that an entry of `app.routes` stands for; `None` if the entry is a route of another kind.
+    """Return the router of an entry in `app.routes`; `None` if the entry is another kind of route.
 
     Called for each handshake and each router of the app, so it only reads attributes. Fallback: `None`. Older FastAPI
-    copies the routes of a router into the app, so there is nothing to open.
+    copies the routes of a router into the app, so there is nothing to unwrap.
     """
     router = getattr(route, "original_router", None)
     if router is None:
@@ -67,4 +67,4 @@ def included_dependencies(included: IncludedRouter) -> list[Any]:
 
 
 async def _no_endpoint() -> None:
-    """Stand in for the endpoint of a route that is made for its dependencies alone."""
+    """Placeholder endpoint of a route that exists only to resolve its dependencies."""

@@ -15,13 +15,13 @@ from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketState
 
 _MAX_WRAPPERS: Final = 8
-"""Closures around the server's `send` that are opened."""
+"""Maximum number of closures around the server's `send` that are unwrapped."""
 
 _MAX_LIFESPANS: Final = 32
-"""Merged lifespans that are searched for a manager's."""
+"""Maximum number of merged lifespans that are searched for a manager's."""
 
 _MAX_MIDDLEWARE: Final = 32
-"""Layers of middleware around a mounted app that are opened."""
+"""Maximum number of middleware layers around a mounted app that are unwrapped."""
 
 
 def asgi_callables(websocket: WebSocket) -> tuple[Any, Any]:
@@ -36,7 +36,7 @@ def install_asgi_shim(websocket: WebSocket, receive: Any, send: Any) -> None:
 
 
 def mark_handled(websocket: WebSocket) -> None:
-    """Let Starlette do nothing more with a `WebSocket` that is answered: it closes what a `WebSocketException` ends."""
+    """Stop Starlette from sending on an answered `WebSocket`. It would close it again on a `WebSocketException`."""
 
     async def nothing(_: object) -> None:
         pass
@@ -46,20 +46,20 @@ def mark_handled(websocket: WebSocket) -> None:
 
 
 def mark_open(websocket: WebSocket) -> None:
-    """Let Starlette believe that the application may still send. It raises when it closes a closed `WebSocket`."""
+    """Set `application_state` to CONNECTED. Starlette raises if it closes a closed `WebSocket`."""
     websocket.application_state = WebSocketState.CONNECTED
 
 
 def mark_disconnected(websocket: WebSocket) -> None:
-    """Let Starlette's `WebSocket` say that its client has disconnected."""
+    """Set `client_state` to DISCONNECTED, so that Starlette reports the disconnect."""
     websocket.client_state = WebSocketState.DISCONNECTED
 
 
 def unwrap_send(send: Any, *, only_starlettes: bool = False) -> Any:
     """Return the server's `send` inside the closures that Starlette's exception middleware puts around it.
 
-    Starlette's closures hand every WebSocket message on as it is, so they can be left out. Fallback: `send` itself,
-    through which the transport is out of reach, so that a connection is closed instead of aborted.
+    Starlette's closures pass every WebSocket message on unchanged, so they can be skipped. Fallback: `send` itself. It
+    does not expose the transport, so a connection is closed instead of aborted.
 
     Args:
         send: The `send` that the application got.
@@ -81,7 +81,7 @@ def unwrap_send(send: Any, *, only_starlettes: bool = False) -> Any:
 
 
 def lifespan_owners(lifespan: Any) -> Iterator[Any]:
-    """Yield the objects whose methods a lifespan is made of: itself, and those that FastAPI has merged into it.
+    """Yield the owners of the methods in a lifespan: its own, and those that FastAPI has merged into it.
 
     A merged lifespan is a closure over the others. Fallback: nothing is found, and `manager.install(app)` or a running
     lifespan names the manager.
@@ -119,7 +119,7 @@ class _EndedWebSocket(WebSocket):
     """
 
     async def receive(self) -> Any:
-        """Return the next ASGI event: unread messages, then the disconnect, as often as asked."""
+        """Return the next ASGI event: unread messages, then the disconnect on every call."""
         return await self._receive()
 
     async def send(self, message: Any) -> None:
@@ -143,7 +143,7 @@ class _EndedWebSocket(WebSocket):
         return await super().receive_json(mode)
 
     async def _repeated(self) -> None:
-        """Report a call that Starlette is about to reject to the connection behind the `receive`."""
+        """Report a call to the connection before Starlette rejects it."""
         if self.application_state is not WebSocketState.CONNECTED:
             await self._receive.__self__.yield_after_end()  # type: ignore[attr-defined]
 
@@ -154,5 +154,5 @@ def _ended_class(kind: type[WebSocket]) -> type[WebSocket]:
 
 
 def mark_ended(websocket: WebSocket) -> None:
-    """Let a `WebSocket` behave as one whose connection is closed, also in the variables of user code."""
+    """Make a `WebSocket` behave as closed, including references held by user code."""
     websocket.__class__ = _ended_class(type(websocket))

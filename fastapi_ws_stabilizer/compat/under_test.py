@@ -1,4 +1,4 @@
-"""Whether an endpoint runs under Starlette's TestClient, whose tests want to see what the endpoint has raised."""
+"""Whether an endpoint runs under Starlette's TestClient, which raises the errors of the endpoint in the test."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _RUNNERS: Final = frozenset({"_run", "run_app"})
 def test_client_wants_errors() -> bool:
     """Whether the current task serves a TestClient, and `raise_server_exceptions` is not switched off.
 
-    The TestClient tells nothing of itself to the application, but it runs the endpoint in a method of its session,
-    which stands in the call stack.
+    The ASGI scope does not show the TestClient, so this searches the call stack for its session, which runs the
+    endpoint in one of its methods.
     """
     session_kind = getattr(sys.modules.get("starlette.testclient"), "WebSocketTestSession", None)
     if session_kind is None:  # no test has imported it

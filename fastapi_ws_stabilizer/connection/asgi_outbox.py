@@ -299,7 +299,7 @@ class AsgiOutbox(Outbox):
     # ── closing ──
 
     def discard(self) -> int:
-        """Accept and send nothing more. Return the number of discarded messages."""
+        """Stop accepting and sending messages. Return the number of discarded messages."""
         if self._suspended is not None:
             self._suspended.close()
             self._suspended = None

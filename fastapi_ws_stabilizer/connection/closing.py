@@ -8,10 +8,11 @@ from typing import Final
 from fastapi_ws_stabilizer.connection.connection import Connection
 
 MAX_CLOSING: Final = 10_000
-"""Connections in teardown at which the server rejects handshakes: hooks are slower than clients connect and leave."""
+"""Number of connections in teardown at which the server rejects handshakes, because clients connect and leave faster
+than hooks finish."""
 
 CLOSING_PER_SLOT: Final = 2
-"""Connections in teardown for each of `max_connections` that may use their whole `disconnect_grace`."""
+"""Multiple of `max_connections`: this many connections in teardown may use their whole `disconnect_grace`."""
 
 
 class ClosingConnections:

@@ -161,7 +161,7 @@ class Connection(Handover):
 
     @property
     def outcome(self) -> ResumeOutcome:
-        """Resume outcome of the client: what it got back."""
+        """Resume outcome: how much of its state the client got back."""
         return self.resume_outcome if self.protocol is None else self.protocol.resume_result.outcome
 
     def belongs_to(self, parts: SharedResources) -> bool:
@@ -354,7 +354,7 @@ class Connection(Handover):
     async def yield_after_end(self) -> None:
         """Count an error for a closed connection, and yield to the event loop from the second one on.
 
-        Code that ignores the errors is named in the log. If it continues, or was cancelled, it is slowed down.
+        The log names code that ignores the errors. If that code continues, or was cancelled, it is slowed down.
         """
         if self.close_info is not None:
             mark_disconnected(self.websocket)

@@ -13,8 +13,8 @@ from fastapi_ws_stabilizer.servers.direct import DirectTransport
 from fastapi_ws_stabilizer.wire.envelope import to_deflated
 
 MAX_WRITE_BYTES: Final = 256 * 1024
-"""Bytes at which frames are no longer joined into one write. The outbox checks for backpressure after each write, so
-this and the transport's high-water mark bound the transport's buffer."""
+"""Size in bytes at which the outbox stops joining frames into one write. The outbox checks for backpressure after each
+write, so this and the transport's high-water mark bound the transport's buffer."""
 
 
 class DirectOutbox(Outbox):

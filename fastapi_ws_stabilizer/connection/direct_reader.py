@@ -25,8 +25,8 @@ class DirectReader:
     """The `DirectReceiver` of one connection. The server's protocol calls it from the event loop.
 
     When the inbox is full, the transport stops reading and TCP slows the client down. Messages that were parsed along
-    with the one that filled the inbox are still accepted. They are limited to one read of the server, or to a few
-    kilobytes of it if it is compressed.
+    with the one that filled the inbox are still accepted. Their size is at most one read of the server, or a few
+    kilobytes of a compressed read.
     """
 
     __slots__ = ("_connection", "_direct", "_outbox", "_reads", "_since", "_timer")

@@ -1,4 +1,4 @@
-"""Errors that one task has got from closed connections: tells a clean-up from a loop that ignores the end."""
+"""Errors from closed connections by task, which distinguish a clean-up from a loop that ignores the end."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _errors_of: weakref.WeakKeyDictionary[asyncio.Task[Any], EndErrors] = weakref.We
 class EndErrors:
     """Errors in a row that one task has got from closed connections, by connection.
 
-    A row ends when the task waits for something else or sends a message. A task that sends to many connections meets
-    closed ones again and again, but it waits between its rounds or sends to the others. A loop that ignores the end
-    does neither, no matter how many connections it has.
+    A row ends when the task waits for something else or sends a message. A task that sends to many connections
+    repeatedly gets errors from closed ones, but it waits between its rounds or sends to the others. A loop that ignores
+    the end does neither, no matter how many connections it has.
 
     Attributes:
         is_new: Whether the task has got no error yet.
@@ -46,7 +46,8 @@ class EndErrors:
         Args:
             connection_id: The closed connection.
             sends: Messages that user code has sent so far, on all connections.
-            own: Whether the task is the endpoint of this connection, which should have ended whatever it does between.
+            own: Whether the task is the endpoint of this connection, which should have ended, regardless of its other
+                calls.
 
         Returns:
             How many errors in a row the task has got from this connection.
@@ -57,7 +58,10 @@ class EndErrors:
         return times
 
     def mark_resumed(self, *, sends: int) -> None:
-        """Note that the task gets its error now. What it does until the next error decides whether the row goes on."""
+        """Record that the task gets its error now.
+
+        Its actions until the next error decide whether the row continues.
+        """
         self.is_new = self._waited = False
         self._sends = sends
         asyncio.get_running_loop().call_soon(self._has_waited)  # runs only if the task yields to the event loop
@@ -76,7 +80,7 @@ def end_errors_of(task: asyncio.Task[Any]) -> EndErrors:
 
 
 def _mark_exception_retrieved(task: asyncio.Task[Any]) -> None:
-    """Keep asyncio from logging that no code has retrieved the exception of a task that ended by a closed connection.
+    """Prevent asyncio's warning about an unretrieved exception of a task that a closed connection has ended.
 
     The exception is read from asyncio's private attribute, because retrieving another exception would hide a bug.
     """

@@ -40,7 +40,7 @@ class InboxLimits:
 
     Attributes:
         drops: Whether the oldest messages are dropped for new ones, because the endpoint does not read.
-        undecided: Whether it will soon be known if the endpoint reads.
+        undecided: Whether it is not decided yet if the endpoint reads.
         keeping: The same bounds, for inboxes that drop nothing.
         dropping: The same bounds, for inboxes that drop the oldest messages.
         deciding: The same bounds, for inboxes with an undecided endpoint.
@@ -128,7 +128,7 @@ class Inbox:
 
     @property
     def undecided(self) -> bool:
-        """Whether it will soon be known if the endpoint reads."""
+        """Whether it is not decided yet if the endpoint reads."""
         return self._limits.undecided
 
     def begin_to_decide(self) -> None:

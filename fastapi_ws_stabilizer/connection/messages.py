@@ -192,7 +192,7 @@ class Messages(SendingHalf):
             raise self._closed_error()
 
     async def still_open(self) -> None:
-        """Check like `check_open`, but yield before raising, so that a loop that catches all errors blocks nothing.
+        """Check like `check_open`, but yield before raising, so that a loop that catches all errors lets others run.
 
         Raises:
             SocketClosed: The connection is closed.

@@ -123,7 +123,7 @@ class Metered(Messages):
             self.close(DisconnectReason.POLICY, code=4429, text=text)
 
     def _emit_limit(self, option: str, message_type: str | None = None) -> None:
-        """Log the limit that the client exceeded, until it was logged once at its full level."""
+        """Log the limit that the client exceeded, unless it was already logged at its full level."""
         if not self.limit_reported:
             about = {"option": option} if message_type is None else {"option": option, "message_type": message_type}
             kind = " ".join(about.values())

@@ -383,7 +383,7 @@ class Outbox(StallWatch, abc.ABC):
         return self._clear()
 
     def discard(self) -> int:
-        """Accept and send nothing more. Return the number of discarded messages."""
+        """Stop accepting and sending messages. Return the number of discarded messages."""
         self._shut = True
         self._close = None
         discarded = self._clear()

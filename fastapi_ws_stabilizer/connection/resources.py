@@ -50,7 +50,7 @@ class SharedResources:
         cleanups: Semaphore for connections that run their disconnect hooks at the same time.
         loop: Event loop of all connections.
         watches_input: Whether each received message is checked or counted. Most configurations need neither.
-        drain_requests: Open connections that were asked to leave: their ids and the causes.
+        drain_requests: Causes of the drain requests to open connections, by connection id.
     """
 
     __slots__ = (
@@ -127,7 +127,8 @@ class SharedResources:
         self.outbox_limits = OutboxLimits(config, events.counters, budget)
         self.numbered_limits = OutboxLimits(config, events.counters, budget)
         self.numbered_limits.overflow = OutboxOverflow.DISCONNECT
-        # No more than a replay buffer holds, so that it has all unsent messages of a slow consumer that was closed.
+        # At most the bounds of a replay buffer, so that the buffer has all unsent messages when a slow consumer is
+        # closed.
         self.numbered_limits.bound(max(2, config.replay_max_messages), config.replay_max_bytes)
         self.writers = WriterPool(
             tasks, CallbackSemaphore(config.max_concurrent_broadcast), CallbackSemaphore(config.max_concurrent_cleanup)

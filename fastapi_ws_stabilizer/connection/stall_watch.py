@@ -21,7 +21,7 @@ STALL_THRESHOLD: Final = 0.05
 
 
 class StallWatch(SendQueue):
-    """Send queue that detects when the client accepts nothing.
+    """Send queue that detects sends without progress.
 
     One timer checks how long sends have been blocked. It is not restarted for each message, and there is none while no
     send is blocked.

@@ -302,7 +302,10 @@ class V1Protocol:
             raise ProtocolError("acknowledged more messages than were sent")
 
     def _count_ack(self, seq: int) -> None:
-        """Count an acknowledgement without a new number as a control frame. Sent messages bound all others."""
+        """Count an acknowledgement without a new number as a control frame.
+
+        The number of sent messages limits all others.
+        """
         if seq > self._acknowledged:
             self._acknowledged = seq
         else:

@@ -26,8 +26,8 @@ PART_OF_IDLE: Final = 0.75
 """Fraction of an idle timeout that the heartbeat interval should not exceed, because a heartbeat can be late."""
 
 MIN_RECOMMENDED_INTERVAL: Final = 5.0
-"""Minimum `heartbeat_interval` that the doctor recommends, in seconds. If it is too long, the platform needs a
-change."""
+"""Minimum `heartbeat_interval` that the doctor recommends, in seconds. If even this interval is too long, the platform
+needs a change."""
 
 TOO_SHORT: Final[Mapping[str, Value]] = {
     "google-alb-classic": "max_lifetime",
@@ -60,8 +60,8 @@ def _server_interval(s: DeploymentContext) -> float | None:
 def _heartbeat(s: DeploymentContext) -> tuple[float, str]:
     """Return the seconds between pings that keep an idle connection open, and their origin.
 
-    With the heartbeat on, that is the heartbeat. The pings of a server do not count, because they change with the
-    server.
+    If the heartbeat is on, only the heartbeat counts. The pings of the server do not, because another server may send
+    none.
     """
     if s.config.heartbeat_type is not HeartbeatType.OFF:
         return s.config.heartbeat_interval, f"heartbeat_interval is {s.config.heartbeat_interval:g} s"

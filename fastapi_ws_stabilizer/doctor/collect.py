@@ -94,8 +94,8 @@ def report_at_start(
 ) -> None:
     """Run the checks that need only the process itself, and report each finding once.
 
-    It never fails a start, and reports its own errors. All findings are warnings here, because the process serves. The
-    problem shows when the process stops, when a client is rejected, or never.
+    The checks never make a start fail, and an error in them is reported. All findings are warnings: the process already
+    serves, and a problem may appear only at shutdown, on a rejection, or never.
 
     Args:
         events: The event bus for the reports.

@@ -25,8 +25,8 @@ _SOCKET: Final = (identity_dependency.__module__, "identified_socket")
 def routes_with_early_identity(app: Any) -> tuple[str, ...]:
     """Return the paths of the WebSocket routes with an identity that runs before its socket.
 
-    FastAPI caches the result of a dependency, and solves dependencies in their order, those of `dependencies=` first.
-    The identity's error is then raised before the socket exists.
+    FastAPI resolves dependencies in their order, those of `dependencies=` first, and caches results. So the identity
+    dependency can raise before the socket exists.
     """
     return tuple(path for path, order in _routes_in_order(getattr(app, "routes", ()), "", ()) if _is_early(order))
 

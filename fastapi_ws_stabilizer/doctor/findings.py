@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 Severity = Literal["error", "warning"]
-"""Severity of a finding. An error certainly costs connections or blocks a deploy, a warning in the worst case."""
+"""Severity of a finding. An error certainly costs connections or blocks a deploy. A warning does so only in the worst
+case."""
 
 ERROR: Final = "error"
 WARNING: Final = "warning"

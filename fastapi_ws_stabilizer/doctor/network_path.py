@@ -73,10 +73,10 @@ def path_through(
         names: Names of the platforms.
         idle_timeout: Shortest idle timeout on the path, in seconds; by default the platforms' own.
         max_lifetime: Shortest lifetime on the path, likewise.
-        grace: Shortest grace on the path, likewise.
+        grace: Shortest grace period on the path, likewise.
 
     Raises:
-        UnknownPlatformError: No facts are known about a platform. It is a `ValueError`.
+        UnknownPlatformError: A platform is unknown. The error is a `ValueError`.
         ValueError: A number of seconds is not above zero, or is infinite.
     """
     hops: list[Platform] = []

@@ -27,7 +27,8 @@ class ServerProfile:
         ping_interval: Option with the seconds between two pings; `None` if it sends no pings.
         ping_timeout: Option with the seconds that a pong may take; `None` if it does not check pongs.
         graceful_timeout: Option that limits its shutdown; `None` if it has none.
-        bounds_drain: Whether that timeout counts from SIGTERM: its master also kills a worker that is still draining.
+        bounds_drain: Whether that timeout starts at SIGTERM. The master process then also kills a worker that is still
+            draining.
         recyclers: Options that end healthy workers, and their sockets with them.
         lifetime: Option with the maximum lifetime of a WebSocket, in seconds.
         sends_denials: Whether the status of a rejection before the accept reaches the client.

@@ -51,12 +51,12 @@ def shutdown_unbounded(s: DeploymentContext) -> Problem | None:
 
 
 def _available(s: DeploymentContext, grace: float) -> float:
-    """Return the seconds of a grace for a drain and the server's own timeout together."""
+    """Return the seconds of a grace period for a drain and the server's own timeout together."""
     return grace - s.pre_stop - margin(grace)
 
 
 def _timeout_advice(s: DeploymentContext, grace: HopLimit) -> str:
-    """Return the options that D07 and D08 accept, or the advice to raise the grace."""
+    """Return the options that D07 and D08 accept, or the advice to raise the grace period."""
     room = _available(s, grace.seconds)
     hops = [hop.name for hop in s.network_path.hops if hop.name != GIVEN]
     if grace.hop != GIVEN and _platform_needs(hops) <= room:

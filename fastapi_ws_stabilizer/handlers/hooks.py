@@ -76,7 +76,7 @@ class HookRegistry:
 
     Args:
         events: The bus for reports of failures.
-        limit: Maximum duration in seconds of hooks other than those below and those for connect and resume.
+        limit: Maximum duration of a hook in seconds. It does not apply to handshake, auth, connect and resume hooks.
         auth_limit: Maximum duration in seconds of a handshake or auth hook.
     """
 
@@ -119,7 +119,7 @@ class HookRegistry:
         """Run the auth hooks. An exception rejects the credential.
 
         Returns:
-            Seconds until the credential expires, the shortest that a hook returned, or `None` if none returned a term.
+            Seconds until the credential expires, the shortest that a hook returned, or `None` if no hook returned one.
 
         Raises:
             TypeError: A hook returned something other than seconds, True or None.

@@ -115,7 +115,7 @@ class EventDecorators:
     @overload
     def on_slow(self, /) -> Callable[[F], F]: ...
     def on_slow(self, hook: Callable[..., Any] | None = None, /) -> Any:
-        """Call a function when a client does not take its messages: `hook(ws, how)`, with a `SlowConsumer`.
+        """Call a function when a client does not read its messages: `hook(ws, how)`, with a `SlowConsumer`.
 
         It is called once when the client lags, once when the server drops messages to it, and once when the server
         disconnects it as a slow consumer. After the client has caught up, each can happen again. `ws.queued_messages`

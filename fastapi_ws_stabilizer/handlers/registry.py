@@ -254,8 +254,8 @@ _NAMES_A_FUNCTION: Final = frozenset({"union_tag_invalid", "union_tag_not_found"
 def _path(location: tuple[int | str, ...], value: Any, *, missing: bool) -> list[str]:
     """Return the location of a problem in a message: the members and indexes that lead to it.
 
-    Between them pydantic puts the member of a union that it tried, which names classes and functions of the
-    application. These steps are left out, because they are not part of the message and must not reach the client.
+    pydantic also adds the member of a union that it tried, which names classes and functions of the application. These
+    steps are omitted, because they are not part of the message and must not reach the client.
     """
     path: list[str] = []
     for number, step in enumerate(location):

@@ -175,8 +175,9 @@ class Signature:
     def _check_fastapi_parameters(self) -> None:
         """Reject parameters for which only FastAPI has a value.
 
-        A decorator with its own parameters may pass the inner function what its annotations name. A default such as
-        `Depends(...)` is rejected there too, because the function would get the default itself if nothing is passed.
+        A decorator with its own parameters may pass the inner function values for its annotated parameters. A default
+        such as `Depends(...)` is rejected there too, because the function would get the default itself if nothing is
+        passed.
         """
         given = False
         for function, parameters in self._chain:
@@ -227,7 +228,7 @@ class Signature:
         return None, 0, max_arguments
 
     def _check_order(self, positional: list[inspect.Parameter]) -> None:
-        """Reject a function with another first parameter than the socket or the room."""
+        """Reject a function with a first parameter that is neither the socket nor the room."""
         if not positional:
             return
         first = positional[self._offset]
@@ -334,7 +335,7 @@ def _has(function: Any, kind: Callable[[Any], bool]) -> bool:
 
 
 def _yields(function: Any) -> bool:
-    """Return whether calling a function runs none of its code: it is a generator or a `contextlib` context manager."""
+    """Return whether calling a function does not run its code, as for a generator or a `contextlib` context manager."""
     if _has(function, inspect.isasyncgenfunction) or _has(function, inspect.isgeneratorfunction):
         return True
     code = getattr(function, "__code__", None)

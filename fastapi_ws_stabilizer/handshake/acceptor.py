@@ -261,7 +261,8 @@ class Acceptor(Closer, Services):
     async def adopt(self, websocket: WebSocket, client_id: str, metadata: Mapping[str, Any] | None) -> Connection:
         """Register a WebSocket that your code has accepted, and run the connect hooks.
 
-        In a FastAPI endpoint the connection then closes like one of the dependency, with the code that fits its end.
+        In a FastAPI endpoint, the server closes the connection as for the dependency, with the code for the result of
+        the endpoint.
 
         Raises:
             RuntimeError: The WebSocket is not accepted, or is connected already.
@@ -269,7 +270,7 @@ class Acceptor(Closer, Services):
             DuplicateClientError: `on_duplicate="reject"` rejected the client.
             ConnectionLimitExceededError: The server is full, or the client or its address has too many connections.
             OriginNotAllowedError: The `Origin` is not allowed.
-            InvalidTokenError: The verified token of the client was revoked since.
+            InvalidTokenError: The verified token of the client has since been revoked.
             ShutdownError: The manager is draining or stopped.
             MemoryLimitExceededError: The metadata exceeds the memory limit.
         """
@@ -323,7 +324,7 @@ class Acceptor(Closer, Services):
         """Return whether the current task has verified a token of the client.
 
         Raises:
-            InvalidTokenError: The token was revoked since.
+            InvalidTokenError: The token has since been revoked.
         """
         try:
             return self.resumption.consume_verification(connection)
@@ -353,7 +354,7 @@ class Acceptor(Closer, Services):
 
     @staticmethod
     def _task_ended(opened: current.Opened, task: asyncio.Task[Any]) -> None:
-        """Close the connection after the task that called `connect()` has ended. Without an exit stack only."""
+        """Close the connection after the task that called `connect()` has ended. Used only without an exit stack."""
         connection = opened.connection
         if connection is not None and connection.opened and connection.close_info is None:
             close_info = close_info_for(asyncio.CancelledError() if task.cancelled() else task.exception())
@@ -411,7 +412,7 @@ class Acceptor(Closer, Services):
             self.resumption.restore(connection, plain)
         if policy is not DuplicatePolicy.ALLOW:
             self._close_duplicates(older, connection.client_id, session)
-            # So that an application with a list of online clients removes the old connection before it adds the new.
+            # An application with a list of online clients then removes the old connection before it adds the new one.
             connection.add_hook_predecessors(self._closing_connections.of_client(connection.client_id))
         try:
             await connection.wait_for_predecessors()
@@ -457,7 +458,7 @@ class Acceptor(Closer, Services):
             session.connect_hooks_passed = True
 
     def _warn_about_server_limits(self, connection: Connection) -> None:
-        """Report once what the library cannot do because of the server, or of a middleware around it."""
+        """Report once each feature that the server, or middleware around it, makes unavailable."""
         if self._warned_about_server or connection.is_direct:
             return
         self._warned_about_server = True

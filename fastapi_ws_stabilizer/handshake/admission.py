@@ -36,7 +36,7 @@ WATCH_INTERVAL: Final = 1.0
 
 
 class _NoHello:
-    """Type of the marker for a handshake without a hello, which may still bring a credential."""
+    """Type of the marker for a handshake without a hello, which may still carry a credential."""
 
 
 _NO_HELLO: Final = _NoHello()
@@ -301,7 +301,7 @@ class AdmissionController:
         """Return the address of the peer; without `trusted_proxies`, the address that the server reports.
 
         A server that trusts X-Forwarded-For reports an address from that header instead of the proxy's, and a client
-        may have written it. So with `trusted_proxies` the address comes from the transport, if it can be reached.
+        may have forged it. So with `trusted_proxies` the address comes from the transport, if it can be reached.
         """
         peer = ServerTransport(*asgi_callables(websocket)).peer if self._reads_headers else None
         if peer is not None:
@@ -347,7 +347,7 @@ class AdmissionController:
 
 
 def _headers(websocket: WebSocket, name: bytes) -> list[str]:
-    """Return the values of all headers of a name.
+    """Return the values of all headers with a name.
 
     `websocket.headers` would stay in memory for the lifetime of the connection.
     """

@@ -90,8 +90,8 @@ class Closer:
 
         Dependencies entered before the socket must see that the endpoint failed, or they would commit instead of
         rolling back. So this method replaces an error with a `WebSocketException`, which Starlette handles silently
-        because the connection is closed by then. It logs a bug once before. Under Starlette's TestClient it returns
-        the bug unchanged, so that the test sees it.
+        because the connection is closed by then. It logs a bug once before that. Under Starlette's TestClient it
+        returns the bug unchanged, so that the test sees it.
 
         Returns:
             The exception to raise instead of `error`. It is `error` itself for a foreign exception, such as a
@@ -134,7 +134,7 @@ class Closer:
 
         The handler can close the connection. If it does not, the HTTP status of its result decides the close code, and
         an exception from it counts like one from the endpoint. If the handler raises because the client has left, the
-        result is that of no handler.
+        result is the same as without a handler.
 
         Returns:
             The close info, and the bug: `error`, the exception of the handler, or `None` if there is no bug.

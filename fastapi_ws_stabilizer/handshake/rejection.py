@@ -70,7 +70,7 @@ _STARLETTE: Final = tuple(map(int, starlette.__version__.split(".")[:2]))
 CLOSE_CODE_INTERVAL: Final = 5.0
 """Seconds between two closes with a code for one address that has too many connections.
 
-So a client that sends an `Origin` and reconnects all the time costs no more than one without an `Origin`.
+A client that sends an `Origin` and reconnects constantly then costs no more than a client without an `Origin`.
 """
 
 REJECTION_TIMEOUT: Final = 5.0

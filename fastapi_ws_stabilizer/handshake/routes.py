@@ -1,8 +1,8 @@
 """The WebSocket routes of an app, in the order in which its router tries them, and reports of paths that match none.
 
 Starlette answers a WebSocket without a route with a bare 403, which looks like a rejection. The first 10 such paths are
-logged together with the existing paths. A mount takes all paths below it. A mount of static files fails on a WebSocket,
-and another mounted app answers itself.
+logged together with the existing paths. A mount matches all paths below it. A mount of static files fails on a
+WebSocket, and another mounted app answers itself.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def route_entries(routes: Iterable[Any], prefix: str = "") -> Iterator[RouteEntr
 
 
 def entries_for_path(routes: Iterable[Any], path: str) -> tuple[RouteEntry | None, RouteEntry | None]:
-    """Return the entry that takes a path, and a later WebSocket route for it that is never reached, or `None`."""
+    """Return the entry that matches a path, and a later WebSocket route for it that is never reached, or `None`."""
     first: RouteEntry | None = None
     for entry in route_entries(routes):
         if not entry.takes(path):

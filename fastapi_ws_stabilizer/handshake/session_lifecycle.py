@@ -333,7 +333,7 @@ class SessionLifecycle:
             yield
 
     def consume_token(self, connection: Connection, client_id: str) -> bool:
-        """Use up the token that `verify_token` accepted. Return False if it was used or revoked since."""
+        """Use up the token that `verify_token` accepted. Return False if it has since been used or revoked."""
         try:
             claim = self.consume(token_in(connection.websocket) or "", client_id)
         except (InvalidTokenError, TokenExpiredError) as problem:
@@ -428,7 +428,7 @@ class SessionLifecycle:
         for room, presence in state.rooms.items():
             try:
                 self._hub.join(connection, room, presence or None)
-            except RoomLimitError:  # the limit was lowered since
+            except RoomLimitError:  # the limit has since been lowered
                 self._hub.end_if_empty(room)
             except MemoryLimitExceededError as error:
                 connection.emit("presence_metadata_lost", logging.WARNING, room=room, why=str(error))
@@ -437,7 +437,7 @@ class SessionLifecycle:
             self._hub.record_missed_since(connection, state.rooms, since)
 
     def mark_verified(self, claim: TokenClaims) -> None:
-        """Record that the current task has verified a token. It proves the next connection under that client id."""
+        """Record that the current task has verified a token. It authorizes the next connection with that client id."""
         _proven.set(claim)
         for state in self.detached.all_of(claim.client_id):
             self._budget.attach(state)  # evicted last, because the time until the connection is unknown
@@ -449,10 +449,10 @@ class SessionLifecycle:
         return claim is not None and claim.client_id == client_id
 
     def consume_verification(self, connection: Connection) -> bool:
-        """Return whether the current task has verified a token for a connection. Each token proves one connection.
+        """Return whether the current task has verified a token for a connection. Each token authorizes one connection.
 
         Raises:
-            InvalidTokenError: The token was revoked since.
+            InvalidTokenError: The token has since been revoked.
         """
         claim = _proven.get()
         if claim is None or claim.client_id != connection.client_id:
@@ -493,7 +493,7 @@ class SessionLifecycle:
             del self._end_hooks_of_client[client_id]
 
     async def wait_for_session_end_hooks(self, client_id: str) -> None:
-        """Wait until no session end hook of this client is running. Each is bounded. Cancelling is safe."""
+        """Wait until no session end hook of this client is running. Each hook has a time limit. Cancelling is safe."""
         if running := self._end_hooks_of_client.get(client_id):
             await wait_for_all(list(running), None)
 

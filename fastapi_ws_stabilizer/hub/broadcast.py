@@ -31,7 +31,7 @@ class BroadcastResult:
         dropped: Messages that the slow consumer policy dropped: older ones to make room, or this one if there was no
             room.
         skipped: Detached recipients that never get the message: plain clients, and all of them for a volatile message.
-        slow: Slow recipients: more than half of the outbox is used and the client takes nothing, or the outbox
+        slow: Slow recipients: more than half of the outbox is used and the client does not read, or the outbox
             overflowed.
     """
 

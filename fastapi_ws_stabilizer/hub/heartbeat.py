@@ -22,23 +22,23 @@ from fastapi_ws_stabilizer.wire.encoded import EncodedMessage, encode
 from fastapi_ws_stabilizer.wire.text_ping import PING
 
 MAX_TIMER_LAG: Final = 0.5
-"""Seconds of delay of the timer above which the event loop counts as blocked. Pongs may then be unread in the sockets,
-so no connection is closed before the server had time to read them."""
+"""Timer delay in seconds above which the event loop counts as blocked. Pongs may then be unread in the sockets, so no
+connection is closed before the server had time to read them."""
 
 MAX_COALESCE_DELAY: Final = 0.1
 """Seconds that a check may wait for others, but at most a fiftieth of the interval. Waking the event loop costs more
 than a ping."""
 
 GRACE_AFTER_LAG: Final = 1.0
-"""Seconds that the server gets to read those pongs."""
+"""Seconds that the server has after such a delay to read the pongs."""
 
 MIN_UPLOAD_RATE: Final = 4096
-"""Bytes per second of the slowest client that the server waits for while it sends one message. A client that sends a
-byte now and then, but never completes a message, is closed when the largest message would have arrived at this rate."""
+"""Minimum upload rate, in bytes per second, of a client that is sending one message. A client that sends a byte now and
+then, but never completes a message, is closed when the largest message would have arrived at this rate."""
 
 
 LARGE_BACKLOG_BYTES: Final = 16 * 1024
-"""Bytes queued before a ping from which on the server watches their progress: what a slow link carries in a second."""
+"""Queued bytes ahead of a ping at which the server starts to track progress: about 1 s of a slow link."""
 
 
 class UnansweredPing:
@@ -46,9 +46,9 @@ class UnansweredPing:
 
     Attributes:
         since: Time of the ping.
-        progress: Bytes that the client's machine had taken at the last check; `None` if few bytes were queued before
-            the ping.
-        before_ping: Value of `progress` at which all bytes before the ping are taken.
+        progress: Bytes that the client's TCP stack had accepted at the last check; `None` if few bytes were queued
+            before the ping.
+        before_ping: Value of `progress` at which all bytes before the ping are accepted.
     """
 
     __slots__ = ("before_ping", "progress", "since")
@@ -59,7 +59,7 @@ class UnansweredPing:
         self.before_ping = unsent + (progress or 0)
 
     def has_progressed(self, recipient: Recipient) -> bool:
-        """Whether the client has taken bytes before the ping since the last check."""
+        """Whether the client has accepted bytes before the ping since the last check."""
         if self.progress is None or self.progress >= self.before_ping:
             return False
         before, now = self.progress, recipient.send_progress()
@@ -140,7 +140,7 @@ class HeartbeatScheduler:
             return None
         liveness = recipient.liveness
         if recipient.reading_paused or recipient.has_backlog():
-            # The client owes no pong for what the server has not read or sent.
+            # The pong may be unread, or the ping not sent yet.
             liveness.reset_deadline()
         deadline = self._deadline(recipient)
         if deadline is not None and now >= deadline and not self._has_progress(recipient, now):
@@ -235,7 +235,7 @@ class HeartbeatScheduler:
                 return
         if recipient.close_info is None:  # else the function has closed the connection, and no record of it may remain
             self._check_queue(recipient, now)
-        if recipient.ping(frame, now):  # False if the outbox is full: another check closes a client that takes nothing
+        if recipient.ping(frame, now):  # False if the outbox is full; another check closes a client that does not read
             self._events.counters.pings_sent += 1
 
     def _push(self, recipient: Recipient, due: float) -> None:

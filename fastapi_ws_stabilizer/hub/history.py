@@ -11,7 +11,7 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 
 MAX_BYTES: Final = 1024 * 1024
-"""Bytes of messages in the history of one room, with the ids of the clients that they exclude."""
+"""Maximum bytes of messages in the history of one room, including the ids of excluded clients."""
 
 MAX_ROOMS: Final = 10_000
 """Rooms with a history. The room with the oldest last message is forgotten first."""
@@ -55,8 +55,8 @@ class _RoomMessages:
 class RoomHistory:
     """Last messages of each room, until the room ends.
 
-    Messages to a room before its first member joins are stored. Messages to a room that has ended are not stored, for
-    as long as a message would be stored.
+    Messages to a room before its first member joins are stored. After a room has ended, messages to it are not stored
+    for `max_age` seconds.
 
     Args:
         max_messages: Messages per room; 0 stores nothing.

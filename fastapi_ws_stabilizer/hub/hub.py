@@ -30,7 +30,7 @@ M = TypeVar("M", bound=Recipient)
 _NOT_QUEUED = (EnqueueResult.DROPPED, EnqueueResult.SKIPPED, EnqueueResult.CLOSED)
 
 SMALL_ROOM: Final = 64
-"""Recipients up to which a room is not divided into groups."""
+"""Maximum number of recipients for which a room is not divided into groups."""
 
 _DELIBERATE = frozenset({DisconnectReason.COMPLETED, DisconnectReason.APPLICATION, DisconnectReason.POLICY})
 """Causes after which no client is expected back, because this side ended the connection deliberately."""
@@ -143,7 +143,7 @@ class Hub(Generic[M]):
             yield [recipient.outbox for recipient in members[start : start + size]]
 
     async def send_to_client(self, client_id: str, frame: EncodedMessage) -> bool:
-        """Queue a frame for all connections and sessions of a client; return whether one took it.
+        """Queue a frame for all connections and sessions of a client; return whether at least one accepted it.
 
         Raises:
             MessageEncodeError: The frame is larger than some clients accept.

@@ -21,7 +21,7 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.tasks import TaskSet
 
 AT_ONCE: Final = 256
-"""Expired graces, or announcements of one room, that are handled before yielding to the event loop."""
+"""Number of expired grace periods, or announcements of one room, that are handled before yielding to the event loop."""
 
 BLOCK: Final = 64
 """Entries per block. Presence lists share or renew the states of a block together."""
@@ -150,7 +150,7 @@ class _Entry:
         self.connections: set[str] = set()
         self.since = since
         self.until: float | None = None  # time at which the client left
-        self.expected_until = 0.0  # end of the grace of a connection that broke
+        self.expected_until = 0.0  # end of the grace period after a lost connection
         self.announced = False
         self.state: _State | None = None
         self.block = room.add(self)

@@ -1,7 +1,7 @@
 """Reaper: closes connections that reach `max_lifetime`, and idle ones.
 
-Platforms cut connections that last for an hour or a day, all at once and without a close frame. The reaper closes each
-connection before that, at its own moment and with a code that says so, so that its client reconnects smoothly.
+Some platforms cut all connections after an hour or a day, without a close frame. The reaper closes each connection
+earlier, at a different time and with a close code, so that its client reconnects smoothly.
 """
 
 from __future__ import annotations

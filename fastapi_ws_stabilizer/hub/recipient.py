@@ -37,7 +37,7 @@ class Recipient(Evictable, Protocol):
 
     @property
     def reading_paused(self) -> bool:
-        """Whether the server, not the client, is the reason that nothing is received."""
+        """Whether the server has paused reading, so that nothing is received."""
 
     @property
     def context(self) -> contextvars.Context | None:
@@ -58,16 +58,16 @@ class Recipient(Evictable, Protocol):
         """Whether messages wait to be sent, so that a ping behind them cannot be answered yet."""
 
     def unsent_bytes(self) -> int | None:
-        """Bytes that were written but not acknowledged by the client's machine; `None` if unknown."""
+        """Bytes that were written but not acknowledged by the client's TCP stack; `None` if unknown."""
 
     def send_progress(self) -> int | None:
-        """Number that grows when the client's machine takes bytes; `None` if unknown."""
+        """Number that increases as the client's TCP stack accepts bytes; `None` if unknown."""
 
     def seconds_since_received(self) -> float | None:
         """Seconds since bytes last arrived, even part of a message; `None` if unknown."""
 
     def consume_activity(self) -> bool:
-        """Whether a message went in either direction since the last call."""
+        """Whether a message was sent or received since the last call."""
 
     def request_drain(self, after: float, within: float, why: DisconnectReason) -> bool:
         """Ask the client to leave and reconnect; `False` if it cannot be asked.

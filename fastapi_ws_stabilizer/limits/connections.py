@@ -31,7 +31,7 @@ PENDING_FRACTION: Final = 0.1
 """Fraction of `max_connections` that may be reserved above it until the clients are identified."""
 
 MAX_ADDRESSES: Final = 65_536
-"""Addresses with a handshake rate that are remembered."""
+"""Maximum number of remembered addresses with a handshake rate."""
 
 
 class _Released:
@@ -204,8 +204,8 @@ class ConnectionLimiter:
             now: Time on the monotonic clock.
 
         Raises:
-            ConnectionLimitExceededError: The server is full, also of unconfirmed reservations, or handshakes exceed the
-                rate.
+            ConnectionLimitExceededError: The server is full, including unconfirmed reservations, or handshakes exceed
+                the rate.
             TooManyConnectionsError: The address has too many connections, or its handshakes exceed the rate.
         """
         if not self._enabled:

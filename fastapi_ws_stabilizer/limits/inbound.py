@@ -21,13 +21,13 @@ from typing import Final, NamedTuple
 from fastapi_ws_stabilizer.limits.rates import KeyedTokenBuckets, Rate
 
 MAX_REMEMBERED: Final = 65_536
-"""Clients, and connections, with a stored bucket that is not full."""
+"""Maximum number of clients, and of connections, with a stored bucket."""
 
 IN_FLIGHT: Final = 512
-"""Messages that a client may have sent before it gets the rejection of the first one."""
+"""Maximum number of messages that a client has in flight when the first one is rejected."""
 
 IN_FLIGHT_BYTES: Final = 1024 * 1024
-"""Bytes of these messages: the default buffer of the client of this library."""
+"""Maximum bytes of these messages, equal to the default buffer of this library's client."""
 
 MAX_RETRY_DELAY: Final = 60.0
 """Maximum seconds that a disconnected client is asked to wait, unless its message needs longer."""
@@ -37,8 +37,8 @@ class RateExceeded(NamedTuple):
     """Rejection of a message.
 
     Attributes:
-        retry_after: Seconds after which to retry. After a disconnect they last until the buckets are full, because the
-            client's remaining messages would otherwise disconnect it again.
+        retry_after: Seconds after which to retry. With `disconnect`, the delay lets the buckets refill. Otherwise the
+            client's remaining messages cause another disconnect.
         disconnect: Whether to close the connection, because too many messages were rejected.
         option: Name of the option with the limit.
         message_type: Message type that the limit applies to, if it is limited to one.
@@ -92,8 +92,8 @@ class KeyedRateLimiter:
         wait = self._allowed.take(client_id, cost, now)
         if not wait:
             return None
-        # The bucket has room for two at least. With room for one, a client with one rejection per message interval
-        # would be disconnected as soon as it is a moment early.
+        # Capping the cost at half the burst always allows two rejections. With one, a client that sends slightly early
+        # would be disconnected.
         disconnect = bool(self._refused.take(connection_id, min(cost, self._burst / 2), now))
         return RateExceeded(
             max(wait, self._full_after) if disconnect else wait, disconnect, self._option, self._message_type

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Final
 
 MIN_WAIT: Final = 1e-6
-"""Seconds. A smaller shortage is granted as a debt, because it may be a rounding error. A client that waited exactly as
-long as it was asked to would otherwise be rejected again."""
+"""Shortage, in seconds of refill, below which tokens are granted as debt, because it may be a rounding error. A client
+that waited exactly as long as it was asked to would otherwise be rejected again."""
 
 PURGED_PER_CALL: Final = 2
-"""Buckets that each use of a table checks and perhaps removes. A use adds one at most, so the table shrinks."""
+"""Number of buckets that each call checks, and removes if they are full. A call adds at most one, so the table
+shrinks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +41,13 @@ class Rate:
 class TokenBucket:
     """Token bucket of one sender. A new bucket is full.
 
-    Each use passes the rate, so that a bucket is small. Time that goes backwards changes nothing.
+    The caller passes the rate to each call, which keeps a bucket small. Time that goes backwards changes nothing.
     """
 
     __slots__ = ("_at", "_missing")
 
     def __init__(self) -> None:
-        self._missing = 0.0  # below a full bucket; above `burst` it is a debt
+        self._missing = 0.0  # tokens missing from a full bucket; more than `burst` is a debt
         self._at = -math.inf
 
     def take(self, rate: Rate, cost: float, now: float) -> float:
@@ -103,9 +104,9 @@ class TokenBucket:
 class KeyedTokenBuckets:
     """Token buckets of many senders. Full ones are removed.
 
-    There is no timer: each use checks the least recently used buckets. A full bucket behind one that is not full waits
-    for it, at most for the seconds in which an empty bucket fills. So no bucket is removed too early as long as at most
-    `max_keys` senders arrive within these seconds.
+    There is no timer: each use checks the least recently used buckets. A full bucket stays until the bucket before it
+    has refilled, at most `burst / per_second` seconds. So no bucket is removed too early as long as at most `max_keys`
+    senders arrive within that time.
 
     Args:
         rate: Rate of each sender.
@@ -120,8 +121,8 @@ class KeyedTokenBuckets:
             raise ValueError(f"max_keys must be at least 1, not {max_keys}")
         self._rate = rate
         self._max_keys = max_keys
-        # The least recently used one comes first. A plain dict would search for it behind all that were removed before
-        # it.
+        # The least recently used one comes first. In a plain dict, finding the first key after many deletions takes
+        # linear time.
         self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
 
     def __len__(self) -> int:
@@ -165,7 +166,7 @@ class RetryQueue:
     def __init__(self, per_second: float, max_keys: int = 1) -> None:
         self._step = 1 / per_second
         self._max_keys = max_keys
-        self._free: OrderedDict[str, float] = OrderedDict()  # time from which on no retry is scheduled
+        self._free: OrderedDict[str, float] = OrderedDict()  # time after the last scheduled retry
 
     def __len__(self) -> int:
         """Number of queues."""

@@ -13,7 +13,8 @@ others. Connected clients come last, by policy:
 
 A client that holds no memory is not in the order, because its eviction would free nothing. The order is a heap that is
 corrected when it is read. A message only changes the client's `moment`, and a client found to hold nothing leaves the
-heap until `on_nonzero` is called for it. So the cost of a read is proportional to what happened since the last one.
+heap until `on_nonzero` is called for it. So the cost of a read is proportional to the number of changes since the last
+read.
 """
 
 from __future__ import annotations

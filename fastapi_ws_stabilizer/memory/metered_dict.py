@@ -19,7 +19,7 @@ _NOTHING: Final = (0, 0)
 
 
 class MeteredDict(dict[str, Any]):
-    """Dict that knows how much memory it holds, and rejects writes above the limit.
+    """Dict that measures its memory, and rejects writes above the limit.
 
     Values are measured deeply when they are written. Growth inside a value is found by the next measurement, after
     `memory_check_interval`. A rejected write changes nothing. At most `MAX_OBJECTS` objects of the whole dict are

@@ -16,7 +16,7 @@ OriginProblem = Literal["missing", "null", "malformed", "several", "foreign"]
 """Reason for the rejection of an origin."""
 
 MAX_ORIGIN_CHARS: Final = 512
-"""Characters from which on an origin is malformed, so that no regular expression of an application gets it."""
+"""Length in characters from which an origin is rejected before an application regex sees it."""
 
 MAX_HOST_CHARS: Final = 253
 
@@ -52,13 +52,13 @@ class OriginPolicy:
     - `"https://*.example.com"`: every host below `example.com`, at any depth, but not `example.com` itself.
     - A `re.Pattern`, or a string that begins with `^`. It must match the whole origin, as received or in normal form:
       lower case, no default port, no dot at the end of the host, and an international name as `xn--`. Some devices
-      append a path, which only a pattern matches. A pattern that takes exponential time on 511 characters takes it
-      here, too.
+      append a path, which only a pattern matches. Avoid catastrophic backtracking: the input can have 511 characters.
     - `"*"`: every client, whatever its Origin header is.
-    - `"null"`: pages without an origin. A sandboxed frame of any page is one, so this accepts all pages.
+    - `"null"`: pages without an origin. Any page can create a sandboxed frame without one, so this accepts all pages.
 
-    The same-origin rule trusts the Host header. A page with a name that was rebound to the server's address sends that
-    name as Host. Starlette's `TrustedHostMiddleware` protects a server in a private network against that.
+    The same-origin rule trusts the Host header. In a DNS rebinding attack, the attacker's name resolves to this server,
+    and the browser sends that name as Host. Starlette's `TrustedHostMiddleware` protects a server in a private network
+    against that.
 
     Args:
         allowed: The list; `None` is the same as an empty list.
@@ -246,7 +246,10 @@ def _parse_entry(entry: str) -> tuple[bool, _Origin]:
 
 
 def _is_domain(host: str) -> bool:
-    """Whether one owner can have all hosts below. A top-level domain and an IP address are not accepted."""
+    """Whether a single owner can control all hosts below it.
+
+    A top-level domain and an IP address are not accepted.
+    """
     return host == "localhost" or ("." in host and host[0] != "[" and not host.rpartition(".")[2].isdecimal())
 
 

@@ -15,7 +15,7 @@ MAX_HOPS: Final = 64
 """Entries of X-Forwarded-For that are read, from the right."""
 
 MAX_ADDRESS_CHARS: Final = 64
-"""Characters above which a string is not an address, with or without a port."""
+"""Maximum length of an address in characters, with or without a port."""
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -29,8 +29,8 @@ class TrustedProxies:
     Args:
         entries: IP addresses; networks, as in `10.0.0.0/8`; `"unix"` for a peer without an address; or `"*"` for every
             peer, on a server that only its proxy can reach. With `"*"` the first entry of X-Forwarded-For is the
-            client. Most proxies append to the header that they receive, and then the client has written that entry
-            itself. It can claim any number of addresses, and no limit by address is effective.
+            client. Most proxies append to the header that they receive. The client can then forge that entry and evade
+            every limit by address.
 
     Raises:
         ValueError: An entry is none of these. The message says what to write.
@@ -42,7 +42,7 @@ class TrustedProxies:
         self._trusts_all = ANY_ADDRESS in entries
         self._unix = UNIX in entries
         networks = [_network(entry) for entry in entries if entry not in (ANY_ADDRESS, UNIX)]
-        # Checked at each handshake, against lists of clouds with dozens of networks: one set per prefix length.
+        # One set per prefix length, because each handshake is checked, and lists of clouds have dozens of networks.
         self._texts = frozenset(str(one.network_address) for one in networks if one.prefixlen == one.max_prefixlen)
         self._prefixes: dict[tuple[int, int], set[int]] = {}  # IP version, bits behind the prefix → prefixes
         for one in networks:

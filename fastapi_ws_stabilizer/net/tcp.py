@@ -1,9 +1,9 @@
 """TCP statistics of the operating system for a connection, read from its transport.
 
 A transport reports the bytes that it still holds, but not those that the kernel holds. Linux counts, for each
-connection, the bytes that the other machine has acknowledged and the bytes received from it. Each function returns
-`None` if the system does not report this: another system, a Unix socket, a closed transport or one without a socket, or
-a sandbox that fills the result with zeros.
+connection, the bytes that the peer has acknowledged and the bytes received from it. Each function returns `None` if the
+system does not report this: another system, a Unix socket, a closed transport or one without a socket, or a sandbox
+that fills the result with zeros.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _bytes: Final = struct.Struct("=120xQQ").unpack_from  # tcpi_bytes_acked, tcpi_b
 
 
 def unacknowledged_bytes(transport: Any) -> int | None:
-    """Return the bytes in the kernel's queue that the other machine has not acknowledged."""
+    """Return the bytes in the kernel's queue that the peer has not acknowledged."""
     if sys.platform != "linux":
         return None
     try:
@@ -45,13 +45,13 @@ def unflushed_bytes(transport: Any) -> int | None:
 
 
 def unsent_bytes(transport: Any) -> int | None:
-    """Return the bytes that were written but not acknowledged by the other machine, as far as known."""
+    """Return the bytes that were written but not acknowledged by the peer, as far as the system reports them."""
     unflushed = unflushed_bytes(transport)
     return None if unflushed is None else unflushed + (unacknowledged_bytes(transport) or 0)
 
 
 def progress(transport: Any) -> int | None:
-    """Return a number that has grown if the other machine took bytes since the last call.
+    """Return a number that increases as the peer acknowledges bytes.
 
     On Linux it is the number of acknowledged bytes. Elsewhere it is the negative of the bytes that the transport holds,
     which grows only while nothing more is written.

@@ -18,13 +18,14 @@ PART_OF_IDLE: Final = 0.4
 """Fraction of an idle timeout between two heartbeats. If one is lost, the next still arrives in time."""
 
 PART_OF_GRACE: Final = 1 / 3
-"""Fraction of a grace for the closes of a drain. The rest is for hooks, endpoints and the server."""
+"""Fraction of the grace period over which a drain spreads its closes. The rest is for hooks, endpoints and the
+server."""
 
 PART_OF_GRACE_FOR_ALL: Final = 2 / 3
-"""Fraction of a grace for the whole drain, unless that leaves too little for what follows."""
+"""Fraction of the grace period for the whole drain, unless that leaves too little for the rest."""
 
 MARGIN_PART: Final = 1 / 6
-"""Fraction of a grace that is reserved before SIGKILL, at most `MAX_MARGIN`."""
+"""Fraction of the grace period that is reserved before SIGKILL, at most `MAX_MARGIN`."""
 
 MAX_MARGIN: Final = 5.0
 """Maximum reserve in seconds."""
@@ -51,7 +52,7 @@ def hop(name: str, **values: float | None) -> Platform:
         values: Its `idle_timeout`, `max_lifetime` and `grace`, in seconds; `None` means no limit.
 
     Raises:
-        UnknownPlatformError: No facts are known about the platform.
+        UnknownPlatformError: The platform is unknown.
         UnsupportedPlatformError: The platform cannot hold sockets.
         ValueError: A platform has no such value, or it is not above zero.
     """
@@ -71,7 +72,7 @@ def resolve_hops(*names: str | Platform) -> tuple[Platform, ...]:
         names: Names of platforms (in any case, with `-` or `_`), or results of `hop`.
 
     Raises:
-        UnknownPlatformError: No facts are known about a platform.
+        UnknownPlatformError: A platform is unknown.
         UnsupportedPlatformError: A platform cannot hold sockets.
         ValueError: There are no names.
     """
@@ -95,7 +96,7 @@ def resolve_hops(*names: str | Platform) -> tuple[Platform, ...]:
 def derive_options(path: Iterable[Platform], most: Mapping[str, float]) -> dict[str, float]:
     """Return the options that fit the smallest values of a path.
 
-    Options without a value of any hop are left out.
+    Options for which no hop has a value are omitted.
 
     Args:
         path: The hops; their order does not matter.
@@ -119,7 +120,7 @@ def derive_options(path: Iterable[Platform], most: Mapping[str, float]) -> dict[
 
 
 def margin(grace: float) -> float:
-    """Return the seconds of a grace that a shutdown reserves before SIGKILL."""
+    """Return the seconds of a grace period that a shutdown reserves before SIGKILL."""
     return min(MAX_MARGIN, grace * MARGIN_PART)
 
 

@@ -14,7 +14,7 @@ from fastapi_ws_stabilizer.queueing import EnqueueResult
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 
 MAX_EXPECTED: Final = 100_000
-"""Clients with a reconnect token that are remembered. The client that got its token first is forgotten first."""
+"""Maximum number of remembered clients with a reconnect token. The client with the oldest token is forgotten first."""
 
 
 @dataclass(eq=False)
@@ -100,7 +100,7 @@ class DetachedState:
         """Do nothing: nothing is queued."""
 
     def lingers(self) -> bool:
-        """Whether messages wait that the network may take: never."""
+        """Whether messages wait that the network may accept: never."""
         return False
 
     def is_backpressured(self) -> bool:

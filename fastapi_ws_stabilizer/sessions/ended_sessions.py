@@ -44,8 +44,8 @@ class EndedSessions:
 
         If `client_id` is `None`, the key alone proves the ownership.
 
-        A code after which clients reconnect answers one attempt. A code after which they must not reconnect answers
-        every attempt.
+        A close info with a code after which clients reconnect is returned once. With a code after which they must not
+        reconnect, it is returned on every attempt.
         """
         self._collect()
         _, owner, close_info = self._close_infos.get(key, (0.0, "", None))

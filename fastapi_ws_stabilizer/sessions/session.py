@@ -67,10 +67,10 @@ class Outlet(Protocol):
         """Queue and send a frame at once on the fast path; `False` if the slow path has to decide."""
 
     def flush(self) -> None:
-        """Send what is queued now, as far as the network takes it."""
+        """Send queued messages now, as far as the network accepts them."""
 
     def lingers(self) -> bool:
-        """Whether messages wait that the network may take in the next event loop iteration."""
+        """Whether messages wait that the network may accept in the next event loop iteration."""
 
     def is_backpressured(self) -> bool:
         """Whether more than half of it is used while the client seems to read."""
@@ -113,7 +113,7 @@ class Session(ReplayBuffer):
     It is a subclass of the buffer, because a broadcast then touches one object per session.
 
     Attributes:
-        connection_id: Session id, by which the hub knows it. No connection has the same id.
+        connection_id: Session id, which the hub uses in place of a connection id. No connection has the same id.
         client_id: Client that owns it.
         shard: Its shard in the hub.
         shard_index: Its index in that shard.
@@ -121,7 +121,7 @@ class Session(ReplayBuffer):
         previous_connection: Last connection that took the session over, until its teardown is complete.
         socket: Socket of its last connection, for user code.
         accepted: Number of the last message from the client that was accepted.
-        last_attempt: Highest dial counter that its client has presented.
+        last_attempt: Highest attempt number that its client has sent.
         instance: Id that distinguishes instances of one client, if the client sends one.
         epoch: Number of rewinds; a token of an older epoch does not prove which messages the client has.
         user_data: User data of the application, the same over all connections.
@@ -231,7 +231,7 @@ class Session(ReplayBuffer):
         return EnqueueResult.QUEUED
 
     def offer_now(self, frame: EncodedMessage) -> EnqueueResult:
-        """Offer a frame and send it at once as far as the network takes it.
+        """Offer a frame and send it at once, as far as the network accepts it.
 
         The caller may compute for long afterwards without yielding to the event loop.
         """
@@ -277,7 +277,7 @@ class Session(ReplayBuffer):
             self._target.flush()
 
     def lingers(self) -> bool:
-        """Whether messages wait that the network may take in the next event loop iteration."""
+        """Whether messages wait that the network may accept in the next event loop iteration."""
         return self._target is not None and self._target.lingers()
 
     def is_backpressured(self) -> bool:
@@ -436,7 +436,7 @@ class Session(ReplayBuffer):
         return found[1]
 
     def confirm(self) -> None:
-        """Confirm the token of the last welcome: the client has sent a frame since."""
+        """Confirm the token of the last welcome, because the client has since sent a frame."""
         self._confirmed = self._issued
 
     # ── attaching and detaching ──
@@ -445,7 +445,7 @@ class Session(ReplayBuffer):
         """Attach a new connection, which begins with `welcome` and the messages after number `seq`.
 
         Returns:
-            The previous connection, which must be closed now. The session ignores what it still receives.
+            The previous connection, which must be closed now. The session ignores its later frames.
         """
         previous, self.connection = self.connection, connection
         self._limits.budget.attach(self)

@@ -30,7 +30,7 @@ MAX_DETACHED_PER_CLIENT: Final = 16
 
 
 class StaleAttemptError(Exception):
-    """A dial that its client has given up arrived late, and a newer one has the session."""
+    """A stale connection attempt arrived after a newer one took the session."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class SessionStore:
         return self._by_id.get(session_id)
 
     def detached_of(self, client_id: str) -> list[Session]:
-        """Return the detached sessions of a client, the one that detached first comes first."""
+        """Return the detached sessions of a client, in the order in which they detached."""
         return list(self._detached_of.get(client_id, {}).values())
 
     # ── resuming ──
@@ -134,11 +134,11 @@ class SessionStore:
         return session
 
     def ended_by_application(self, hello: Hello, client_id: str | None) -> CloseInfo | None:
-        """Return the close info of a session that the application ended; `None` if it did not end it.
+        """Return the close info of a session that the application ended; `None` if there is none.
 
         Args:
             hello: Hello of the client.
-            client_id: Client id; `None` if only the ended session would know it. The token is then the proof.
+            client_id: Client id; `None` if only the ended session has it. The token is then the proof.
         """
         return None if hello.token is None else self._ended_by_application.find(hello.token, client_id)
 
@@ -156,7 +156,7 @@ class SessionStore:
             client_id: Client id, authenticated again.
 
         Raises:
-            StaleAttemptError: The same client has dialled again since.
+            StaleAttemptError: The same client has since made a newer attempt.
         """
         if hello.token is None:
             return self._fresh(client_id, hello, ResumeOutcome.NONE, None)
@@ -165,8 +165,8 @@ class SessionStore:
             denied = session.knows(hello.token.partition(".")[2])
             return self._fresh(client_id, hello, ResumeOutcome.LOST, "denied" if denied else "unknown")
         if session is not None and hello.attempt <= session.last_attempt:
-            # Before the token check: the newer dial may have consumed the token, and a new session in its stead would
-            # end the client's current one.
+            # Before the token check: the newer attempt may have consumed the token, and a replacement session would end
+            # the client's current one.
             raise StaleAttemptError
         epoch = None if session is None else session.present(hello.token.partition(".")[2])
         if session is None or epoch is None:

@@ -1,8 +1,8 @@
 """Drain of a manager: reject new connections, and spread the closes of the open ones over a window.
 
 Closing thousands of connections at once would make all clients reconnect at once, to a server that has just started. So
-each connection gets its own time. A `stabilizer.v1.json` client leaves at that time, and the server closes a plain
-client then.
+each connection gets its own time. A `stabilizer.v1.json` client leaves at that time. The server closes the connection
+of a plain client then.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CLOSE_WINDOW_FRACTION: Final = 0.6
 """Maximum fraction of the timeout over which closes are spread. The rest is for hooks and slow clients."""
 
 POLL_INTERVAL: Final = 0.25
-"""Seconds between two checks for clients that take nothing."""
+"""Seconds between two checks for clients that do not read."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class ShutdownReport:
         closed_count: Connections that ended in time: close frame sent, hooks run, endpoint finished.
         failed_count: Connections that did not end in time and were aborted.
         duration_seconds: Duration in seconds.
-        forced_count: Connections that were aborted because their client took nothing or the time had passed.
+        forced_count: Connections that were aborted because their client read nothing or the timeout expired.
         resumable_count: Sessions that clients could resume at the end. They are in the memory of this process, and end
             with it.
     """
@@ -217,7 +217,7 @@ class Drain:
             await wait_for_first([connection.closing, self._woken], wait)
 
     async def _wait_for_close_handshakes(self, closed: list[Connection]) -> list[Connection]:
-        """Wait for the end of closed connections. Abort those to clients that take nothing, and return these."""
+        """Wait for the end of closed connections. Abort and return those of clients that do not read."""
         waiting, forced = closed, []
         while waiting := [connection for connection in waiting if not connection.is_finished]:
             if self._remaining_seconds <= 0 or self._cancelled:

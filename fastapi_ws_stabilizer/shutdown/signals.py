@@ -21,8 +21,8 @@ STILL_RUNNING_DELAY: Final = 5.0
 """Seconds after a signal was passed on. If the lifespan has not ended by then, a warning is logged."""
 
 DUPLICATE_SIGNAL_WINDOW: Final = 0.5
-"""Seconds in which a second signal counts as the first one. The process group gets a signal, and then the master of a
-server passes it on to its workers."""
+"""Seconds in which a second signal counts as the first one. Ctrl+C signals the whole process group, and the master
+process may forward the signal again."""
 
 Handler = Any
 """Return value of `signal.getsignal`: a function, a constant, or `None` for a handler outside Python."""
@@ -59,7 +59,10 @@ class SignalHandler:
             self._timer = None
 
     def listen(self) -> None:
-        """Replace the signal handlers. Works only in the main thread, and if the previous handler is callable."""
+        """Replace the signal handlers.
+
+        This has no effect outside the main thread, or for a signal with a previous handler that is not callable.
+        """
         self._loop = asyncio.get_running_loop()
         self._stop_timer()
         self._context = contextvars.copy_context()  # not the context of the code that a signal interrupts
@@ -67,7 +70,7 @@ class SignalHandler:
         if threading.current_thread() is threading.main_thread():
             for number in HANDLED_SIGNALS:
                 previous = signal.getsignal(number)
-                # A known number means that another library has wrapped our handler since an earlier start.
+                # If the number is already stored, another library has wrapped our handler since an earlier start.
                 if number not in self._previous and callable(previous):
                     self._previous[number] = previous
                     signal.signal(number, self._on_signal)

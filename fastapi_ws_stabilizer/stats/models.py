@@ -8,7 +8,7 @@ from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 
 
 class StatsSummary(BaseModel):
-    """What a manager holds now and has counted since it was created."""
+    """Current totals of a manager, and its counters since it was created."""
 
     # A test keeps these descriptions equal to the help of the Prometheus metrics.
     connections: int = Field(description="Open connections.")
@@ -31,7 +31,7 @@ class StatsSummary(BaseModel):
     messages_coalesced: int = Field(
         description="Queued messages replaced by a newer message with the same coalesce_key."
     )
-    slow_clients: dict[str, int] = Field(description="Times that a client became slow, by how slow.")
+    slow_clients: dict[str, int] = Field(description="Slow consumer events, by state.")
     rooms: int = Field(description="Rooms that have a client, connected or detached.")
     sessions: int = Field(description="Sessions of stabilizer.v1.json clients, with or without a connection.")
     sessions_away: int = Field(description="Sessions without a connection, which a client can resume.")

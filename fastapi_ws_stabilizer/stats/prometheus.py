@@ -33,8 +33,8 @@ class MetricsCollector(Collector):
     ```
 
     The two histograms need `WebSocketConfig(enable_metrics=True)`; all other metrics work without it. A scrape visits
-    every open connection once, to add up the queues. A registry takes one collector of this class, because the metrics
-    have no label that tells two managers apart.
+    every open connection once, to add up the queues. A registry accepts one collector of this class, because the
+    metrics have no label that distinguishes two managers.
 
     A collector reports its own process only. With several worker processes, each scrape reaches one of them, so give
     each worker its own address. The multiprocess mode of `prometheus_client` does not support custom collectors.
@@ -117,7 +117,7 @@ class MetricsCollector(Collector):
         )
         yield _labelled_counter(
             "fastapi_ws_slow_clients_total",
-            "Times that a client became slow, by how slow.",
+            "Slow consumer events, by state.",
             "how",
             {**_SLOW_CLIENTS, **counters.slow_clients},
         )
@@ -198,7 +198,7 @@ def render_metrics(manager: WebSocketConnectionManager, accept: str = "") -> tup
     return encode(MetricsCollector(manager)), content_type
 
 
-# A series that begins at 0 shows its first event as an increase; one that begins at 1 does not.
+# Start each series at 0, so that `increase()` counts the first event.
 _SLOW_CLIENTS = {how.value: 0 for how in SlowConsumer}
 _ENDINGS = {reason.value: 0 for reason in DisconnectReason}
 

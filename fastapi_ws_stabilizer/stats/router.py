@@ -68,7 +68,7 @@ stats_router: APIRouter = APIRouter(tags=["websocket stats"])
 
 @stats_router.get("/", summary="Totals")
 async def overview(manager: Manager) -> StatsSummary:
-    """Return what the manager holds now and has counted since it was created."""
+    """Return the current totals of the manager, and its counters since it was created."""
     return overview_of(manager)
 
 

@@ -45,7 +45,7 @@ def check_size(frame: EncodedMessage) -> None:
 def to_deflated(frame: EncodedMessage) -> EncodedMessage:
     """Return the v1 frame for clients that accept compressed frames.
 
-    It is created once for all of them. Without a benefit from compression it is the uncompressed frame.
+    It is created once for all of them. If compression does not make it smaller, this is the uncompressed frame.
     """
     if frame.deflated is None:
         packed = None if frame.text is None else deflated(frame.text)

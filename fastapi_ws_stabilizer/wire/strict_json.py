@@ -1,4 +1,4 @@
-"""Strict JSON parser for everything that the other side sends, with limits on depth and numbers.
+"""Strict JSON parser for everything that the peer sends, with limits on depth and numbers.
 
 The server checks its own messages against similar limits (`check_sent`), so that every client can read them.
 
@@ -95,7 +95,7 @@ def read_json(text: str | bytes, max_depth: int = MAX_DEPTH) -> Any:
 
 
 def check_json(text: str | bytes) -> None:
-    """Raise if `read_json` rejects a text that pydantic's validation of the same text accepts.
+    """Apply the limits of `read_json` that pydantic does not enforce.
 
     Raises:
         InvalidJsonError: As for `read_json`. Invalid JSON may pass, because pydantic rejects it.
@@ -133,7 +133,7 @@ def check_sent(text: bytes, max_depth: int = MAX_SENT_DEPTH) -> None:
 
 
 def _has_many(text: bytes, bracket: bytes) -> bool:
-    """Return whether a text has so many brackets of one kind that it may be too deep.
+    """Return whether a text has enough brackets of one kind to exceed the maximum depth.
 
     It is fast if there are few brackets: `split` searches by machine words, `count` by bytes.
     """
@@ -200,9 +200,8 @@ def _has_many_levels(text: str) -> bool:
 def _check_depth(value: Any, max_depth: int) -> None:
     """Raise if a value is nested too deep.
 
-    The garbage collector knows the references between containers. It does not track dicts without containers, or values
-    that are no containers. Asking it takes a fraction of the parse time, but a look at each value takes twice the parse
-    time.
+    Only values that the garbage collector tracks are visited, for a fraction of the parse time. It tracks containers,
+    except dicts that hold no container. Visiting every value takes twice the parse time.
     """
     level: list[Any] = [value]
     for _ in range(max_depth - 1):

@@ -1,7 +1,7 @@
 """permessage-deflate for `StableWebSocketProtocol`, without context takeover.
 
-The `websockets` library negotiates. But its inflater stops at a block that is marked as final, and silently truncates
-the message. RFC 7692 section 7.2.3.4 allows such blocks, and further blocks after them.
+The `websockets` library negotiates the extension, but its inflater stops at a final block (BFINAL) and silently
+truncates the message. RFC 7692 section 7.2.3.4 allows such blocks, and further blocks after them.
 """
 
 from __future__ import annotations

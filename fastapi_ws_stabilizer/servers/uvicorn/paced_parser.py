@@ -1,6 +1,6 @@
 """Parser in slices for `StableWebSocketProtocol`.
 
-A full inbox stops it, and a flood of data does not block the event loop.
+The parser stops while the inbox is full, and yields to the event loop during a flood of data.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ CLOSE_GRACE: Final = 2.0
 """Seconds in which a client that violated the protocol can read the close frame before its connection is cut."""
 
 MAX_PARSED_AT_ONCE: Final = 2048
-"""Bytes that are parsed without a check of the inbox. Compressed bytes may inflate to a thousand times as many, others
-may contain some hundred frames."""
+"""Bytes that are parsed without a check of the inbox. Compressed bytes may inflate a thousandfold, and uncompressed
+bytes may contain a few hundred frames."""
 
 PARSE_SLICE: Final = 0.002
 """Seconds after which the parser yields to the event loop."""
@@ -26,7 +26,7 @@ FAST_PARSE: Final = 0.0002
 """Maximum parse time in seconds of a piece with few frames. The next piece is then twice as large."""
 
 MAX_QUICK_PIECE: Final = 16 * 1024
-"""Maximum size of such a piece in bytes. It may contain many small frames after all."""
+"""Maximum size of such a piece in bytes. It is limited, because the piece may still contain many small frames."""
 
 MAX_AFTER_END: Final = 4 * 1024
 """Bytes that are searched for the client's close frame after the server has ended the connection. Later bytes are a
@@ -84,7 +84,7 @@ class PacedParser(WebSocketsSansIOProtocol):
                 self.start_keepalive()
 
     def read(self, data: bytes) -> None:
-        """Process received bytes for the receiver. Hot path: almost always they are few."""
+        """Process received bytes for the receiver. Hot path: `data` is nearly always small."""
         if self.discarding:
             self._discard()
         elif self.unparsed or len(data) > MAX_PARSED_AT_ONCE:
@@ -97,7 +97,7 @@ class PacedParser(WebSocketsSansIOProtocol):
     def _should_parse(self, size: int) -> bool:
         """Return whether to parse `size` more bytes.
 
-        After the end of the connection they may contain a close frame, if they are few.
+        After the end of the connection, only the first `MAX_AFTER_END` bytes are parsed, to find the close frame.
         """
         if self.sink is None or self.sink.data_received():
             return True

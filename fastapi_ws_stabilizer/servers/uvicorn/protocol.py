@@ -33,8 +33,8 @@ from fastapi_ws_stabilizer.servers.uvicorn.paced_parser import CLOSE_GRACE, Pace
 from fastapi_ws_stabilizer.wire.rfc6455 import CLOSE, PING, frame_bytes
 
 MAX_FRAGMENTS: Final = 1024
-"""Maximum number of separately stored fragments of one message. Nothing else limits it, because fragments may
-be empty."""
+"""Maximum number of separately stored fragments of one message. No size limit covers them, because fragments may be
+empty."""
 
 MAX_CONTROL_BYTES: Final = 125  # RFC 6455 section 5.5
 

@@ -39,10 +39,10 @@ LONG_TYPES: Final = frozenset({"msg", "reply", "auth"})
 _OBJECT_BYTES: Final = 200
 _LIST_BYTES: Final = 72
 _VALUE_BYTES: Final = 48
-"""Memory that an object, a list and a value in one take, in bytes, without their characters."""
+"""Estimated memory of an object, of a list, and of a value in one of them, in bytes, without its characters."""
 
 MAX_STAMP_CHARS: Final = 64
-"""Maximum length of the text that a ping may ask to get back, in characters."""
+"""Maximum length of the text in the `ts` of a ping, in characters. The pong repeats that text."""
 
 ACK_EVERY: Final = 32
 """Maximum number of sequenced frames before the receiver acknowledges."""
@@ -54,7 +54,7 @@ DEFLATE_CAP: Final = "deflate-raw"
 
 RETRY_CAP: Final = "retry"
 """Capability of a client that sends a message again if the server rejects it with `retry`. For other clients the server
-accepts the rejected message, so it is lost."""
+acknowledges the rejected message, so it is lost."""
 
 MAX_SENT_BYTES: Final = 16 * 1024 * 1024
 """Maximum size of a frame that a client accepts, in bytes, compressed or not."""
@@ -153,7 +153,7 @@ def parse(raw: str | bytes, max_inflated: int = 0, max_depth: int = MAX_DEPTH) -
 
 
 def is_numbered(raw: str | bytes) -> bool:
-    """Return whether an unreadable frame of a server has a sequence number, judged by its beginning."""
+    """Guess from its first bytes whether an unparsable server frame has a sequence number."""
     if isinstance(raw, bytes):
         if raw[:1] == _DEFLATED:
             raw = inflated_start(raw[len(_DEFLATED_HEAD) :], _HEAD_BYTES)
@@ -272,7 +272,7 @@ def optional_identifier(frame: dict[str, Any], name: str) -> str | None:
 def ping_timestamp(frame: dict[str, Any]) -> int | float | str | None:
     """Return the `ts` of a ping, which the pong repeats.
 
-    It is a number or a short text, because a stalled connection queues some pongs.
+    It is a number or a text. Its length is limited, because pongs queue up on a stalled connection.
 
     Raises:
         ProtocolError: The field is invalid.

@@ -206,7 +206,7 @@ async def test_send_waiting_on_closing_transport_is_aborted(bench: Any, monkeypa
 
 
 async def test_stalled_close_frame_does_not_block_teardown(bench: Any) -> None:
-    """A client that takes nothing cannot delay the teardown."""
+    """A client that does not read cannot delay the teardown."""
     b = bench(send_timeout=0.03)
     aborted = transport_of(b.server)
     connection, _ = await b.open()

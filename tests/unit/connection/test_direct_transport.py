@@ -464,7 +464,7 @@ async def test_endpoint_send_flushes_earlier_queued_messages(linked: Any, monkey
 
 
 async def test_endpoint_send_waits_in_outbox_while_transport_is_full(linked: Any) -> None:
-    """A client that takes nothing gets no further writes, and queued messages are sent in order when it resumes."""
+    """A client that does not read gets no further writes, and queued messages are sent in order when it resumes."""
     b = await linked()
     b.server.stall()
     for text in ("a", "b"):

@@ -74,7 +74,7 @@ async def test_drain_sends_drain_frame_to_v1_and_1012_to_plain() -> None:
 
 @virtually
 async def test_slow_reader_gets_all_messages_during_drain() -> None:
-    """A client that reads one message in a third of a second gets all; only a client that takes nothing is cut."""
+    """A client that reads one message in a third of a second gets all; only a client that does not read is cut."""
     async with Stage(drain_window=0) as stage:
         line = stage.plain("slow")
         await soon()
