@@ -191,7 +191,7 @@ class WebSocketConfig(BaseModel):
     heartbeat_payload: Any = None
     """Message to send with `heartbeat_type="custom"`, or a function that takes the socket and returns the message."""
     require_pong: Annotated[Literal["auto", True, False], BeforeValidator(_true_false_or_word)] = "auto"
-    """Whether silence closes a connection: `True` always, `False` never, `"auto"` after clients that have pong."""
+    """Whether silence closes a connection: `True` always, `False` never, `"auto"` after the client's first pong."""
 
     # connections
     max_connections: _Count | None = None
