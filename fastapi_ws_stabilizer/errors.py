@@ -117,23 +117,23 @@ class ConnectionLimitExceededError(WebSocketStabilizerError, WebSocketException)
     """The server accepts no further connection: it is full, or handshakes arrive too fast.
 
     Attributes:
-        limit: The option that was reached, such as `max_connections`.
-        most: The value of that option.
+        option: The option that was reached, such as `max_connections`.
+        limit: The value of that option.
         retry_after: Seconds after which the client may try again.
     """
 
     close_code = 4503
     close_text = "the server is full"
 
-    def __init__(self, limit: str, most: float, retry_after: float) -> None:
+    def __init__(self, option: str, limit: float, retry_after: float) -> None:
         text = f"{self.close_text}; retry={math.ceil(retry_after * 1000)}"
         WebSocketException.__init__(self, self.close_code, text)
+        self.option = option
         self.limit = limit
-        self.most = most
         self.retry_after = retry_after
 
     def __str__(self) -> str:
-        return f"the server accepts no more connections: {self.limit} is {self.most}"
+        return f"the server accepts no more connections: {self.option} is {self.limit}"
 
 
 class TooManyConnectionsError(ConnectionLimitExceededError):
@@ -288,22 +288,22 @@ class MemoryLimitExceededError(WebSocketStabilizerError):
     """A value would exceed a memory limit. What was stored before is unchanged.
 
     Attributes:
-        limit: The option that was exceeded: `max_memory_per_connection` or `max_total_memory`.
-        most: The value of that option, in bytes.
-        wanted: The bytes that the value would have needed in all.
+        option: The option that was exceeded: `max_memory_per_connection` or `max_total_memory`.
+        limit: The value of that option, in bytes.
+        requested: The bytes that the value would have needed in all.
     """
 
     close_code = 4503
     close_text = "memory limit exceeded"
 
-    def __init__(self, limit: str, most: int, wanted: int) -> None:
-        super().__init__(limit, most, wanted)
+    def __init__(self, option: str, limit: int, requested: int) -> None:
+        super().__init__(option, limit, requested)
+        self.option = option
         self.limit = limit
-        self.most = most
-        self.wanted = wanted
+        self.requested = requested
 
     def __str__(self) -> str:
-        return f"the value needs {self.wanted} bytes in all, but {self.limit} is {self.most}"
+        return f"the value needs {self.requested} bytes in all, but {self.option} is {self.limit}"
 
 
 class RoomLimitError(WebSocketStabilizerError, RuntimeError):

@@ -158,7 +158,7 @@ class Rejector:
             fields["client_id"] = client_id
         kind = f"{close_info.code}"
         if isinstance(error, ConnectionLimitExceededError):
-            kind = fields["option"] = error.limit
+            kind = fields["option"] = error.option
         elif isinstance(error, OriginNotAllowedError):
             fields |= {"option": "allowed_origins", "why": error.problem, "origin": websocket.headers.get("origin", "")}
             fields["host"] = error.host
