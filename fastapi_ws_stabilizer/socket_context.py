@@ -12,7 +12,7 @@ from fastapi import Depends, WebSocket, WebSocketException
 
 from fastapi_ws_stabilizer.auth.credentials import HANDSHAKE_SCOPE_KEY
 from fastapi_ws_stabilizer.connection.connection import Connection
-from fastapi_ws_stabilizer.connection.endpoint import is_bug
+from fastapi_ws_stabilizer.errors import is_bug
 from fastapi_ws_stabilizer.handshake.admission import AdmissionController, Handshake
 from fastapi_ws_stabilizer.handshake.client_id import (
     Moment,

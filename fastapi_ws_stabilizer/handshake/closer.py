@@ -17,12 +17,15 @@ from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection import current
 from fastapi_ws_stabilizer.connection.closing import ClosingConnections
 from fastapi_ws_stabilizer.connection.connection import Connection
-from fastapi_ws_stabilizer.connection.endpoint import EndpointTask, close_info_for, is_bug, root_cause
+from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
 from fastapi_ws_stabilizer.connection.metered import ResidualMemory
 from fastapi_ws_stabilizer.connection.resources import SharedResources
 from fastapi_ws_stabilizer.errors import (
     SocketClosed,
+    close_info_for,
     closed_error_for,
+    is_bug,
+    root_cause,
 )
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handlers.exception_handlers import (

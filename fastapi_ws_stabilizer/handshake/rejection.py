@@ -25,7 +25,6 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import CloseInfo, truncate_reason
 from fastapi_ws_stabilizer.compat.starlette import asgi_callables, mark_handled
 from fastapi_ws_stabilizer.config import RejectPolicy
-from fastapi_ws_stabilizer.connection.endpoint import close_info_for
 from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
 from fastapi_ws_stabilizer.errors import (
     ConnectionLimitExceededError,
@@ -33,6 +32,7 @@ from fastapi_ws_stabilizer.errors import (
     ShutdownError,
     TooManyConnectionsError,
     WebSocketStabilizerError,
+    close_info_for,
 )
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handlers.exception_handlers import handler_of
