@@ -1,8 +1,8 @@
 """Answers to rejected handshakes.
 
-A browser exposes neither the status nor the body of a failed handshake. The page sees 1006 and reconnects forever with
-the same invalid token. So the server accepts the WebSocket of a browser and closes it with a code that says why, unless
-that would be too expensive or too many browsers are rejected. All other clients get the HTTP answer.
+`RejectPolicy` describes the choice between an HTTP status and a close code. A rejection can get an HTTP
+status where the policy says a close code: see `ACCEPT_TO_CLOSE_RATE`, `CLOSE_CODE_INTERVAL`, `_closes` and
+`_is_http_only`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from typing import TypeVar
 
 import pytest
 
@@ -12,46 +14,52 @@ from fastapi_ws_stabilizer.compat.fastapi import find_exit_stack
 from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
 from tests.support.fake_websocket import settle, with_deadline
 
+T = TypeVar("T")
+
+
+async def start_endpoint(
+    on_cancel: Callable[[EndpointTask, asyncio.CancelledError], Awaitable[T]],
+) -> tuple[EndpointTask, asyncio.Task[T]]:
+    """Start an endpoint that waits until it is cancelled, and returns what `on_cancel` returns."""
+
+    async def endpoint() -> T:
+        mine = EndpointTask(cancellable=True)
+        ready.set_result(mine)
+        try:
+            await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError as error:
+            return await on_cancel(mine, error)
+        raise AssertionError("the wait ended without a cancellation")
+
+    ready: asyncio.Future[EndpointTask] = asyncio.get_running_loop().create_future()
+    task = asyncio.ensure_future(endpoint())
+    return await ready, task
+
+
+async def is_own(mine: EndpointTask, error: asyncio.CancelledError) -> bool:
+    """Return whether the library has cancelled the endpoint."""
+    return mine.is_own_cancellation(error)
+
+
 # ── cancellation ──
 
 
 async def test_own_cancellation_can_be_suppressed() -> None:
     """A task that the library has cancelled may continue, and its count of cancellations is correct again."""
 
-    async def endpoint() -> int:
-        mine = EndpointTask(cancellable=True)
-        ready.set_result(mine)
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError as error:
-            ours.append(mine.is_own_cancellation(error))
+    async def go_on(mine: EndpointTask, error: asyncio.CancelledError) -> tuple[bool, int]:
+        ours = mine.is_own_cancellation(error)
         await asyncio.sleep(0)
-        return getattr(asyncio.current_task(), "cancelling", lambda: 0)()
+        return ours, getattr(asyncio.current_task(), "cancelling", lambda: 0)()
 
-    ours: list[bool] = []
-
-    ready: asyncio.Future[EndpointTask] = asyncio.get_running_loop().create_future()
-    task = asyncio.ensure_future(endpoint())
-    (await ready).cancel()
-    assert await with_deadline(task) == 0
-    assert ours == [True]
+    endpoint, task = await start_endpoint(go_on)
+    endpoint.cancel()
+    assert await with_deadline(task) == (True, 0)
 
 
 async def test_foreign_cancellation_propagates() -> None:
     """A task that other code cancelled continues with its cancellation."""
-
-    async def endpoint() -> bool:
-        mine = EndpointTask(cancellable=True)
-        ready.set_result(mine)
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError as error:
-            return mine.is_own_cancellation(error)
-        return True
-
-    ready: asyncio.Future[EndpointTask] = asyncio.get_running_loop().create_future()
-    task = asyncio.ensure_future(endpoint())
-    await ready
+    _, task = await start_endpoint(is_own)
     task.cancel("server stops")
     assert await with_deadline(task) is False
 
@@ -59,19 +67,8 @@ async def test_foreign_cancellation_propagates() -> None:
 @pytest.mark.xfail(sys.version_info < (3, 11), reason="Python 3.10 does not count cancellations")
 async def test_foreign_cancellation_beside_own_propagates() -> None:
     """When both have cancelled the task, the cancellation propagates."""
-
-    async def endpoint() -> bool:
-        mine = EndpointTask(cancellable=True)
-        ready.set_result(mine)
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError as error:
-            return mine.is_own_cancellation(error)
-        return True
-
-    ready: asyncio.Future[EndpointTask] = asyncio.get_running_loop().create_future()
-    task = asyncio.ensure_future(endpoint())
-    (await ready).cancel()
+    endpoint, task = await start_endpoint(is_own)
+    endpoint.cancel()
     task.cancel("server stops")
     assert await with_deadline(task) is False
 
@@ -100,19 +97,13 @@ async def test_returned_endpoint_is_not_cancelled() -> None:
 async def test_endpoint_is_cancelled_once() -> None:
     """A second cancel does not reach the code that handles the first."""
 
-    async def endpoint() -> str:
-        mine = EndpointTask(cancellable=True)
-        ready.set_result(mine)
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            mine.cancel()
-            await asyncio.sleep(0)
+    async def cancel_again(mine: EndpointTask, _: asyncio.CancelledError) -> str:
+        mine.cancel()
+        await asyncio.sleep(0)
         return "handled"
 
-    ready: asyncio.Future[EndpointTask] = asyncio.get_running_loop().create_future()
-    task = asyncio.ensure_future(endpoint())
-    (await ready).cancel()
+    endpoint, task = await start_endpoint(cancel_again)
+    endpoint.cancel()
     assert await with_deadline(task) == "handled"
 
 
