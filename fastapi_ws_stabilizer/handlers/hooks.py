@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 import inspect
 import logging
@@ -22,7 +21,7 @@ from fastapi_ws_stabilizer.hub.presence import Presence
 from fastapi_ws_stabilizer.room import Room
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
 from fastapi_ws_stabilizer.socket import StableSocket
-from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
+from fastapi_ws_stabilizer.tasks import TaskSet
 
 HOOK_SIGNATURES: Final = {
     "handshake": ("the socket",),
@@ -160,18 +159,7 @@ class HookRegistry:
         self, hook: Callable[..., Coroutine[Any, Any, Any]], limit: float, option: str, *args: Any
     ) -> Any:
         """Run a hook for at most `limit` seconds, then cancel it without waiting for its cleanup."""
-        task = self._tasks.spawn(hook(*args), name="ws-hook")
-        try:
-            in_time = await wait_for_all([task], limit)
-        except asyncio.CancelledError:
-            task.cancel()
-            raise
-        if not in_time:
-            task.cancel()
-            raise TimeoutError(f"a hook took longer than {option}, {limit} seconds")
-        if task.cancelled():
-            raise RuntimeError("a hook was cancelled by an operation that it awaited")
-        return task.result()
+        return await self._tasks.run_with_timeout(hook(*args), limit, name="ws-hook", title="a hook", option=option)
 
     async def disconnect(self, socket: StableSocket, reason: DisconnectReason) -> None:
         """Run all disconnect hooks, even if one fails or hangs."""

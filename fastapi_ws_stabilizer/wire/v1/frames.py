@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from pydantic_core import to_json
 
+from fastapi_ws_stabilizer.errors import RequestError
 from fastapi_ws_stabilizer.wire.deflate import InflateLimitError, deflate_stream, inflate, inflated_start
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 from fastapi_ws_stabilizer.wire.identifiers import MAX_NAME_CHARS, NAME_RULE, is_name
@@ -304,6 +305,12 @@ def message_of(frame: dict[str, Any]) -> Message:
         seq=optional_int(frame, "seq", least=1),
         room=optional_identifier(frame, "room"),
     )
+
+
+def request_error(error: Any) -> RequestError:
+    """Return the error of an error reply. The peer wrote its fields, so they are truncated."""
+    fields = error if isinstance(error, dict) else {}
+    return RequestError(str(fields.get("code", "error"))[:64], str(fields.get("message", ""))[:1024])
 
 
 # ── writing ──
