@@ -22,13 +22,13 @@ from fastapi_ws_stabilizer.client.transport import Connect, Transport, Transport
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all, wait_for_first
 from fastapi_ws_stabilizer.wire.strict_json import MAX_FRAME_DEPTH
-from fastapi_ws_stabilizer.wire.v1.acks import DelayedAcks
 from fastapi_ws_stabilizer.wire.v1.frames import (
     DEFLATE_CAP,
     MAX_SENT_BYTES,
     RETRY_CAP,
     SUBPROTOCOL,
     VERSION,
+    DelayedAcks,
     ProtocolError,
     deflated,
     envelope,

@@ -22,12 +22,12 @@ from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import ResumeResult
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
-from fastapi_ws_stabilizer.wire.v1.acks import DelayedAcks
 from fastapi_ws_stabilizer.wire.v1.frames import (
     DEFLATE_CAP,
     LONG_TYPES,
     MAX_CONTROL_BYTES,
     VERSION,
+    DelayedAcks,
     Message,
     ProtocolError,
     control_frame,
