@@ -76,8 +76,8 @@ class RejectPolicy(str, Enum):
     """How the server rejects a handshake."""
 
     AUTO = "auto"
-    """A browser gets a close code, because a page cannot read the status of a failed handshake. Other clients get an
-    HTTP status."""
+    """A client that sends `Origin`, as a browser does, gets a close code. Other clients get an HTTP status. A page
+    cannot read the status of a failed handshake, so it would reconnect forever with the same invalid token."""
     CLOSE = "close"
     """The server accepts the connection and closes it with a code."""
     HTTP = "http"

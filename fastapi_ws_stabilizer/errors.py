@@ -1,17 +1,29 @@
 """The errors of this library, all below `WebSocketStabilizerError`.
 
 Each error has the close code that the client gets if an endpoint raises it. `docs/reference/errors.md` lists them all.
+`close_info_for` returns the `CloseInfo` for any exception of an endpoint.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Mapping
 from typing import ClassVar, Final, Literal
 
 from fastapi import WebSocketDisconnect, WebSocketException
+from fastapi.exceptions import WebSocketRequestValidationError
+from pydantic_core import to_json
+from starlette import exceptions as starlette_exceptions  # FastAPI's own are subclasses of these
 
-from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason
+from fastapi_ws_stabilizer.close_codes import (
+    MAX_REASON_BYTES,
+    CloseInfo,
+    DisconnectReason,
+    check_close_code,
+    local_close,
+    truncate_reason,
+)
 
 
 class WebSocketStabilizerError(Exception):
@@ -117,23 +129,23 @@ class ConnectionLimitExceededError(WebSocketStabilizerError, WebSocketException)
     """The server accepts no further connection: it is full, or handshakes arrive too fast.
 
     Attributes:
-        limit: The option that was reached, such as `max_connections`.
-        most: The value of that option.
+        option: The option that was reached, such as `max_connections`.
+        limit: The value of that option.
         retry_after: Seconds after which the client may try again.
     """
 
     close_code = 4503
     close_text = "the server is full"
 
-    def __init__(self, limit: str, most: float, retry_after: float) -> None:
+    def __init__(self, option: str, limit: float, retry_after: float) -> None:
         text = f"{self.close_text}; retry={math.ceil(retry_after * 1000)}"
         WebSocketException.__init__(self, self.close_code, text)
+        self.option = option
         self.limit = limit
-        self.most = most
         self.retry_after = retry_after
 
     def __str__(self) -> str:
-        return f"the server accepts no more connections: {self.limit} is {self.most}"
+        return f"the server accepts no more connections: {self.option} is {self.limit}"
 
 
 class TooManyConnectionsError(ConnectionLimitExceededError):
@@ -288,22 +300,22 @@ class MemoryLimitExceededError(WebSocketStabilizerError):
     """A value would exceed a memory limit. The stored values are unchanged.
 
     Attributes:
-        limit: The option that was exceeded: `max_memory_per_connection` or `max_total_memory`.
-        most: The value of that option, in bytes.
-        wanted: The bytes that the value would have needed in all.
+        option: The option that was exceeded: `max_memory_per_connection` or `max_total_memory`.
+        limit: The value of that option, in bytes.
+        requested: The bytes that the value would have needed in all.
     """
 
     close_code = 4503
     close_text = "memory limit exceeded"
 
-    def __init__(self, limit: str, most: int, wanted: int) -> None:
-        super().__init__(limit, most, wanted)
+    def __init__(self, option: str, limit: int, requested: int) -> None:
+        super().__init__(option, limit, requested)
+        self.option = option
         self.limit = limit
-        self.most = most
-        self.wanted = wanted
+        self.requested = requested
 
     def __str__(self) -> str:
-        return f"the value needs {self.wanted} bytes in all, but {self.limit} is {self.most}"
+        return f"the value needs {self.requested} bytes in all, but {self.option} is {self.limit}"
 
 
 class RoomLimitError(WebSocketStabilizerError, RuntimeError):
@@ -502,3 +514,87 @@ class WrongLoopError(WebSocketStabilizerError, RuntimeError):
 
     def __str__(self) -> str:
         return _LOOP_PROBLEMS.get(self.problem, self.problem)
+
+
+# ── from errors to close infos ──
+
+_EXPECTED_ERRORS: Final = (
+    starlette_exceptions.HTTPException,
+    starlette_exceptions.WebSocketException,
+    WebSocketDisconnect,  # SocketClosed is one
+    WebSocketRequestValidationError,
+    asyncio.CancelledError,
+)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Return the exception that determines the `CloseInfo`.
+
+    In an exception group, a bug takes precedence over a rejection, and a rejection over a disconnect.
+    """
+    inside = getattr(error, "exceptions", None)
+    if not isinstance(inside, (tuple, list)) or not inside:
+        return error
+    causes = [root_cause(one) for one in inside]
+    return min(
+        causes, key=lambda one: (not is_bug(one), isinstance(one, (WebSocketDisconnect, asyncio.CancelledError)))
+    )
+
+
+def is_bug(error: BaseException) -> bool:
+    """Return whether an exception that escaped from an endpoint is a bug in user code."""
+    error = root_cause(error)
+    if isinstance(error, _EXPECTED_ERRORS):
+        return False
+    return not isinstance(error, WebSocketStabilizerError) or error.close_code == WebSocketStabilizerError.close_code
+
+
+def close_info_for(error: BaseException | None) -> CloseInfo:
+    """Return the `CloseInfo` of a connection after its endpoint has returned (`None`) or raised `error`."""
+    error = None if error is None else root_cause(error)
+    if error is None or isinstance(error, WebSocketDisconnect):
+        return local_close(DisconnectReason.COMPLETED)
+    if isinstance(error, starlette_exceptions.HTTPException):
+        return local_close(
+            DisconnectReason.POLICY, code=_sendable(4000 + error.status_code), text=_text(error) + _hint(error)
+        )
+    if isinstance(error, starlette_exceptions.WebSocketException):
+        return local_close(DisconnectReason.POLICY, code=_sendable(error.code), text=error.reason)
+    if isinstance(error, WebSocketRequestValidationError):
+        return local_close(DisconnectReason.POLICY, text=_validation_text(error))
+    if isinstance(error, WebSocketStabilizerError) and not is_bug(error):
+        return local_close(DisconnectReason.POLICY, code=_sendable(error.close_code), text=error.close_text)
+    if isinstance(error, asyncio.CancelledError):
+        return local_close(DisconnectReason.SERVER_SHUTDOWN)
+    return local_close(DisconnectReason.ERROR)
+
+
+def _sendable(code: int) -> int:
+    try:
+        return check_close_code(code)
+    except ValueError:
+        return 1008
+
+
+def _text(error: starlette_exceptions.HTTPException) -> str:
+    detail: object = error.detail
+    return detail if isinstance(detail, str) else to_json(detail, fallback=str).decode("utf-8")
+
+
+def _hint(error: starlette_exceptions.HTTPException) -> str:
+    """Return the retry hint that clients of this library parse, from a `Retry-After` under 10,000 seconds."""
+    wait = str((error.headers or {}).get("Retry-After", ""))
+    return f"; retry={int(wait) * 1000}" if wait.isascii() and wait.isdigit() and len(wait) < 5 else ""
+
+
+def _validation_text(error: WebSocketRequestValidationError) -> str:
+    """Return the invalid parameters as JSON, as many as fit completely into a close reason."""
+    problems: list[dict[str, str]] = []
+    text = ""
+    for problem in error.errors():
+        problems.append({"loc": ".".join(map(str, problem.get("loc", ()))), "msg": str(problem.get("msg", ""))})
+        longer = to_json(problems).decode("utf-8")
+        if len(longer.encode()) > MAX_REASON_BYTES:
+            return text or truncate_reason(f"invalid: {problems[0]['loc']}")
+        text = longer
+    return text

@@ -19,7 +19,7 @@ from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, DisconnectReason, c
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.doctor.checks import run_checks
-from fastapi_ws_stabilizer.doctor.collect import collect_context, report_at_start
+from fastapi_ws_stabilizer.doctor.collect import CheckOptions, collect_context, report_at_start
 from fastapi_ws_stabilizer.doctor.findings import Finding
 from fastapi_ws_stabilizer.errors import (
     ConnectionNotFoundError,
@@ -367,23 +367,25 @@ class WebSocketConnectionManager(EventDecorators):
         Raises:
             ValueError: A server, a server option or a platform is unknown.
         """
-        return run_checks(
-            collect_context(
-                self.config,
-                self._app if app is None else app,
-                refuses=self._hooks.has("handshake"),
-                guarded=self._hooks.has("handshake", "auth"),
-                server=server,
-                server_options=server_options,
-                platform=platform,
-                idle_timeout=idle_timeout,
-                max_lifetime=max_lifetime,
-                grace=grace,
-                pre_stop=pre_stop,
-                http2=http2,
-                caching=caching,
-            )
+        options = CheckOptions(
+            server=server,
+            server_options=server_options,
+            platform=platform,
+            idle_timeout=idle_timeout,
+            max_lifetime=max_lifetime,
+            grace=grace,
+            pre_stop=pre_stop,
+            http2=http2,
+            caching=caching,
         )
+        context = collect_context(
+            self.config,
+            self._app if app is None else app,
+            options,
+            refuses=self._hooks.has("handshake"),
+            guarded=self._hooks.has("handshake", "auth"),
+        )
+        return run_checks(context)
 
     def _attach(self, app: Any) -> None:
         self._app = app

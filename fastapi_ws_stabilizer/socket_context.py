@@ -14,7 +14,7 @@ from starlette.websockets import WebSocketState
 from fastapi_ws_stabilizer.auth.credentials import HANDSHAKE_SCOPE_KEY
 from fastapi_ws_stabilizer.compat.starlette import mark_handled
 from fastapi_ws_stabilizer.connection.connection import Connection
-from fastapi_ws_stabilizer.connection.endpoint import is_bug
+from fastapi_ws_stabilizer.errors import is_bug
 from fastapi_ws_stabilizer.handshake.admission import AdmissionController, Handshake
 from fastapi_ws_stabilizer.handshake.client_id import (
     Moment,

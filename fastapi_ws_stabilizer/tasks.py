@@ -103,6 +103,35 @@ class TaskSet:
         task.add_done_callback(self._ended, context=context)  # without a context, it would hold the caller's
         return task
 
+    async def run_with_timeout(
+        self, coroutine: Coroutine[Any, Any, T], limit: float, *, name: str, title: str, option: str
+    ) -> T:
+        """Run user code in a task for at most `limit` seconds, then cancel it without waiting for its cleanup.
+
+        Args:
+            coroutine: The coroutine to run.
+            limit: Seconds that it may take.
+            name: Name of the task.
+            title: What the coroutine is, for the text of an error.
+            option: The option that sets `limit`, for the text of an error.
+
+        Raises:
+            TimeoutError: It took longer.
+            RuntimeError: It was cancelled by an operation that it awaited.
+        """
+        task = self.spawn(coroutine, name=name)
+        try:
+            in_time = await wait_for_all([task], limit)
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        if not in_time:
+            task.cancel()
+            raise TimeoutError(f"{title} took longer than {option}, {limit} seconds")
+        if task.cancelled():
+            raise RuntimeError(f"{title} was cancelled by an operation that it awaited")
+        return task.result()
+
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:

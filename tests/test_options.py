@@ -496,7 +496,7 @@ async def store_user_data(stage: Stage) -> str:
     try:
         await stage.manager.set_user_data("ann", "stored", "x" * 20_000)
     except MemoryLimitExceededError as error:
-        return error.limit
+        return error.option
     return "stored"
 
 

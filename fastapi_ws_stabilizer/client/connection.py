@@ -23,12 +23,12 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all, wait_for_first
 from fastapi_ws_stabilizer.wire.strict_json import MAX_FRAME_DEPTH
 from fastapi_ws_stabilizer.wire.v1.frames import (
-    ACK_EVERY,
     DEFLATE_CAP,
     MAX_SENT_BYTES,
     RETRY_CAP,
     SUBPROTOCOL,
     VERSION,
+    DelayedAcks,
     ProtocolError,
     deflated,
     envelope,
@@ -72,7 +72,7 @@ MAX_PENDING_CONTROL: Final = 64
 """Maximum number of queued control frames."""
 
 
-class ClientConnection:
+class ClientConnection(DelayedAcks):
     """One connection. It is never reopened, and it ignores frames that arrive after it was lost.
 
     Args:
@@ -85,7 +85,10 @@ class ClientConnection:
         rtt: Last measured round trip in seconds.
     """
 
+    ack_delay = ACK_WITHIN
+
     def __init__(self, client: Owner, tasks: TaskSet, connect_timeout: float, stable_after: float) -> None:
+        super().__init__()
         self._client = client
         self._tasks = tasks
         self._connect_timeout = connect_timeout
@@ -106,7 +109,6 @@ class ClientConnection:
         self._silence_timeout = 0.0
         self._keepalive_interval = 0.0  # seconds between acknowledgements during a large message
         self._deflates = False  # whether the server accepts compressed frames
-        self._unacknowledged = 0
         self._pinged_at = 0.0
         self._retry_logged = False  # whether the server has asked for a message again
         self._drain_at: float | None = None
@@ -121,6 +123,7 @@ class ClientConnection:
             return self._lost.result()
         finally:
             self._timers.stop_all()
+            self._reset_ack()
             self.mark_lost(1006, "cancelled")
             for task in tasks:
                 task.cancel()
@@ -362,20 +365,9 @@ class ClientConnection:
 
     # ── acknowledging ──
 
-    def _schedule_ack(self) -> None:
-        self._unacknowledged += 1
-        if self._unacknowledged >= ACK_EVERY:
-            self._send_ack()
-        elif "ack" not in self._timers:
-            self._timers.start("ack", ACK_WITHIN, self._send_ack)
-
     def _send_ack(self) -> None:
         self._reset_ack()
         self.put(to_json({"type": "ack", "seq": self._client.last}).decode())
-
-    def _reset_ack(self) -> None:
-        self._unacknowledged = 0
-        self._timers.stop("ack")
 
     # ── writing ──
 

@@ -86,7 +86,6 @@ class InboundMessages:
         self._closed = False
         self._error: Callable[[], Exception] | None = None
         self._unhandled_logged = False
-        self.unhandled = 0
 
     def on(self, event: str, handler: Handler) -> None:
         """Register a handler for the data of an event's messages; `"*"` means all other events."""
@@ -107,7 +106,6 @@ class InboundMessages:
             self._reply(message.id, None, {"code": "no_handler", "message": text})
         if len(self._to_read) >= MAX_UNREAD and not self._has_reader:
             self._to_read.popleft()
-            self.unhandled += 1
             if not self._unhandled_logged:
                 self._unhandled_logged = True
                 logger.warning("messages are discarded: they have no handler, and no loop iterates over the client")

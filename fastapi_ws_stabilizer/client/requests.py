@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi_ws_stabilizer.client.errors import ClientError, SessionLostError
 from fastapi_ws_stabilizer.client.send_buffer import PendingMessage
-from fastapi_ws_stabilizer.errors import RequestError
+from fastapi_ws_stabilizer.wire.v1.frames import request_error
 
 
 class PendingRequests:
@@ -46,8 +46,7 @@ class PendingRequests:
         if error is None:
             future.set_result(data)
         else:
-            fields = error if isinstance(error, dict) else {}
-            _fail(future, RequestError(str(fields.get("code", "error"))[:64], str(fields.get("message", ""))[:1024]))
+            _fail(future, request_error(error))
 
     def session_lost(self) -> None:
         """Fail the requests that the lost session had accepted. They will never be answered."""

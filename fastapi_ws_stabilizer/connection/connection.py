@@ -30,14 +30,14 @@ from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
 from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
 from fastapi_ws_stabilizer.connection.direct_reader import DirectReader
 from fastapi_ws_stabilizer.connection.end_errors import IGNORED, PAUSE, SPINS, end_errors_of
-from fastapi_ws_stabilizer.connection.endpoint import EndpointTask, close_info_for, is_bug
+from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
 from fastapi_ws_stabilizer.connection.handover import Handover
 from fastapi_ws_stabilizer.connection.inbox import Inbox
 from fastapi_ws_stabilizer.connection.liveness import Liveness
 from fastapi_ws_stabilizer.connection.pump import read_pump
 from fastapi_ws_stabilizer.connection.resources import SharedResources
 from fastapi_ws_stabilizer.connection.server_transport import FLUSH_GRACE, ServerTransport
-from fastapi_ws_stabilizer.errors import NotOpenError
+from fastapi_ws_stabilizer.errors import NotOpenError, close_info_for, is_bug
 from fastapi_ws_stabilizer.limits.connections import Reservation
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
 from fastapi_ws_stabilizer.tasks import LazyEvent, TaskSet, copied, start, wait_for_all

@@ -1,4 +1,4 @@
-"""User code of one connection: its task, its cancellation, and the `CloseInfo` for its result."""
+"""User code of one connection: its task and its cancellation."""
 
 from __future__ import annotations
 
@@ -9,21 +9,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
-from fastapi import WebSocketDisconnect
-from fastapi.exceptions import WebSocketRequestValidationError
-from pydantic_core import to_json
-from starlette.exceptions import HTTPException, WebSocketException  # FastAPI's own are subclasses of these
-
-from fastapi_ws_stabilizer.close_codes import (
-    MAX_REASON_BYTES,
-    CloseInfo,
-    DisconnectReason,
-    check_close_code,
-    local_close,
-    truncate_reason,
-)
 from fastapi_ws_stabilizer.compat.fastapi import find_exit_stack
-from fastapi_ws_stabilizer.errors import WebSocketStabilizerError
 from fastapi_ws_stabilizer.tasks import LazyEvent
 
 _CANCEL_MESSAGE: Final = "the connection is closed and its disconnect_grace has passed"
@@ -159,85 +145,3 @@ class EndpointTask(LazyEvent):
         if sys.version_info >= (3, 11):
             return task.uncancel() == 0
         return not error.args or error.args[0] == _CANCEL_MESSAGE
-
-
-_EXPECTED_ERRORS: Final = (
-    HTTPException,
-    WebSocketException,
-    WebSocketDisconnect,  # SocketClosed is one
-    WebSocketRequestValidationError,
-    asyncio.CancelledError,
-)
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """Return the exception that determines the `CloseInfo`.
-
-    In an exception group, a bug takes precedence over a rejection, and a rejection over a disconnect.
-    """
-    inside = getattr(error, "exceptions", None)
-    if not isinstance(inside, (tuple, list)) or not inside:
-        return error
-    causes = [root_cause(one) for one in inside]
-    return min(
-        causes, key=lambda one: (not is_bug(one), isinstance(one, (WebSocketDisconnect, asyncio.CancelledError)))
-    )
-
-
-def is_bug(error: BaseException) -> bool:
-    """Return whether an exception that escaped from an endpoint is a bug in user code."""
-    error = root_cause(error)
-    if isinstance(error, _EXPECTED_ERRORS):
-        return False
-    return not isinstance(error, WebSocketStabilizerError) or error.close_code == WebSocketStabilizerError.close_code
-
-
-def close_info_for(error: BaseException | None) -> CloseInfo:
-    """Return the `CloseInfo` of a connection after its endpoint has returned (`None`) or raised `error`."""
-    error = None if error is None else root_cause(error)
-    if error is None or isinstance(error, WebSocketDisconnect):
-        return local_close(DisconnectReason.COMPLETED)
-    if isinstance(error, HTTPException):
-        return local_close(
-            DisconnectReason.POLICY, code=_sendable(4000 + error.status_code), text=_text(error) + _hint(error)
-        )
-    if isinstance(error, WebSocketException):
-        return local_close(DisconnectReason.POLICY, code=_sendable(error.code), text=error.reason)
-    if isinstance(error, WebSocketRequestValidationError):
-        return local_close(DisconnectReason.POLICY, text=_validation_text(error))
-    if isinstance(error, WebSocketStabilizerError) and not is_bug(error):
-        return local_close(DisconnectReason.POLICY, code=_sendable(error.close_code), text=error.close_text)
-    if isinstance(error, asyncio.CancelledError):
-        return local_close(DisconnectReason.SERVER_SHUTDOWN)
-    return local_close(DisconnectReason.ERROR)
-
-
-def _sendable(code: int) -> int:
-    try:
-        return check_close_code(code)
-    except ValueError:
-        return 1008
-
-
-def _text(error: HTTPException) -> str:
-    detail: object = error.detail
-    return detail if isinstance(detail, str) else to_json(detail, fallback=str).decode("utf-8")
-
-
-def _hint(error: HTTPException) -> str:
-    """Return the retry hint that clients of this library parse, from a `Retry-After` under 10,000 seconds."""
-    wait = str((error.headers or {}).get("Retry-After", ""))
-    return f"; retry={int(wait) * 1000}" if wait.isascii() and wait.isdigit() and len(wait) < 5 else ""
-
-
-def _validation_text(error: WebSocketRequestValidationError) -> str:
-    """Return the invalid parameters as JSON, as many as fit completely into a close reason."""
-    problems: list[dict[str, str]] = []
-    text = ""
-    for problem in error.errors():
-        problems.append({"loc": ".".join(map(str, problem.get("loc", ()))), "msg": str(problem.get("msg", ""))})
-        longer = to_json(problems).decode("utf-8")
-        if len(longer.encode()) > MAX_REASON_BYTES:
-            return text or truncate_reason(f"invalid: {problems[0]['loc']}")
-        text = longer
-    return text

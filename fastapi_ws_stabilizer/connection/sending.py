@@ -227,11 +227,6 @@ class SendingHalf(abc.ABC):
         return self if self.protocol is None else self.protocol.session
 
     @property
-    def is_attached(self) -> bool:
-        """Whether the recipient has a connection. Always true here."""
-        return True
-
-    @property
     def is_direct(self) -> bool:
         """Whether frames go to the server's transport without ASGI."""
         return self._direct is not None

@@ -23,11 +23,11 @@ from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import ResumeResult
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 from fastapi_ws_stabilizer.wire.v1.frames import (
-    ACK_EVERY,
     DEFLATE_CAP,
     LONG_TYPES,
     MAX_CONTROL_BYTES,
     VERSION,
+    DelayedAcks,
     Message,
     ProtocolError,
     control_frame,
@@ -106,7 +106,7 @@ class V1Connection(Protocol):
         """Emit an event about this connection."""
 
 
-class V1Protocol:
+class V1Protocol(DelayedAcks):
     """Server side of `stabilizer.v1.json` for one connection.
 
     Args:
@@ -124,17 +124,17 @@ class V1Protocol:
 
     __slots__ = (
         "_ack_request",
-        "_ack_timer",
         "_acknowledged",
         "_connection",
         "_idempotency",
         "_rejected_seq",
-        "_unacknowledged",
         "credential",
         "max_inflated",
         "resume_result",
         "session",
     )
+
+    ack_delay = ACK_WITHIN
 
     def __init__(
         self,
@@ -143,6 +143,7 @@ class V1Protocol:
         idempotency: IdempotencyCache,
         on_renewal: Callable[[str | None], None],
     ) -> None:
+        super().__init__()
         self.session: Session = resume_result.session
         self.resume_result = resume_result
         self._connection = connection
@@ -151,9 +152,7 @@ class V1Protocol:
         self.max_inflated = connection.config.max_message_size if compresses else 0
         # Number of the message that the client must send again; 0 for none, -1 if the client cannot do that.
         self._rejected_seq = 0 if resume_result.retries else -1
-        self._unacknowledged = 0
         self._acknowledged = -1  # the highest number that the client acknowledged on this connection
-        self._ack_timer: asyncio.TimerHandle | None = None
         self._ack_request: asyncio.Handle | None = None
         self.credential = CredentialExpiry(connection, on_renewal)
 
@@ -184,7 +183,7 @@ class V1Protocol:
 
     def close(self) -> None:
         """Cancel timers when the connection closes."""
-        self._clear_pending_ack()
+        self._reset_ack()
         if self._ack_request is not None:
             self._ack_request.cancel()
 
@@ -277,7 +276,7 @@ class V1Protocol:
             self._acknowledge(seq := require_int(frame, "seq"))
             self._count_ack(seq)
         elif kind == "ping":
-            self._clear_pending_ack()
+            self._reset_ack()
             connection.answer(control_frame("pong", ts=ping_timestamp(frame), ack=session.accepted))
         elif kind == "pong":
             if not connection.liveness.on_pong(monotonic()):
@@ -420,23 +419,10 @@ class V1Protocol:
         if message.key is not None:
             self._idempotency.interrupted(self.session.client_id, message.key)
 
-    def _schedule_ack(self) -> None:
-        self._unacknowledged += 1
-        if self._unacknowledged >= ACK_EVERY:
-            self._send_ack()
-        elif self._ack_timer is None:
-            self._ack_timer = asyncio.get_running_loop().call_later(ACK_WITHIN, self._send_ack)
-
     def _send_ack(self) -> None:
-        self._clear_pending_ack()
+        self._reset_ack()
         if self._connection.close_info is None and self.is_current:
             self._connection.answer(control_frame("ack", seq=self.session.accepted))
-
-    def _clear_pending_ack(self) -> None:
-        self._unacknowledged = 0
-        if self._ack_timer is not None:
-            self._ack_timer.cancel()
-            self._ack_timer = None
 
     def emit_outcome(self) -> None:
         """Emit the outcome of the client's hello."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from fastapi_ws_stabilizer.doctor.context import MAX_DEPENDENCIES
+from fastapi_ws_stabilizer.doctor.context import dependants_of
 from fastapi_ws_stabilizer.handshake.routes import websocket_routes
 
 
@@ -14,18 +13,8 @@ def routes_with_background_tasks(app: Any) -> tuple[str, ...]:
     return tuple(
         path
         for path, route in websocket_routes(getattr(app, "routes", ()))
-        if any(map(_takes_background_tasks, _dependants(route)))
+        if any(map(_takes_background_tasks, dependants_of(route)))
     )
-
-
-def _dependants(route: Any) -> Iterator[Any]:
-    waiting = [route.dependant] if hasattr(route, "dependant") else []
-    for _ in range(MAX_DEPENDENCIES):
-        if not waiting:
-            break
-        dependant = waiting.pop()
-        waiting.extend(dependant.dependencies)
-        yield dependant
 
 
 def _takes_background_tasks(dependant: Any) -> bool:

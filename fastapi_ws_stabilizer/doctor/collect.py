@@ -6,6 +6,7 @@ import logging
 import math
 import multiprocessing
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
@@ -22,29 +23,37 @@ from fastapi_ws_stabilizer.handshake.routes import shadowed_routes
 from fastapi_ws_stabilizer.platforms.platform import Platform
 
 
+@dataclass(frozen=True)
+class CheckOptions:
+    """What the caller says about the deployment. `WebSocketConnectionManager.check` documents the fields."""
+
+    server: str | None = None
+    server_options: Mapping[str, Any] | None = None
+    platform: str | Iterable[str] = ()
+    idle_timeout: float | None = None
+    max_lifetime: float | None = None
+    grace: float | None = None
+    pre_stop: float = 0.0
+    http2: bool = False
+    caching: bool = False
+
+
 def collect_context(
-    config: WebSocketConfig,
-    app: Any,
-    *,
-    refuses: bool,
-    guarded: bool = False,
-    server: str | None = None,
-    server_options: Mapping[str, Any] | None = None,
-    platform: str | Iterable[str] = (),
-    idle_timeout: float | None = None,
-    max_lifetime: float | None = None,
-    grace: float | None = None,
-    pre_stop: float = 0.0,
-    http2: bool = False,
-    caching: bool = False,
+    config: WebSocketConfig, app: Any, check_options: CheckOptions, *, refuses: bool, guarded: bool = False
 ) -> DeploymentContext:
     """Collect the context of the checks.
 
-    `WebSocketConnectionManager.check` documents the arguments.
+    Args:
+        config: The options of the manager.
+        app: The app with the routes to check.
+        check_options: What the caller says about the deployment.
+        refuses: Whether hooks reject connections before the accept.
+        guarded: Whether hooks authenticate clients.
 
     Raises:
         ValueError: A server, an option or a platform is unknown, or a number is invalid.
     """
+    server, server_options, pre_stop = check_options.server, check_options.server_options, check_options.pre_stop
     one = running_server() if server is None else find_server(server)
     options = None
     if one is not None and (server is not None or server_options is not None):
@@ -53,11 +62,12 @@ def collect_context(
         raise ValueError("server_options need the name of their server")
     if not 0 <= pre_stop < math.inf:
         raise ValueError(f"pre_stop must be a number of seconds, not {pre_stop:g}")
+    platform = check_options.platform
     path = path_through(
         (platform,) if isinstance(platform, str) else platform,
-        idle_timeout=idle_timeout,
-        max_lifetime=max_lifetime,
-        grace=grace,
+        idle_timeout=check_options.idle_timeout,
+        max_lifetime=check_options.max_lifetime,
+        grace=check_options.grace,
     )
     if one is not None and options is not None and one.lifetime is not None and (options[one.lifetime] or 0) > 0:
         path = path.with_hop(Platform(one.name, one.name, (), max_lifetime=options[one.lifetime]))
@@ -69,8 +79,8 @@ def collect_context(
         version=() if one is None else version_of(one),
         network_path=path,
         pre_stop=pre_stop,
-        http2=http2,
-        caching=caching,
+        http2=check_options.http2,
+        caching=check_options.caching,
         bypassing=unmanaged_routes(app),
         refuses=refuses,
         guarded=guarded,

@@ -108,14 +108,20 @@ def unmanaged_routes(app: Any) -> tuple[str, ...]:
 def callables_of(route: Any) -> Iterator[Callable[..., Any]]:
     """Yield the endpoint of a route and all its dependencies."""
     yield route.endpoint
+    for dependant in dependants_of(route):
+        if dependant.call is not None:
+            yield dependant.call
+
+
+def dependants_of(route: Any) -> Iterator[Any]:
+    """Yield FastAPI's `Dependant` of the endpoint of a route and of each dependency, at most `MAX_DEPENDENCIES`."""
     waiting = [route.dependant] if hasattr(route, "dependant") else []
     for _ in range(MAX_DEPENDENCIES):
         if not waiting:
             break
         dependant = waiting.pop()
         waiting.extend(dependant.dependencies)
-        if dependant.call is not None:
-            yield dependant.call
+        yield dependant
 
 
 def _serves(call: Callable[..., Any]) -> bool:

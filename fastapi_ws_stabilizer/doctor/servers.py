@@ -25,7 +25,6 @@ class ServerProfile:
         modules: Modules of which at least one is loaded while it runs.
         options: The options that the checks use, with their default values.
         ping_interval: Option with the seconds between two pings; `None` if it sends no pings.
-        ping_timeout: Option with the seconds that a pong may take; `None` if it does not check pongs.
         graceful_timeout: Option that limits its shutdown; `None` if it has none.
         bounds_drain: Whether that timeout starts at SIGTERM. The master process then also kills a worker that is still
             draining.
@@ -39,7 +38,6 @@ class ServerProfile:
     modules: tuple[str, ...]
     options: Mapping[str, Any] = field(hash=False)
     ping_interval: str | None = None
-    ping_timeout: str | None = None
     graceful_timeout: str | None = None
     bounds_drain: bool = False
     recyclers: tuple[str, ...] = ()
@@ -99,7 +97,6 @@ SERVERS: Final[Mapping[str, ServerProfile]] = MappingProxyType(
                 ("daphne",),
                 {"ping_interval": 20.0, "ping_timeout": 30.0, "websocket_timeout": 86400.0},
                 ping_interval="ping_interval",
-                ping_timeout="ping_timeout",
                 lifetime="websocket_timeout",
                 sends_denials=False,
                 sends_every_code=False,
@@ -109,7 +106,6 @@ SERVERS: Final[Mapping[str, ServerProfile]] = MappingProxyType(
                 ("uvicorn_worker", "uvicorn.workers"),
                 {**_UVICORN, "graceful_timeout": 30.0, "max_requests": 0},
                 ping_interval="ws_ping_interval",
-                ping_timeout="ws_ping_timeout",
                 graceful_timeout="graceful_timeout",
                 bounds_drain=True,
                 recyclers=("max_requests", "reload"),
@@ -128,7 +124,6 @@ SERVERS: Final[Mapping[str, ServerProfile]] = MappingProxyType(
                 ("uvicorn",),
                 _UVICORN,
                 ping_interval="ws_ping_interval",
-                ping_timeout="ws_ping_timeout",
                 graceful_timeout="timeout_graceful_shutdown",
                 recyclers=("limit_max_requests", "reload"),
             ),

@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
 
-from fastapi_ws_stabilizer.connection.endpoint import root_cause
+from fastapi_ws_stabilizer.errors import root_cause
 from fastapi_ws_stabilizer.handlers.signatures import is_async
 
 Handler = Callable[[Any, Any], Any]

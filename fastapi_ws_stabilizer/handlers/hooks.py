@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 import inspect
 import logging
@@ -14,16 +13,15 @@ from fastapi import WebSocketDisconnect
 from starlette.concurrency import run_in_threadpool
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.connection.endpoint import root_cause
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
-from fastapi_ws_stabilizer.errors import BroadcastFailedError
+from fastapi_ws_stabilizer.errors import BroadcastFailedError, root_cause
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handlers.signatures import Signature, is_async
 from fastapi_ws_stabilizer.hub.presence import Presence
 from fastapi_ws_stabilizer.room import Room
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
 from fastapi_ws_stabilizer.socket import StableSocket
-from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
+from fastapi_ws_stabilizer.tasks import TaskSet
 
 HOOK_SIGNATURES: Final = {
     "handshake": ("the socket",),
@@ -161,18 +159,7 @@ class HookRegistry:
         self, hook: Callable[..., Coroutine[Any, Any, Any]], limit: float, option: str, *args: Any
     ) -> Any:
         """Run a hook for at most `limit` seconds, then cancel it without waiting for its cleanup."""
-        task = self._tasks.spawn(hook(*args), name="ws-hook")
-        try:
-            in_time = await wait_for_all([task], limit)
-        except asyncio.CancelledError:
-            task.cancel()
-            raise
-        if not in_time:
-            task.cancel()
-            raise TimeoutError(f"a hook took longer than {option}, {limit} seconds")
-        if task.cancelled():
-            raise RuntimeError("a hook was cancelled by an operation that it awaited")
-        return task.result()
+        return await self._tasks.run_with_timeout(hook(*args), limit, name="ws-hook", title="a hook", option=option)
 
     async def disconnect(self, socket: StableSocket, reason: DisconnectReason) -> None:
         """Run all disconnect hooks, even if one fails or hangs."""

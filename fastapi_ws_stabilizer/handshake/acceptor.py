@@ -19,7 +19,7 @@ from fastapi_ws_stabilizer.config import CompressionMode, DuplicatePolicy
 from fastapi_ws_stabilizer.connection import current
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
-from fastapi_ws_stabilizer.connection.endpoint import EndpointTask, close_info_for, is_bug
+from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
 from fastapi_ws_stabilizer.connection.v1_protocol import V1Protocol
 from fastapi_ws_stabilizer.errors import (
     ConnectionLimitExceededError,
@@ -29,6 +29,8 @@ from fastapi_ws_stabilizer.errors import (
     OriginNotAllowedError,
     ShutdownError,
     SocketClosed,
+    close_info_for,
+    is_bug,
 )
 from fastapi_ws_stabilizer.handlers.exception_handlers import handler_for_endpoint
 from fastapi_ws_stabilizer.handshake.admission import Handshake

@@ -17,12 +17,15 @@ from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection import current
 from fastapi_ws_stabilizer.connection.closing import ClosingConnections
 from fastapi_ws_stabilizer.connection.connection import Connection
-from fastapi_ws_stabilizer.connection.endpoint import EndpointTask, close_info_for, is_bug, root_cause
+from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
 from fastapi_ws_stabilizer.connection.metered import ResidualMemory
 from fastapi_ws_stabilizer.connection.resources import SharedResources
 from fastapi_ws_stabilizer.errors import (
     SocketClosed,
+    close_info_for,
     closed_error_for,
+    is_bug,
+    root_cause,
 )
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handlers.exception_handlers import (
@@ -153,19 +156,13 @@ class Closer:
 
     async def _call_with_timeout(self, handler: Handler, connection: Connection, error: BaseException) -> Any:
         """Call a handler of the application in a task, for at most `disconnect_grace` seconds."""
-        limit = self._config.disconnect_grace
-        task = self._tasks.spawn(_quietly(handler, connection, error), name="ws-exception-handler")
-        try:
-            in_time = await wait_for_all([task], limit)
-        except asyncio.CancelledError:
-            task.cancel()
-            raise
-        if not in_time:
-            task.cancel()
-            raise TimeoutError(f"an exception handler took longer than disconnect_grace, {limit} seconds")
-        if task.cancelled():
-            raise RuntimeError("an exception handler was cancelled by an operation that it awaited")
-        answer, failure = task.result()
+        answer, failure = await self._tasks.run_with_timeout(
+            _quietly(handler, connection, error),
+            self._config.disconnect_grace,
+            name="ws-exception-handler",
+            title="an exception handler",
+            option="disconnect_grace",
+        )
         if failure is not None:
             raise failure
         return answer

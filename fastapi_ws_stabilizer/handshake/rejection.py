@@ -1,8 +1,8 @@
 """Answers to rejected handshakes.
 
-A browser exposes neither the status nor the body of a failed handshake. The page sees 1006 and reconnects forever with
-the same invalid token. So the server accepts the WebSocket of a browser and closes it with a code that says why, unless
-that would be too expensive or too many browsers are rejected. All other clients get the HTTP answer.
+`RejectPolicy` describes the choice between an HTTP status and a close code. A rejection can get an HTTP
+status where the policy says a close code: see `ACCEPT_TO_CLOSE_RATE`, `CLOSE_CODE_INTERVAL`, `_closes` and
+`_is_http_only`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import CloseInfo, truncate_reason
 from fastapi_ws_stabilizer.compat.starlette import asgi_callables, mark_handled
 from fastapi_ws_stabilizer.config import RejectPolicy
-from fastapi_ws_stabilizer.connection.endpoint import close_info_for
 from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
 from fastapi_ws_stabilizer.errors import (
     ConnectionLimitExceededError,
@@ -33,6 +32,7 @@ from fastapi_ws_stabilizer.errors import (
     ShutdownError,
     TooManyConnectionsError,
     WebSocketStabilizerError,
+    close_info_for,
 )
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handlers.exception_handlers import handler_of
@@ -158,7 +158,7 @@ class Rejector:
             fields["client_id"] = client_id
         kind = f"{close_info.code}"
         if isinstance(error, ConnectionLimitExceededError):
-            kind = fields["option"] = error.limit
+            kind = fields["option"] = error.option
         elif isinstance(error, OriginNotAllowedError):
             fields |= {"option": "allowed_origins", "why": error.problem, "origin": websocket.headers.get("origin", "")}
             fields["host"] = error.host

@@ -24,10 +24,6 @@ class Recipient(Evictable, Protocol):
         """The recipient in rooms and broadcasts: this connection, or its session."""
 
     @property
-    def is_attached(self) -> bool:
-        """Whether there is a connection. A session may have none."""
-
-    @property
     def outbox(self) -> SendQueueLike:
         """Outbox with the messages that wait to be sent."""
 

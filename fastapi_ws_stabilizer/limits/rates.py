@@ -71,25 +71,6 @@ class TokenBucket:
         self._missing += cost
         return 0.0
 
-    def spend(self, rate: Rate, cost: float, now: float) -> bool:
-        """Take any number of tokens if at least some are left. Missing tokens become a debt.
-
-        It serves the bytes of a message, because a sender cannot choose the size of a message to fit.
-
-        Args:
-            rate: Rate and burst of the bucket.
-            cost: Number of tokens.
-            now: Time on the monotonic clock.
-
-        Returns:
-            Whether they were taken. Otherwise nothing is taken.
-        """
-        self._flow(rate, now)
-        if self._missing >= rate.burst:
-            return False
-        self._missing += cost
-        return True
-
     def is_full(self, rate: Rate, now: float) -> bool:
         """Whether it equals a new bucket."""
         self._flow(rate, now)

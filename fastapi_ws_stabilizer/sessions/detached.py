@@ -79,11 +79,6 @@ class DetachedState:
         """This state."""
         return self
 
-    @property
-    def is_attached(self) -> bool:
-        """Whether there is a connection: never."""
-        return False
-
     def update_saved_presence(self, room: str, metadata: Mapping[str, Any]) -> None:
         """Store new presence metadata that the application has set in one of its rooms."""
         self.rooms = {**self.rooms, room: dict(metadata)}

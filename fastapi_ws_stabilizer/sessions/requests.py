@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from fastapi_ws_stabilizer.close_codes import CloseInfo
 from fastapi_ws_stabilizer.errors import RequestError, SessionEndedError
+from fastapi_ws_stabilizer.wire.v1.frames import request_error
 
 MAX_OPEN: Final = 1024
 """Maximum number of pending requests to one client, and of pending acknowledgements."""
@@ -58,10 +59,7 @@ class PendingRequests:
         if error is None:
             future.set_result(data)
             return True
-        details = error if isinstance(error, dict) else {}
-        future.set_exception(
-            RequestError(str(details.get("code", "error"))[:64], str(details.get("message", ""))[:1024])
-        )
+        future.set_exception(request_error(error))
         return True
 
     async def until_acknowledged(self, seq: int) -> None:

@@ -293,11 +293,6 @@ class Session(ReplayBuffer):
         """This session."""
         return self
 
-    @property
-    def is_attached(self) -> bool:
-        """Whether it has a connection."""
-        return self.connection is not None
-
     def close(
         self,
         reason: DisconnectReason,

@@ -63,7 +63,7 @@ def create_routes(options: dict[str, Any]) -> APIRouter:
         try:
             ws = await manager.connect(client_id, websocket)
         except ConnectionLimitExceededError as error:
-            events.append(f"adopt: {error.limit}")
+            events.append(f"adopt: {error.option}")
             raise
         await echo(ws)
 

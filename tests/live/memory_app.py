@@ -41,7 +41,7 @@ async def store_for(client_id: str, size: int, key: str = "data") -> dict[str, A
     try:
         await manager.set_user_data(client_id, key, {"a": [{"b": bytearray(size)}]})
     except MemoryLimitExceededError as error:
-        return {"refused": error.limit, "most": error.most}
+        return {"refused": error.option, "limit": error.limit}
     return {"stored": size}
 
 

@@ -117,7 +117,7 @@ async def test_set_user_data_over_limit_raises(serve: Serve) -> None:
     async with connect(server.url("/ws/ann")) as ann:
         assert server.post("/store/ann?size=500000&key=first") == {"stored": 500_000}
         result = server.post("/store/ann?size=600000&key=second")
-        assert result == {"refused": "max_memory_per_connection", "most": MEGABYTE}
+        assert result == {"refused": "max_memory_per_connection", "limit": MEGABYTE}
         assert server.get("/keys/ann") == ["first"]
         await ann.send('{"type":"store","key":"third","size":10}')
         assert await asyncio.wait_for(ann.recv(), 5) == "stored"

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.queueing import EnqueueResult
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
+from tests.support.fake_outbox import FakeOutbox
 
 
-class FakeAttachment:
+class FakeAttachment(FakeOutbox):
     """A connection with a list as its outbox, which takes frames as a test decides.
 
     Attributes:
-        frames: Frames that were queued.
         calm: Whether the fast path takes frames.
         room: Whether other paths take frames.
         verdict: Result of `offer`, the slow path.
@@ -22,13 +22,11 @@ class FakeAttachment:
     """
 
     def __init__(self, *, calm: bool = True, room: bool = True) -> None:
-        self.frames: list[EncodedMessage] = []
+        super().__init__()
         self.calm = calm
         self.room = room
         self.verdict = EnqueueResult.QUEUED
-        self.pressed = False
         self.before_enqueue: Callable[[], None] | None = None
-        self.close_info: CloseInfo | None = None
         self.socket: Any = f"socket of {id(self)}"
 
     @property
@@ -50,13 +48,6 @@ class FakeAttachment:
     def put_now(self, frame: EncodedMessage) -> bool:
         """Send a frame at once."""
         return self.try_enqueue(frame)
-
-    def flush(self) -> None:
-        """Do nothing: no frame waits here."""
-
-    def lingers(self) -> bool:
-        """Return `False`: no frame waits here."""
-        return False
 
     def offer(self, frame: EncodedMessage) -> EnqueueResult:
         """Queue a frame on the slow path."""
@@ -90,22 +81,4 @@ class FakeAttachment:
         self.frames.append(frame)
         if queued is not None:
             queued(frame)
-        return True
-
-    def is_backpressured(self) -> bool:
-        """Return whether it is backpressured."""
-        return self.pressed
-
-    def close(
-        self,
-        reason: DisconnectReason,
-        *,
-        code: int | None = None,
-        text: str | None = None,
-        from_outside: bool = False,
-    ) -> bool:
-        """Begin to close."""
-        if self.close_info is not None:
-            return False
-        self.close_info = local_close(reason, code=code, text=text, from_outside=from_outside)
         return True

@@ -6,19 +6,19 @@ import contextvars
 import itertools
 from typing import Any
 
-from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.liveness import Liveness
 from fastapi_ws_stabilizer.queueing import EnqueueResult
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
+from tests.support.fake_outbox import FakeOutbox
 
 _numbers = itertools.count(1)
 
 
-class FakeRecipient:
+class FakeRecipient(FakeOutbox):
     """A connection that records what the hub does to it.
 
     Attributes:
-        frames: Frames that were queued for it.
         room: Whether a heartbeat, which may be left out, finds room.
         takes: Whether its outbox takes frames at all.
     """
@@ -26,21 +26,19 @@ class FakeRecipient:
     def __init__(
         self, client_id: str = "ann", *, takes: bool = True, room: bool = True, pressed: bool = False, shard: int = 0
     ) -> None:
+        super().__init__(pressed=pressed)
         self.connection_id = f"connection-{next(_numbers)}"
         self.client_id = client_id
         self.shard = shard
         self.shard_index = 0
         self.liveness = Liveness(0.0)
-        self.close_info: CloseInfo | None = None
         self.reading_paused = False
         self.context: contextvars.Context | None = None
         self.pings_by_protocol = False
         self.socket: Any = f"socket of {self.connection_id}"
-        self.frames: list[EncodedMessage] = []
         self.protocol_pings: list[bytes] = []
         self.takes = takes
         self.room = room
-        self.pressed = pressed
         self.backlog = False
         self.unsent: int | None = None
         self.taken: int | None = None
@@ -111,28 +109,3 @@ class FakeRecipient:
     def offer_now(self, frame: EncodedMessage) -> EnqueueResult:
         """Do the same as `offer`."""
         return self.offer(frame)
-
-    def flush(self) -> None:
-        """Do nothing: no frame waits here."""
-
-    def lingers(self) -> bool:
-        """Return `False`: no frame waits here."""
-        return False
-
-    def is_backpressured(self) -> bool:
-        """Return whether it is backpressured."""
-        return self.pressed
-
-    def close(
-        self,
-        reason: DisconnectReason,
-        *,
-        code: int | None = None,
-        text: str | None = None,
-        from_outside: bool = False,
-    ) -> bool:
-        """Begin to close."""
-        if self.close_info is not None:
-            return False
-        self.close_info = local_close(reason, code=code, text=text, from_outside=from_outside)
-        return True

@@ -15,9 +15,17 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     try:
         return loop.run_until_complete(coroutine)
     finally:
-        if left := asyncio.all_tasks(loop):  # a task that is destroyed with its loop fails the test that collects it
-            for task in left:
-                task.cancel()
-            loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        cancel_all_tasks(loop)
         loop.run_until_complete(loop.shutdown_default_executor())
         loop.close()
+
+
+def cancel_all_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel the tasks of a loop that is not running, and let them end.
+
+    A task that is destroyed with its loop fails the test that collects it.
+    """
+    if left := asyncio.all_tasks(loop):
+        for task in left:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))

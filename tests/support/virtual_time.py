@@ -9,6 +9,8 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 from unittest import mock
 
+from tests.support.own_loop import cancel_all_tasks
+
 T = TypeVar("T")
 
 
@@ -64,10 +66,7 @@ def run_virtually(coroutine: Coroutine[Any, Any, T]) -> T:
     try:
         return loop.run_until_complete(coroutine)
     finally:
-        if left := asyncio.all_tasks(loop):  # a task that is destroyed with its loop fails the test that collects it
-            for task in left:
-                task.cancel()
-            loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        cancel_all_tasks(loop)
         for clock in clocks:
             clock.stop()
         loop.close()

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import pickle
+from typing import Any
 
 import pytest
-from starlette.exceptions import WebSocketException
-from starlette.websockets import WebSocketDisconnect
+from fastapi import HTTPException, WebSocketDisconnect, WebSocketException
+from fastapi.exceptions import WebSocketRequestValidationError
+from starlette import exceptions as starlette_exceptions
 
 from fastapi_ws_stabilizer import errors
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, check_close_code, local_close
+from fastapi_ws_stabilizer.close_codes import (
+    MAX_REASON_BYTES,
+    CloseInfo,
+    DisconnectReason,
+    check_close_code,
+    local_close,
+)
 
 ERRORS = [
     errors.SocketClosed(local_close(DisconnectReason.REPLACED)),
@@ -162,3 +172,113 @@ def test_shutdown_error_names_drain_and_shutdown() -> None:
     text = str(errors.ShutdownError())
     assert "draining or shut down" in text
     assert "start()" in text
+
+
+# ── from errors to close infos ──
+
+CLOSED = errors.closed_error_for(local_close(DisconnectReason.REPLACED))
+TIMED_OUT = errors.closed_error_for(local_close(DisconnectReason.HEARTBEAT_TIMEOUT))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        CLOSED,
+        TIMED_OUT,
+        WebSocketDisconnect(1001),
+        HTTPException(401),
+        WebSocketException(1008),
+        starlette_exceptions.HTTPException(401),
+        starlette_exceptions.WebSocketException(1008),
+        WebSocketRequestValidationError([]),
+        asyncio.CancelledError(),
+        errors.DuplicateClientError("ann"),
+        errors.MessageFormatError("no"),
+        errors.ShutdownError(),
+    ],
+    ids=lambda error: f"{type(error).__module__}.{type(error).__name__}",
+)
+def test_rejection_disconnect_and_cancellation_are_no_bugs(error: BaseException) -> None:
+    """A rejection, a disconnect and a cancellation are not bugs."""
+    assert not errors.is_bug(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("x"), KeyError("x"), errors.MessageEncodeError("x"), errors.ConcurrentReceiveError(), TimeoutError()],
+)
+def test_other_exceptions_are_bugs(error: BaseException) -> None:
+    """Any other exception of an endpoint is reported as a bug."""
+    assert errors.is_bug(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "code", "text"),
+    [
+        (None, DisconnectReason.COMPLETED, 1000, ""),
+        (CLOSED, DisconnectReason.COMPLETED, 1000, ""),
+        (WebSocketDisconnect(1001), DisconnectReason.COMPLETED, 1000, ""),
+        (HTTPException(401, "who?"), DisconnectReason.POLICY, 4401, "who?"),
+        (HTTPException(403), DisconnectReason.POLICY, 4403, "Forbidden"),
+        (HTTPException(400, {"a": 1}), DisconnectReason.POLICY, 4400, '{"a":1}'),
+        (starlette_exceptions.HTTPException(404), DisconnectReason.POLICY, 4404, "Not Found"),
+        (WebSocketException(4001, "bye"), DisconnectReason.POLICY, 4001, "bye"),
+        (WebSocketException(1006), DisconnectReason.POLICY, 1008, ""),
+        (starlette_exceptions.WebSocketException(4002), DisconnectReason.POLICY, 4002, ""),
+        (errors.DuplicateClientError("ann"), DisconnectReason.POLICY, 4409, "already connected"),
+        (errors.MessageFormatError("text expected"), DisconnectReason.POLICY, 1003, "unexpected kind of message"),
+        (asyncio.CancelledError(), DisconnectReason.SERVER_SHUTDOWN, 1012, "server shutdown"),
+        (ValueError("secret"), DisconnectReason.ERROR, 1011, "internal error"),
+        (errors.MessageEncodeError("secret"), DisconnectReason.ERROR, 1011, "internal error"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_endpoint_outcome_decides_close_code(error: Any, reason: DisconnectReason, code: int, text: str) -> None:
+    """A return gives 1000, an HTTPException 4000 + its status, and a bug 1011 without details."""
+    assert errors.close_info_for(error) == CloseInfo(reason, code, text[:123])
+
+
+def test_http_exception_with_odd_status_has_close_code() -> None:
+    """A status for which 4000 + status is not a close code still closes the connection."""
+    assert errors.close_info_for(HTTPException(1500, "odd")).cause in (DisconnectReason.POLICY, DisconnectReason.ERROR)
+
+
+def test_non_json_detail_becomes_text_in_reason() -> None:
+    """Any detail can be the close reason."""
+    assert "object" in errors.close_info_for(HTTPException(400, {"x": object()})).reason
+
+
+def test_validation_error_reason_names_parameters() -> None:
+    """Invalid parameters close with 1008 and a reason that lists them as JSON."""
+    error = WebSocketRequestValidationError([{"loc": ("query", "page"), "msg": "not an int", "type": "int"}])
+    how = errors.close_info_for(error)
+    assert (how.cause, how.code) == (DisconnectReason.POLICY, 1008)
+    assert json.loads(how.reason) == [{"loc": "query.page", "msg": "not an int"}]
+
+
+def test_validation_reason_contains_only_whole_problems() -> None:
+    """The reason contains as many problems as fit completely, so that it stays valid JSON."""
+    problems = [{"loc": ("query", f"parameter{number}"), "msg": "not an int"} for number in range(10)]
+    text = errors.close_info_for(WebSocketRequestValidationError(problems)).reason
+    assert 0 < len(json.loads(text)) < 10
+    assert len(text.encode()) <= MAX_REASON_BYTES
+
+
+def test_long_validation_problem_is_cut_to_parameter_name() -> None:
+    """A single problem that does not fit is cut to the parameter's name."""
+    problem = {"loc": ("query", "page"), "msg": "x" * 500}
+    assert errors.close_info_for(WebSocketRequestValidationError([problem])).reason == "invalid: query.page"
+
+
+def test_validation_error_without_problems_has_reason() -> None:
+    """An empty list of problems is not an error itself."""
+    assert errors.close_info_for(WebSocketRequestValidationError([])).code == 1008
+
+
+def test_application_error_with_unsendable_code_closes_with_1008() -> None:
+    """A subclass of the library's error with an invalid close code still closes its connection."""
+
+    class Odd(errors.ShutdownError):
+        close_code = 1005
+
+    assert errors.close_info_for(Odd()).code == 1008

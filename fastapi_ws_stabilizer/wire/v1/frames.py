@@ -1,4 +1,4 @@
-"""Frames of `stabilizer.v1.json`: parsing, and encoding of the small ones. No I/O.
+"""Frames of `stabilizer.v1.json`: parsing, encoding of the small ones, and delayed acknowledgements. No I/O.
 
 A text frame is one JSON object, and its member `type` names the kind of frame. A binary frame of kind 1 has such an
 object without `data`, followed by the data as bytes. Unknown fields and types are ignored, so that newer peers can add
@@ -7,13 +7,15 @@ some. Malformed fields are errors.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import reprlib
 import struct
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from pydantic_core import to_json
 
+from fastapi_ws_stabilizer.errors import RequestError
 from fastapi_ws_stabilizer.wire.deflate import InflateLimitError, deflate_stream, inflate, inflated_start
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 from fastapi_ws_stabilizer.wire.identifiers import MAX_NAME_CHARS, NAME_RULE, is_name
@@ -306,6 +308,12 @@ def message_of(frame: dict[str, Any]) -> Message:
     )
 
 
+def request_error(error: Any) -> RequestError:
+    """Return the error of an error reply. The peer wrote its fields, so they are truncated."""
+    fields = error if isinstance(error, dict) else {}
+    return RequestError(str(fields.get("code", "error"))[:64], str(fields.get("message", ""))[:1024])
+
+
 # ── writing ──
 
 
@@ -337,3 +345,43 @@ def binary_envelope(head: dict[str, Any], payload: bytes) -> bytes:
     if len(meta) > MAX_META_BYTES:
         raise ValueError(f"the fields of a binary message have {len(meta)} bytes, more than {MAX_META_BYTES}")
     return _BINARY_HEAD.pack(KIND_MESSAGE, len(meta)) + meta + payload
+
+
+# ── acknowledging ──
+
+
+class DelayedAcks:
+    """Base of each side of `stabilizer.v1.json`: acknowledges after `ACK_EVERY` messages or after `ack_delay`.
+
+    It is a base class, because an object of its own would cost memory for each connection and time for each message.
+
+    Attributes:
+        ack_delay: Maximum seconds from a message to its acknowledgement.
+    """
+
+    __slots__ = ("_ack_timer", "_unacknowledged")
+
+    ack_delay: ClassVar[float]
+
+    def __init__(self) -> None:
+        self._unacknowledged = 0
+        self._ack_timer: asyncio.TimerHandle | None = None
+
+    def _schedule_ack(self) -> None:
+        """Count a received message, and send its acknowledgement now or later."""
+        self._unacknowledged += 1
+        if self._unacknowledged >= ACK_EVERY:
+            self._send_ack()
+        elif self._ack_timer is None:
+            self._ack_timer = asyncio.get_running_loop().call_later(self.ack_delay, self._send_ack)
+
+    def _send_ack(self) -> None:
+        """Acknowledge all received messages. It calls `_reset_ack`."""
+        raise NotImplementedError
+
+    def _reset_ack(self) -> None:
+        """Stop the timer, because another frame acknowledges the messages or the connection ends."""
+        self._unacknowledged = 0
+        if self._ack_timer is not None:
+            self._ack_timer.cancel()
+            self._ack_timer = None

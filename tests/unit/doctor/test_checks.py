@@ -11,7 +11,7 @@ import pytest
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.doctor.checks import CHECKS, TOO_SHORT, run_checks
-from fastapi_ws_stabilizer.doctor.collect import collect_context
+from fastapi_ws_stabilizer.doctor.collect import CheckOptions, collect_context
 from fastapi_ws_stabilizer.doctor.context import DeploymentContext
 from fastapi_ws_stabilizer.doctor.findings import Finding
 from fastapi_ws_stabilizer.doctor.network_path import path_through
@@ -515,10 +515,12 @@ def test_stable_protocol_pings_count_as_heartbeat() -> None:
 
 def test_server_lifetime_counts_like_platform_lifetime() -> None:
     """daphne closes each WebSocket after a day by default, which counts like a limit of a platform."""
-    found = run_checks(collect_context(WebSocketConfig(), None, refuses=False, server="daphne"))
+    found = run_checks(collect_context(WebSocketConfig(), None, CheckOptions(server="daphne"), refuses=False))
     assert "86400 s of daphne" in next(finding.problem for finding in found if finding.code == "D03")
     server_options = {"websocket_timeout": None}
     found = run_checks(
-        collect_context(WebSocketConfig(), None, refuses=False, server="daphne", server_options=server_options)
+        collect_context(
+            WebSocketConfig(), None, CheckOptions(server="daphne", server_options=server_options), refuses=False
+        )
     )
     assert "D03" not in {finding.code for finding in found}

@@ -20,7 +20,7 @@ from starlette.routing import Mount, WebSocketRoute
 from fastapi_ws_stabilizer import StableSocketDep, WebSocketConnectionManager, stats_router
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.doctor import collect as collect_module
-from fastapi_ws_stabilizer.doctor.collect import collect_context
+from fastapi_ws_stabilizer.doctor.collect import CheckOptions, collect_context
 from fastapi_ws_stabilizer.doctor.context import unmanaged_routes, version_of
 from fastapi_ws_stabilizer.doctor.network_path import path_through
 from fastapi_ws_stabilizer.doctor.open_stats import open_stats_routers
@@ -241,7 +241,7 @@ def test_options_without_server_are_rejected() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collect_module, "running_server", lambda: None)
         with pytest.raises(ValueError, match="name of their server"):
-            collect_context(WebSocketConfig(), None, refuses=False, server_options={"reload": True})
+            collect_context(WebSocketConfig(), None, CheckOptions(server_options={"reload": True}), refuses=False)
 
 
 # ── manager ──

@@ -243,7 +243,7 @@ async def test_full_server_rejects_explicit_connect_with_4503(admission_app: Mak
     await rejected.wait_done()
     (error,) = harness.errors
     assert isinstance(error, ConnectionLimitExceededError)
-    assert error.limit == "max_connections"
+    assert error.option == "max_connections"
     assert harness.refusals == {"max_connections": 1}
     assert [one.event for one in harness.heard.all if one.error is not None] == []
 

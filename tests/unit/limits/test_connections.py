@@ -43,7 +43,7 @@ def test_connection_over_max_connections_is_rejected() -> None:
     with pytest.raises(ConnectionLimitExceededError) as rejected:
         enter(admission, "cem")
     assert type(rejected.value) is ConnectionLimitExceededError
-    assert (rejected.value.limit, rejected.value.most) == ("max_connections", 2)
+    assert (rejected.value.option, rejected.value.limit) == ("max_connections", 2)
     assert 0.5 * RETRY_WHEN_FULL <= rejected.value.retry_after <= 1.5 * RETRY_WHEN_FULL + 0.1
     assert len(admission) == 2
 
@@ -120,7 +120,7 @@ def test_released_reservation_cannot_be_confirmed(
     for _ in range(2):
         with pytest.raises(ConnectionLimitExceededError) as rejected:
             reservation.confirm("ann")
-        assert (type(rejected.value), rejected.value.limit, rejected.value.most) == (error, limit, 2)
+        assert (type(rejected.value), rejected.value.option, rejected.value.limit) == (error, limit, 2)
     assert (len(admission), admission._pending, reservation.client_id) == (0, 0, None)
 
 
@@ -212,7 +212,7 @@ def test_address_limit_rejects_only_that_address() -> None:
     enter(admission, address="1.1.1.1")
     with pytest.raises(TooManyConnectionsError) as rejected:
         enter(admission, address="1.1.1.1")
-    assert (rejected.value.limit, rejected.value.most) == ("max_connections_per_address", 2)
+    assert (rejected.value.option, rejected.value.limit) == ("max_connections_per_address", 2)
     enter(admission, address="2.2.2.2")
 
 
@@ -262,7 +262,7 @@ def test_client_limit_rejects_only_that_client() -> None:
     enter(admission, "ann")
     with pytest.raises(TooManyConnectionsError) as rejected:
         enter(admission, "ann")
-    assert (rejected.value.limit, rejected.value.most) == ("max_connections_per_client", 2)
+    assert (rejected.value.option, rejected.value.limit) == ("max_connections_per_client", 2)
     enter(admission, "bob")
     first.release()
     enter(admission, "ann")
@@ -288,7 +288,7 @@ def test_handshakes_over_rate_are_rejected_with_retry_delay() -> None:
     with pytest.raises(ConnectionLimitExceededError) as rejected:
         admission.reserve("3.3.3.3", 0.1)
     assert type(rejected.value) is ConnectionLimitExceededError
-    assert rejected.value.limit == "max_connect_rate"
+    assert rejected.value.option == "max_connect_rate"
     assert rejected.value.retry_after == pytest.approx(0.4)
     admission.reserve("3.3.3.3", 0.1 + rejected.value.retry_after)
 
@@ -300,7 +300,7 @@ def test_address_over_rate_does_not_use_up_global_rate() -> None:
     for _ in range(10):
         with pytest.raises(TooManyConnectionsError) as rejected:
             admission.reserve("1.1.1.1", 0.0)
-        assert rejected.value.limit == "max_connect_rate_per_address"
+        assert rejected.value.option == "max_connect_rate_per_address"
     admission.reserve("2.2.2.2", 0.0)
     admission.reserve("3.3.3.3", 0.0)
 

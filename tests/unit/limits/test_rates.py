@@ -40,14 +40,6 @@ class ExactBucket:
         self.level -= Fraction(cost)
         return 0.0
 
-    def spend(self, cost: float, now: float) -> bool:
-        """Take the tokens if any are left."""
-        self.flow(now)
-        if self.level <= 0:
-            return False
-        self.level -= Fraction(cost)
-        return True
-
 
 def quarters(least: int, most: int) -> st.SearchStrategy[float]:
     """Generate quarters, which floats add without rounding, so that comparisons are exact."""
@@ -114,21 +106,10 @@ def test_clock_going_backwards_changes_nothing() -> None:
     bucket = TokenBucket()
     bucket.take(RATE, 10, 100.0)
     assert bucket.take(RATE, 2, 50.0) == 1.0
-    assert not bucket.spend(RATE, 2, 99.0)
+    assert bucket.take(RATE, 2, 99.0) == 1.0
     assert bucket.take(RATE, 2, 100.0) == 1.0
     assert bucket.take(RATE, 2, 101.0) == 0.0
     assert bucket.take(RATE, 2, 51.0) == 1.0
-
-
-def test_spend_of_any_size_passes_while_bucket_is_not_empty() -> None:
-    """A spend of any size passes while the bucket is not empty, and the next one waits until the debt is refilled."""
-    bucket = TokenBucket()
-    assert bucket.spend(RATE, 9.5, 0.0)
-    assert bucket.spend(RATE, 100.5, 0.0)
-    assert not bucket.spend(RATE, 0.5, 0.0)
-    assert bucket.take(RATE, 1, 0.0) == 50.5
-    assert not bucket.spend(RATE, 0.5, 50.0)
-    assert bucket.spend(RATE, 0.5, 50.25)
 
 
 def test_bucket_follows_changed_rate() -> None:
@@ -139,16 +120,13 @@ def test_bucket_follows_changed_rate() -> None:
     assert bucket.take(Rate(1.0, 4.0), 1, 0.0) == 7.0
 
 
-@given(RATES, STEPS, st.lists(st.booleans(), min_size=60, max_size=60))
-def test_bucket_agrees_with_exact_model(rate: Rate, steps: list[tuple[float, float]], kinds: list[bool]) -> None:
-    """In any order and at any time, each take and spend gives the answer of the exact model."""
+@given(RATES, STEPS)
+def test_bucket_agrees_with_exact_model(rate: Rate, steps: list[tuple[float, float]]) -> None:
+    """At any time, each take gives the answer of the exact model."""
     bucket, exact, now = TokenBucket(), ExactBucket(rate), 0.0
-    for (passed, cost), takes in zip(steps, kinds, strict=False):
+    for passed, cost in steps:
         now = max(0.0, now + passed)
-        if takes:
-            assert bucket.take(rate, cost, now) == exact.take(cost, now)
-        else:
-            assert bucket.spend(rate, cost, now) == exact.spend(cost, now)
+        assert bucket.take(rate, cost, now) == exact.take(cost, now)
         assert bucket.is_full(rate, now) == (exact.level == rate.burst)
 
 
@@ -194,7 +172,7 @@ def test_take_after_returned_wait_succeeds(rate: Rate, now: float, parts: list[f
     """A take after the returned wait succeeds despite rounding, and no returned wait is below MIN_WAIT."""
     rate = Rate(rate.per_second, rate.burst * rate.per_second)  # the burst covers some seconds
     bucket = TokenBucket()
-    bucket.spend(rate, 3.3 * rate.burst, now)
+    bucket.take(rate, rate.burst, now)
     for part in parts:
         wait = bucket.take(rate, part * rate.burst, now)
         assert wait == 0.0 or wait > MIN_WAIT

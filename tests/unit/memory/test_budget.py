@@ -121,7 +121,7 @@ async def test_request_over_total_limit_raises_without_eviction(budget: MemoryBu
     a, b = FakeEvictable(budget, "a", 40), FakeEvictable(budget, "b", 40)
     with pytest.raises(MemoryLimitExceededError) as rejected:
         budget.reserve(b, 61)
-    assert (rejected.value.limit, rejected.value.most, evicted_ids(a, b)) == ("max_total_memory", 100, "")
+    assert (rejected.value.option, rejected.value.limit, evicted_ids(a, b)) == ("max_total_memory", 100, "")
 
 
 async def test_shared_message_is_freed_with_last_holder(budget: MemoryBudget) -> None:
@@ -194,7 +194,7 @@ def test_write_over_connection_limit_raises() -> None:
     with pytest.raises(MemoryLimitExceededError) as rejected:
         budget.reserve(client, 41)
     error = rejected.value
-    assert (error.limit, error.most, error.wanted) == ("max_memory_per_connection", 100, 101)
+    assert (error.option, error.limit, error.requested) == ("max_memory_per_connection", 100, 101)
     assert budget.total == 60
 
 

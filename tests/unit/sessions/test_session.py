@@ -56,7 +56,7 @@ def test_message_for_detached_session_is_numbered_and_stored() -> None:
     assert session.offer(encode("hello")) is EnqueueResult.QUEUED
     assert session.head == 1
     assert stored(session) == ["hello"]
-    assert not session.is_attached
+    assert session.connection is None
 
 
 def test_new_connection_gets_welcome_then_replay_then_live() -> None:
@@ -150,9 +150,9 @@ def test_close_of_old_connection_detaches_nothing() -> None:
     session.attach(old, 0, WELCOME)
     session.attach(new, 0, WELCOME)
     assert not session.detach(old)
-    assert session.is_attached
+    assert session.connection is new
     assert session.detach(new)
-    assert not session.is_attached
+    assert session.connection is None
 
 
 def test_session_is_backpressured_with_its_connection() -> None:
