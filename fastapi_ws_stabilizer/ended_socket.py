@@ -26,7 +26,7 @@ class _NoOutbox:
     def try_enqueue(self, _: EncodedMessage) -> bool:
         return False
 
-    def put_now(self, _: EncodedMessage) -> bool:
+    def try_send(self, _: EncodedMessage) -> bool:
         return False
 
     async def put_wait(self, *_: object) -> bool:

@@ -24,7 +24,7 @@ class _CallCancelledError(Exception):
     """The call raised `CancelledError`, but the task that runs it was not cancelled."""
 
 
-class Callee(Protocol):
+class ThreadTarget(Protocol):
     """The part of a manager that `FromThread` uses."""
 
     _loop: asyncio.AbstractEventLoop | None
@@ -66,7 +66,7 @@ class FromThread:
 
     __slots__ = ("_manager",)
 
-    def __init__(self, manager: Callee) -> None:
+    def __init__(self, manager: ThreadTarget) -> None:
         self._manager = manager
 
     def broadcast(

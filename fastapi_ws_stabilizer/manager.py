@@ -19,7 +19,7 @@ from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, DisconnectReason, c
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.doctor.checks import run_checks
-from fastapi_ws_stabilizer.doctor.collect import CheckOptions, collect_context, report_at_start
+from fastapi_ws_stabilizer.doctor.collect import CheckOptions, collect_context, run_startup_checks
 from fastapi_ws_stabilizer.doctor.findings import Finding
 from fastapi_ws_stabilizer.errors import (
     ConnectionNotFoundError,
@@ -43,7 +43,7 @@ from fastapi_ws_stabilizer.metrics.timings import Timings
 from fastapi_ws_stabilizer.node import Node
 from fastapi_ws_stabilizer.observability.logs import get_logger, write_event
 from fastapi_ws_stabilizer.room import Room
-from fastapi_ws_stabilizer.servers.detect import exits_on_signal, missing_websocket_library, several_workers
+from fastapi_ws_stabilizer.servers.detect import exits_on_signal, has_several_workers, websocket_library_advice
 from fastapi_ws_stabilizer.servers.uvicorn.options import uvicorn_options
 from fastapi_ws_stabilizer.shutdown.drain import Drain, ShutdownReport
 from fastapi_ws_stabilizer.shutdown.signals import SignalHandler
@@ -157,7 +157,7 @@ class WebSocketConnectionManager(EventDecorators):
         self._node.resume_accepting()
         self._require_node()
         if self.config.handle_signals:
-            self._signals.listen()
+            self._signals.install()
 
     def _require_node(self) -> Node:
         loop = _running_loop()
@@ -175,10 +175,10 @@ class WebSocketConnectionManager(EventDecorators):
         logger = get_logger()
         if "log_level" in self.config.model_fields_set or logger.level == logging.NOTSET:
             logger.setLevel(self.config.log_level)  # a default must not override configure_logging()
-        if problem := missing_websocket_library():
+        if problem := websocket_library_advice():
             self.events.emit("websocket_library_missing", logging.ERROR, problem=problem)
         refuses, guarded = self._hooks.has("handshake"), self._hooks.has("handshake", "auth")
-        report_at_start(
+        run_startup_checks(
             self.events, self.config, self._app, refuses=refuses, guarded=guarded, reported=self._reported_findings
         )
         return self._node
@@ -224,7 +224,7 @@ class WebSocketConnectionManager(EventDecorators):
             window = 0.0 if exits_on_signal() else self.config.drain_window
             report = await self._drain_within(timeout, window, own_connections)
         finally:
-            self._signals.stop()
+            self._signals.restore()
             if own_connections:  # waiting here would abort the connection of the calling code
                 self._tasks.spawn(self._stop_after_drain(self._node, until), name="ws-stop")
             else:
@@ -713,7 +713,7 @@ class WebSocketConnectionManager(EventDecorators):
         return self._node.resumption.issue_token(client, newest)
 
     def _report_workers(self) -> None:
-        if self.config.reconnect_secret is None and not self._reported_workers and several_workers():
+        if self.config.reconnect_secret is None and not self._reported_workers and has_several_workers():
             self._reported_workers = True
             self.events.emit("reconnect_secret_missing", logging.WARNING)
 

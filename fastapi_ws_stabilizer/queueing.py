@@ -52,7 +52,7 @@ class SendQueueLike(Protocol):
     def flush(self) -> None:
         """Write queued frames now instead of at the end of the loop iteration, as far as the network accepts them."""
 
-    def lingers(self) -> bool:
+    def has_sendable_frames(self) -> bool:
         """Return whether a frame waits that the network may accept in the next loop iteration."""
 
     def is_backpressured(self) -> bool:

@@ -34,7 +34,7 @@ CHECK_INTERVAL: Final = 256
 class Flushable(Protocol):
     """Worker that has data to flush soon."""
 
-    def flush_now(self) -> None:
+    def on_flush_due(self) -> None:
         """Write the queued data. Must not wait."""
 
 
@@ -139,7 +139,7 @@ class FlushScheduler:
             for worker in workers:
                 done += 1
                 try:
-                    worker.flush_now()
+                    worker.on_flush_due()
                 except Exception as error:  # a bug of this library, which must not affect other connections
                     self._events.emit_exception("internal_task_failed", error, task=type(worker).__name__)
                 if not done % CHECK_INTERVAL and self._divided and monotonic() > until:

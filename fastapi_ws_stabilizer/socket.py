@@ -215,7 +215,7 @@ class StableSocket:
         except MemoryLimitExceededError:
             self._user_data, user_data.owner = own, previous_owner
             raise
-        own.detach()
+        own.stop_accounting()
 
     def _copy_user_data(self, user_data: Mapping[str, Any]) -> None:
         """Copy the user data of another connection. This connection's own values take precedence.
@@ -228,9 +228,9 @@ class StableSocket:
     def _detach_user_data(self) -> None:
         """Stop counting the data that belongs to this closed connection alone."""
         if self._metadata is not None:
-            self._metadata.detach()
+            self._metadata.stop_accounting()
         if self._user_data is not None and self._user_data.owner is self._connection:
-            self._user_data.detach()
+            self._user_data.stop_accounting()
         if not self._connection.opened:  # it was rejected, so `_open_budget` cannot see a `close_info`
             self._metadata = self._metadata or MeteredDict(None, None)
             self._user_data = self._user_data or MeteredDict(None, None)
@@ -614,7 +614,7 @@ class StableSocket:
         frame = encode(message, coalesce_key, volatile=volatile)
         if ack:
             await self._connection.send_with_ack(frame)
-        elif not self._connection.put_now(frame):
+        elif not self._connection.try_send(frame):
             await self._connection.send(frame)
         elif self._connection.should_yield():
             await self._connection.yield_for_send()

@@ -286,13 +286,13 @@ class Client(ClientEvents):
     async def _flush(self) -> None:
         deadline = monotonic() + self._flush_timeout
         self.incoming.stop_blocking()  # acknowledgements come after messages that your code may no longer read
-        await wait_for_all(self.buffer.unaccepted(), self._flush_timeout)
+        await wait_for_all(self.buffer.unaccepted_futures(), self._flush_timeout)
         if self._attempt is not None:  # volatile messages are written but not acknowledged
             await self._attempt.flushed(max(0.0, deadline - monotonic()))
 
     def reconnect(self) -> None:
         """Drop the connection or stop waiting, and reconnect now. The session continues."""
-        self._reconnects.at_once()
+        self._reconnects.reset_backoff()
         if self._attempt is not None:
             self._attempt.mark_lost(4000, "reconnect", at_once=True)
         self._reconnect_now()
@@ -494,7 +494,7 @@ class Client(ClientEvents):
 
     def stable(self) -> None:
         """Reset the backoff, because a connection has been open for `stable_after` seconds."""
-        self._reconnects.stable()
+        self._reconnects.on_stable()
 
     def mark_truncated(self) -> None:
         """Record a connection that was lost during a large message of the server.
@@ -551,7 +551,7 @@ class Client(ClientEvents):
                 self.emit("close", lost.code, lost.reason)
                 if lost.code == 4429:
                     self.buffer.reduce_window()
-                delay = self._reconnects.after(lost)
+                delay = self._reconnects.next_delay(lost)
                 if self._reconnects.abandons_session:
                     self.token = None
                 if delay is None:
@@ -602,13 +602,13 @@ class Client(ClientEvents):
             logger.warning(
                 "the client of %s is permanently closed: code %d (%s)", self._log_url, error.code, error.reason
             )
-        if left := sum(not done.done() for done in self.buffer.unaccepted()):
+        if left := sum(not done.done() for done in self.buffer.unaccepted_futures()):
             logger.warning("the client is closed, but the server has not accepted %d messages", left)
         if self._attempt is not None:
             self._attempt.mark_lost(error.code if error.code in (1000, 4000) else 1000, error.reason)
         self._reconnect_now()
         self.token = None
-        self.buffer.give_up(error)
+        self.buffer.fail_all(error)
         self._requests.give_up(error)
         self.incoming.close(None if ours else lambda: ClientClosedError(error.code, error.reason))
         self._set_state("closed")

@@ -273,7 +273,7 @@ class ClientConnection(DelayedAcks):
                 self._timers.start("retry", min(retry / 1000, MAX_RETRY_DELAY), self.wake)
             return
         if seq is not None:
-            error.event = buffer.refused(seq, error)
+            error.event = buffer.on_rejected(seq, error)
         self._client.refused(error)
 
     def _receive_message(self, kind: str, frame: dict[str, Any]) -> None:
@@ -425,7 +425,7 @@ class ClientConnection(DelayedAcks):
             return self._control.pop(0)
         if not self._open or "retry" in self._timers:
             return None
-        message = self._client.buffer.next()
+        message = self._client.buffer.pop_next()
         if message is None:
             return None
         self._check_unacked()
@@ -484,7 +484,7 @@ class ClientConnection(DelayedAcks):
         """Process an acknowledgement. The next unacknowledged message gets its own deadline."""
         buffer = self._client.buffer
         oldest = buffer.oldest_sent
-        buffer.accepted(seq)
+        buffer.acknowledge(seq)
         self.wake()  # the send window may have grown
         if buffer.oldest_sent is not oldest:
             self._timers.stop("accept")

@@ -36,16 +36,16 @@ class ReconnectPolicy:
         """Whether the server has rejected the last credential."""
         return self._auth_failures > 0
 
-    def at_once(self) -> None:
+    def reset_backoff(self) -> None:
         """Reset the backoff, because your code asks for an attempt now."""
         self._backoff.reset()
 
-    def stable(self) -> None:
+    def on_stable(self) -> None:
         """Forget all failures, because a connection is stable."""
         self._backoff.reset()
         self._auth_failures = self._resyncs = 0
 
-    def after(self, lost: ConnectionLost) -> float | None:
+    def next_delay(self, lost: ConnectionLost) -> float | None:
         """Return the seconds until the next attempt; `None` if the client must not reconnect.
 
         Args:

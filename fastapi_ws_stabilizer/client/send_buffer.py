@@ -147,7 +147,7 @@ class SendBuffer:
         """The oldest sent message without an acknowledgement."""
         return self._sent[0] if self._sent else None
 
-    def unaccepted(self) -> list[asyncio.Future[None]]:
+    def unaccepted_futures(self) -> list[asyncio.Future[None]]:
         """Return the futures of all unaccepted messages."""
         return [message.done for message in (*self._sent, *self._unsent)]
 
@@ -175,7 +175,7 @@ class SendBuffer:
         self._bytes -= message.size
         return True
 
-    def next(self) -> PendingMessage | None:
+    def pop_next(self) -> PendingMessage | None:
         """Return the next message to send, with its number; `None` if there is none.
 
         It also returns `None` while the window of unacknowledged messages is full.
@@ -204,7 +204,7 @@ class SendBuffer:
             self._fail_message(message, MessageTooLargeError(message.size, self.max_frame))
         return None
 
-    def accepted(self, seq: int) -> None:
+    def acknowledge(self, seq: int) -> None:
         """Accept all messages up to a number."""
         while self._sent and self._sent[0].seq <= seq:
             message = self._sent.popleft()
@@ -232,7 +232,7 @@ class SendBuffer:
         """Reduce the window to one message, because the server has closed the connection over its rate limit."""
         self._window = 1
 
-    def refused(self, seq: int, error: Exception) -> str | None:
+    def on_rejected(self, seq: int, error: Exception) -> str | None:
         """Fail a message that the server has accepted and then rejected, if it is still unresolved.
 
         Returns:
@@ -246,7 +246,7 @@ class SendBuffer:
 
     def resume(self, accepted: int) -> None:
         """Continue the session on a new connection, and send unaccepted messages again."""
-        self.accepted(accepted)
+        self.acknowledge(accepted)
         self._window = min(self._window, RESUMED_WINDOW)
         self._next = max(self._next, accepted + 1)
         self._to_resend = deque(self._sent)
@@ -276,7 +276,7 @@ class SendBuffer:
             self._fail_message(message, SessionLostError())
         return failed
 
-    def give_up(self, error: ClientError) -> None:
+    def fail_all(self, error: ClientError) -> None:
         """Fail all messages, because nothing more is sent."""
         for message in (*self._sent, *self._unsent):
             message.fail(error)

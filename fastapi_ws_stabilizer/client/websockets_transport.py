@@ -13,7 +13,7 @@ from websockets.exceptions import InvalidURI
 from fastapi_ws_stabilizer.client.errors import ClientClosedError
 from fastapi_ws_stabilizer.client.transport import Connect, Transport, TransportClosedError, UnreadableMessageError
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.net.tcp import progress
+from fastapi_ws_stabilizer.net.tcp import send_progress
 from fastapi_ws_stabilizer.wire.v1.frames import MAX_SENT_BYTES
 
 INVALID_TARGET: Final = 4400
@@ -86,7 +86,7 @@ class WebSocketsTransport:
 
     def send_progress(self) -> int | None:
         """See `Transport`."""
-        return progress(getattr(self._connection, "transport", None))
+        return send_progress(getattr(self._connection, "transport", None))
 
     async def close(self, code: int, reason: str) -> None:
         """See `Transport`."""

@@ -153,6 +153,6 @@ def _ended_class(kind: type[WebSocket]) -> type[WebSocket]:
     return type(f"Ended{kind.__name__}", (_EndedWebSocket, kind), {})
 
 
-def mark_ended(websocket: WebSocket) -> None:
+def replace_with_ended(websocket: WebSocket) -> None:
     """Make a `WebSocket` behave as closed, including references held by user code."""
     websocket.__class__ = _ended_class(type(websocket))

@@ -87,7 +87,7 @@ class AsgiOutbox(Outbox):
         self._slot: CallbackSemaphore | None = None
         self._slot_timer: asyncio.TimerHandle | None = None
 
-    def flush_now(self) -> None:
+    def on_flush_due(self) -> None:
         """Send what can be sent now. Hot path: nearly always exactly one frame is queued."""
         frame = self._single
         if (
@@ -101,7 +101,7 @@ class AsgiOutbox(Outbox):
             or self._slow
             or self._broken
         ):
-            super().flush_now()
+            super().on_flush_due()
             return
         self._due = False
         self._single = self._keyed = None
@@ -272,7 +272,7 @@ class AsgiOutbox(Outbox):
         """Whether queued messages are delayed, or the outbox waits for a slot."""
         return self._queued_for_slot or super().is_stalled
 
-    def lingers(self) -> bool:
+    def has_sendable_frames(self) -> bool:
         """Whether messages wait that the next loop iteration may send, including those in flight."""
         return (self._any or self._in_flight > 0) and not self.is_delayed
 

@@ -24,7 +24,12 @@ from fastapi import WebSocket, WebSocketDisconnect
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, CloseInfo, DisconnectReason, detaches, local_close
-from fastapi_ws_stabilizer.compat.starlette import asgi_callables, install_asgi_shim, mark_disconnected, mark_ended
+from fastapi_ws_stabilizer.compat.starlette import (
+    asgi_callables,
+    install_asgi_shim,
+    mark_disconnected,
+    replace_with_ended,
+)
 from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType
 from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
 from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
@@ -232,12 +237,12 @@ class Connection(Handover):
         if self._closing is not None and not self._closing.done():
             self._closing.set_result(None)
         if not attempt(self._parts.scheduler.schedule, self._parts.scheduler.pending(self.shard), self):
-            self.flush_now()
+            self.on_flush_due()
         return True
 
     def _mark_websocket_disconnected(self) -> None:
         """Set the state of Starlette's `WebSocket` to disconnected once all received messages are read."""
-        mark_ended(self.websocket)
+        replace_with_ended(self.websocket)
         if not len(self.inbox):
             mark_disconnected(self.websocket)
 
@@ -262,7 +267,7 @@ class Connection(Handover):
         if discarded:
             self.emit("messages_discarded", logging.DEBUG, count=discarded)
 
-    def flush_now(self) -> None:
+    def on_flush_due(self) -> None:
         """Start the teardown task. The flush scheduler calls this soon after the close, shard by shard."""
         if self.close_info is not None and not self._finished.is_set:
             teardown = self._tear_down(self.close_info)

@@ -52,7 +52,7 @@ class DirectOutbox(Outbox):
             self.pause_writing()
         self._window_bits = self._direct.window_bits if compress else 0
 
-    def flush_now(self) -> None:
+    def on_flush_due(self) -> None:
         """Send what can be sent now. Hot path: nearly always exactly one frame is queued."""
         frame = self._single
         if (
@@ -65,7 +65,7 @@ class DirectOutbox(Outbox):
             or self._control
             or self._waiters
         ):
-            super().flush_now()
+            super().on_flush_due()
             return
         self._due = False
         self._single = self._keyed = None

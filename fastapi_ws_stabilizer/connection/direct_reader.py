@@ -75,7 +75,7 @@ class DirectReader:
     def pong_received(self, payload: bytes) -> None:
         """Handle a received pong frame."""
         self._connection.liveness.awaiting_since = None
-        if not self._connection.liveness.ponged_by_protocol(payload, monotonic()):
+        if not self._connection.liveness.on_pong_frame(payload, monotonic()):
             self._connection.on_control_frame()
 
     def connection_lost(self, event: Mapping[str, Any]) -> None:
@@ -99,7 +99,7 @@ class DirectReader:
 
     def before_shutdown(self) -> None:
         """Flush the outbox before the server closes the connection."""
-        self._outbox.flush_now()
+        self._outbox.on_flush_due()
 
     # ── a full inbox ──
 

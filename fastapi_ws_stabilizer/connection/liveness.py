@@ -68,7 +68,7 @@ class Liveness:
         """Record a queued ping that measures no round trip and sets no deadline."""
         self._open_pings = min(self._open_pings + 1, MAX_OPEN_PINGS)
 
-    def on_ping_sent(self, now: float) -> None:
+    def on_ping_queued(self, now: float) -> None:
         """Record a queued ping."""
         self.on_unmeasured_ping()
         if self.awaiting_since is None:
@@ -78,7 +78,7 @@ class Liveness:
         if self._ping_sent is None or not self.has_ponged:
             self._ping_sent = now
 
-    def pinged_by_protocol(self, now: float) -> bytes:
+    def start_ping(self, now: float) -> bytes:
         """Record a ping frame and return its payload, which identifies the pong."""
         self.on_unmeasured_ping()
         if self.awaiting_since is None:
@@ -86,7 +86,7 @@ class Liveness:
         self._ping_sent = now
         return _payload(now)
 
-    def ponged_by_protocol(self, payload: bytes, now: float) -> bool:
+    def on_pong_frame(self, payload: bytes, now: float) -> bool:
         """Record a pong frame. It measures the round trip only if it answers the last ping.
 
         Returns:
@@ -111,7 +111,7 @@ class Liveness:
         self._open_pings -= expected
         return expected
 
-    def reset_deadline(self) -> None:
+    def clear_deadline(self) -> None:
         """Restart the deadline at the next ping, because the client could not have answered."""
         self.awaiting_since = None
         self._ping_sent = None

@@ -76,7 +76,7 @@ class Messages(SendingHalf):
             SocketClosed: The connection is closed.
             WrongLoopError: This is not the event loop of the connection.
         """
-        if not self.put_now(frame):
+        if not self.try_send(frame):
             if self.protocol is None:
                 queued = await self.outbox.put_wait(frame)
             else:
@@ -89,26 +89,26 @@ class Messages(SendingHalf):
         if self.should_yield():
             await self.yield_for_send()
 
-    def put_now(self, frame: EncodedMessage) -> bool:
+    def try_send(self, frame: EncodedMessage) -> bool:
         """Send a frame on the fast path. `False`, with nothing queued, if the slow path must decide. Hot path."""
         if running_loop() is not self._parts.loop:
             self.check_loop()
         if self.pause is not None:
             self.pause.sent = True
         if self.protocol is None:
-            return self.outbox.put_now(frame)
-        return self.close_info is None and self.protocol.session.put_now(self, frame)
+            return self.outbox.try_send(frame)
+        return self.close_info is None and self.protocol.session.try_send(self, frame)
 
     def should_yield(self) -> bool:
         """Return whether to yield to the event loop, to flush what was just sent or to let others run. Hot path."""
         outbox = self.outbox
-        return (outbox._due and outbox.lingers()) or self._parts.scheduler.exceeded()
+        return (outbox._due and outbox.has_sendable_frames()) or self._parts.scheduler.exceeded()
 
     async def yield_for_send(self) -> None:
         """Yield to the event loop, repeatedly while sent messages still wait, but once only for a slow consumer."""
         for _ in range(MAX_TURNS):
             await asyncio.sleep(0)
-            if not self.outbox.lingers():
+            if not self.outbox.has_sendable_frames():
                 break
 
     async def send_with_ack(self, frame: EncodedMessage) -> None:

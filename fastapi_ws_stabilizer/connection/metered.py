@@ -81,7 +81,7 @@ class Metered(Messages):
     def discard_residual(self) -> None:
         """Discard unread and unsent messages of a closed connection, but not its close frame."""
         self.close_unread()
-        self._discarded(self.outbox.forget())
+        self._discarded(self.outbox.discard_queued())
 
     # ── rate limits ──
 
@@ -108,7 +108,7 @@ class Metered(Messages):
 
     def on_early_message(self, raw: str | bytes) -> None:
         """Ignore a message that follows a rejected one. Too many of them close the connection."""
-        excess = self._parts.traffic.refuse(self.connection_id, wire_size(raw), monotonic())
+        excess = self._parts.traffic.count_ignored(self.connection_id, wire_size(raw), monotonic())
         if excess is not None:
             text = f"too many messages; retry={math.ceil(excess.retry_after * 1000)}"
             self.close(DisconnectReason.POLICY, code=4429, text=text)

@@ -126,7 +126,7 @@ class Outbox(StallWatch, abc.ABC):
             pending.append(self)
         return True
 
-    def put_now(self, frame: EncodedMessage) -> bool:
+    def try_send(self, frame: EncodedMessage) -> bool:
         """Send a frame at once. Return `False`, with nothing queued, if frames wait or the slow path must decide.
 
         Messages from user code must not wait for the end of the loop iteration, because that code may compute for long.
@@ -137,12 +137,12 @@ class Outbox(StallWatch, abc.ABC):
         self._single = frame
         self.held_bytes = frame.size
         self.used = True
-        self.flush_now()
+        self.on_flush_due()
         return True
 
     def offer_now(self, frame: EncodedMessage) -> EnqueueResult:
         """Queue a frame like `offer` and flush, because the caller may compute for long afterwards."""
-        if self.put_now(frame):
+        if self.try_send(frame):
             return EnqueueResult.QUEUED
         result = self.offer(frame)
         self.flush()
@@ -153,7 +153,7 @@ class Outbox(StallWatch, abc.ABC):
         if self._any and not self.blocked:
             self._send_queued()
 
-    def lingers(self) -> bool:
+    def has_sendable_frames(self) -> bool:
         """Return whether frames wait that the next loop iteration may send."""
         return self._any and not self.is_delayed
 
@@ -294,7 +294,7 @@ class Outbox(StallWatch, abc.ABC):
 
     # ── sending ──
 
-    def flush_now(self) -> None:
+    def on_flush_due(self) -> None:
         """Send what can be sent now. The scheduler calls this at the end of a loop iteration with queued frames."""
         self._due = False
         if not self._broken:
@@ -378,7 +378,7 @@ class Outbox(StallWatch, abc.ABC):
         self._schedule_flush()
         return discarded
 
-    def forget(self) -> int:
+    def discard_queued(self) -> int:
         """Discard queued messages but not the close frame. Return the number of discarded messages."""
         return self._clear()
 

@@ -248,11 +248,11 @@ class SendingHalf(abc.ABC):
         if frame is None and self._direct is not None:
             if self._direct.write_paused:
                 return False
-            self._direct.ping(self.liveness.pinged_by_protocol(now))
+            self._direct.ping(self.liveness.start_ping(now))
             return True
         if frame is None or not self.outbox.put_control(frame):
             return False
-        self.liveness.on_ping_sent(now)
+        self.liveness.on_ping_queued(now)
         return True
 
     def has_backlog(self) -> bool:

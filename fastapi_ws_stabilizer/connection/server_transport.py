@@ -16,11 +16,11 @@ from typing import Any, Final
 from fastapi_ws_stabilizer.close_codes import SERVER_CODES
 from fastapi_ws_stabilizer.compat.starlette import unwrap_send
 from fastapi_ws_stabilizer.net.tcp import (
-    progress,
+    kernel_unacked_bytes,
     seconds_since_received,
-    unacknowledged_bytes,
+    send_progress,
+    unacked_bytes,
     unflushed_bytes,
-    unsent_bytes,
 )
 from fastapi_ws_stabilizer.servers.direct import DirectTransport, has_direct_transport
 
@@ -137,7 +137,7 @@ class ServerTransport:
 
     def _untaken_bytes(self) -> int | None:
         """Return the bytes not acknowledged by the client's TCP stack; `None` if the system does not report them."""
-        return unacknowledged_bytes(self._transport())
+        return kernel_unacked_bytes(self._transport())
 
     def forget_task(self, task: asyncio.Task[Any] | None) -> None:
         """Remove a task that does not end from the server's tasks, because uvicorn would wait for it at shutdown."""
@@ -153,11 +153,11 @@ class ServerTransport:
 
     def progress(self) -> int | None:
         """Return a number that grows when the client's TCP stack accepts bytes; `None` if it cannot be measured."""
-        return progress(self._transport())
+        return send_progress(self._transport())
 
     def unsent_bytes(self) -> int | None:
         """Return the bytes that were written but not acknowledged by the client's TCP stack; `None` if unknown."""
-        return unsent_bytes(self._transport())
+        return unacked_bytes(self._transport())
 
     def seconds_since_received(self) -> float | None:
         """Return the seconds since bytes last arrived from the client; `None` where this cannot be measured."""

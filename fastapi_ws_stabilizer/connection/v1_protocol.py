@@ -199,7 +199,7 @@ class V1Protocol(DelayedAcks):
         ):  # the most frequent frame, as written by this project's clients
             digits = raw[ACK_CHARS:-1]
             plain = digits.isascii() and digits.isdigit() and digits[0] != "0" and len(digits) < MAX_DIGITS
-            if plain and session.acknowledged(seq := int(digits)):
+            if plain and session.acknowledge(seq := int(digits)):
                 session.confirm()
                 self._count_ack(seq)
                 return None
@@ -297,7 +297,7 @@ class V1Protocol(DelayedAcks):
             raise ProtocolError("unexpected second hello")
 
     def _acknowledge(self, seq: int) -> None:
-        if not self.session.acknowledged(seq):
+        if not self.session.acknowledge(seq):
             raise ProtocolError("acknowledged more messages than were sent")
 
     def _count_ack(self, seq: int) -> None:
@@ -316,7 +316,7 @@ class V1Protocol(DelayedAcks):
         """Queue a ping after the waiting messages, so that its number verifies the client's count."""
         if not self._send_ping():
             return False
-        self._connection.liveness.on_ping_sent(now)
+        self._connection.liveness.on_ping_queued(now)
         return True
 
     def _send_ping(self) -> bool:

@@ -93,7 +93,7 @@ def collect_context(
     )
 
 
-def report_at_start(
+def run_startup_checks(
     events: EventBus,
     config: WebSocketConfig,
     app: Any = None,

@@ -85,7 +85,7 @@ class Acceptor(Closer, Services):
         """
         websocket, numbered = handshake.websocket, handshake.speaks_v1
         expiry = None if expires_in is None else monotonic() + expires_in
-        self.budget.begin()
+        self.budget.bind_loop()
         claimed = None if numbered else self.resumption.verify_token(websocket, client_id)
         expected_id = client_id or claimed or fresh_client_id()
         if not numbered:  # otherwise after the hello, which may prove a session
@@ -215,7 +215,7 @@ class Acceptor(Closer, Services):
                 user_data.owner = resume_result.session
                 resume_result.session.user_data = user_data
             else:  # keep the dict, because a handler of the previous connection may still write to it
-                user_data.detach()
+                user_data.stop_accounting()
                 try:
                     resume_result.session.user_data.update(user_data)
                 except MemoryLimitExceededError as error:  # a rejection would repeat at each reconnect
@@ -280,7 +280,7 @@ class Acceptor(Closer, Services):
             raise RuntimeError("connect() needs an accepted WebSocket: call `await websocket.accept()` before it")
         if isinstance(known := getattr(asgi_callables(websocket)[0], "__self__", None), Connection):
             raise RuntimeError(f"this WebSocket is already connected, as client {known.client_id!r}")
-        self.budget.begin()
+        self.budget.bind_loop()
         stack = find_exit_stack(websocket.scope)
         reservation = self._reserve_for_adoption(websocket, client_id)
         try:
@@ -337,7 +337,7 @@ class Acceptor(Closer, Services):
 
     def reject_adoption(self, websocket: WebSocket, error: Exception, client_id: str) -> None:
         """Count and report that `connect()` rejects a client."""
-        self.admission.rejector.record(websocket, error, self.admission.address_of(websocket), client_id)
+        self.admission.rejector.record_rejection(websocket, error, self.admission.address_of(websocket), client_id)
 
     def _reserve_for_adoption(self, websocket: WebSocket, client_id: str) -> Reservation:
         try:

@@ -20,7 +20,7 @@ from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
 from fastapi_ws_stabilizer.errors import ConnectionLimitExceededError, OriginNotAllowedError, ShutdownError
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handshake.hello import HelloReader, credential_in
-from fastapi_ws_stabilizer.handshake.rejection import Rejector, answered_subprotocol
+from fastapi_ws_stabilizer.handshake.rejection import Rejector, select_subprotocol
 from fastapi_ws_stabilizer.limits.connections import ConnectionLimiter, Reservation, retry_delay, shutdown_error
 from fastapi_ws_stabilizer.net.origin import OriginPolicy
 from fastapi_ws_stabilizer.net.proxies import TrustedProxies, rate_limit_key
@@ -139,7 +139,7 @@ class Handshake:
                 if link is not None:
                     link.refuse_compression()
             scope = websocket.scope
-            subprotocol = answered_subprotocol(websocket)
+            subprotocol = select_subprotocol(websocket)
             headers: MutableHeaders | None = scope.pop(HEADERS_KEY, None)
             await websocket.accept(subprotocol, None if headers is None else headers.raw)
             if subprotocol is not None:

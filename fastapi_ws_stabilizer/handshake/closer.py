@@ -12,7 +12,7 @@ from fastapi import HTTPException, WebSocketDisconnect, WebSocketException
 
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
 from fastapi_ws_stabilizer.compat.starlette import mark_open
-from fastapi_ws_stabilizer.compat.under_test import test_client_wants_errors
+from fastapi_ws_stabilizer.compat.testclient import raises_server_exceptions
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection import current
 from fastapi_ws_stabilizer.connection.closing import ClosingConnections
@@ -119,7 +119,7 @@ class Closer:
                 connection.close(DisconnectReason.SERVER_SHUTDOWN)
                 raise
         connection.close(close_info.cause, code=close_info.code, text=close_info.reason)
-        raises = bug is not None and test_client_wants_errors()
+        raises = bug is not None and raises_server_exceptions()
         with anyio.CancelScope(shield=raises):  # the TestClient cancels as soon as the test has ended
             if bug is not None:
                 await connection.report_bug("endpoint_failed", bug)

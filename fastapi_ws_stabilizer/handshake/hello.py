@@ -171,8 +171,8 @@ class HelloReader:
 
     async def _reject(self, websocket: WebSocket, error: Exception, client_id: str | None = None) -> WebSocketException:
         """Close the WebSocket of a client without a session, and return the exception that ends its endpoint."""
-        close_info = self._rejector.record(websocket, error, self._address_of(websocket), client_id)
-        return await self._rejector.close(websocket, close_info.code, close_info.reason)
+        close_info = self._rejector.record_rejection(websocket, error, self._address_of(websocket), client_id)
+        return await self._rejector.accept_and_close(websocket, close_info.code, close_info.reason)
 
 
 def credential_in(hello: Hello, websocket: WebSocket) -> str | None:

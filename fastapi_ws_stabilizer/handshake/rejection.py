@@ -77,7 +77,7 @@ REJECTION_TIMEOUT: Final = 5.0
 """Seconds that the answer to a rejected client may take."""
 
 
-def answered_subprotocol(websocket: WebSocket) -> str | None:
+def select_subprotocol(websocket: WebSocket) -> str | None:
     """Return the subprotocol to answer a handshake with, or `None`.
 
     It is `stabilizer.v1.json`, else the first subprotocol of the endpoint, else the marker of a credential, if the
@@ -132,11 +132,11 @@ class Rejector:
             The exception to raise. The framework does nothing more for it, unless the application has its own handler
             for the HTTP answer. Then it is the `HTTPException` for that handler, which sends the answer.
         """
-        close_info = self.record(websocket, error, address)
+        close_info = self.record_rejection(websocket, error, address)
         accepted = websocket.application_state is WebSocketState.CONNECTED
         closes = self._closes(websocket) and not _is_http_only(error) and not self._is_throttled(error, address)
         if accepted or closes:
-            return await self.close(websocket, close_info.code, close_info.reason)
+            return await self.accept_and_close(websocket, close_info.code, close_info.reason)
         if isinstance(error, (WebSocketStabilizerError, WebSocketException)):
             error = to_http_exception(error)
         if DENIAL in (websocket.scope.get("extensions") or {}) and isinstance(error, HTTPException):
@@ -145,9 +145,11 @@ class Rejector:
             answer = await _answer(error)
             await self._send_answer(websocket, websocket.send_denial_response(answer))
             return WebSocketException(close_info.code, close_info.reason)
-        return await self.close(websocket, close_info.code, close_info.reason, accept=False)
+        return await self.accept_and_close(websocket, close_info.code, close_info.reason, accept=False)
 
-    def record(self, websocket: WebSocket, error: Exception, address: str, client_id: str | None = None) -> CloseInfo:
+    def record_rejection(
+        self, websocket: WebSocket, error: Exception, address: str, client_id: str | None = None
+    ) -> CloseInfo:
         """Count and report a rejection, and return the close info for a rejection by close code.
 
         A rejection by an option is a warning, because the option may be wrong.
@@ -174,7 +176,7 @@ class Rejector:
         return self._close_code_buckets.take(rate_limit_key(address), 1.0, monotonic()) > 0
 
     def _closes(self, websocket: WebSocket) -> bool:
-        if websocket.scope.get("subprotocols") and answered_subprotocol(websocket) is None:
+        if websocket.scope.get("subprotocols") and select_subprotocol(websocket) is None:
             return False  # any of them may be a credential, and Chrome rejects an answer without one
         if self._policy is RejectPolicy.AUTO:
             return "origin" in websocket.headers and not self._accept_to_close.take(
@@ -182,7 +184,9 @@ class Rejector:
             )
         return self._policy is RejectPolicy.CLOSE
 
-    async def close(self, websocket: WebSocket, code: int, reason: str, *, accept: bool = True) -> WebSocketException:
+    async def accept_and_close(
+        self, websocket: WebSocket, code: int, reason: str, *, accept: bool = True
+    ) -> WebSocketException:
         """Close a WebSocket that has no connection.
 
         Args:
@@ -197,7 +201,7 @@ class Rejector:
 
         async def close() -> None:
             if accept and websocket.application_state is not WebSocketState.CONNECTED:
-                await websocket.accept(answered_subprotocol(websocket))
+                await websocket.accept(select_subprotocol(websocket))
             await websocket.close(code, truncate_reason(reason))
 
         if accept:  # before the close, because one of uvicorn's implementations waits for the answer in it

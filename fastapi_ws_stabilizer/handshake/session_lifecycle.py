@@ -423,7 +423,7 @@ class SessionLifecycle:
                 connection.socket._copy_user_data(state.user_data)
         except MemoryLimitExceededError as error:
             if connection.inherited_state:
-                state.user_data.detach()
+                state.user_data.stop_accounting()
             connection.emit("user_data_lost", logging.WARNING, why=str(error))
         for room, presence in state.rooms.items():
             try:
@@ -467,7 +467,7 @@ class SessionLifecycle:
     def _forget(self, states: Sequence[DetachedState]) -> None:
         for state in states:
             self._budget.remove(state)
-            state.user_data.detach()
+            state.user_data.stop_accounting()
             last: Connection = state.socket._connection
             if last.close_info is not None:  # the application may have removed it from rooms
                 last.close_info = replace(last.close_info, rooms=self._hub.rooms.rooms_of(state))  # type: ignore[arg-type]

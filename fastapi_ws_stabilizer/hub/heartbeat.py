@@ -141,7 +141,7 @@ class HeartbeatScheduler:
         liveness = recipient.liveness
         if recipient.reading_paused or recipient.has_backlog():
             # The pong may be unread, or the ping not sent yet.
-            liveness.reset_deadline()
+            liveness.clear_deadline()
         deadline = self._deadline(recipient)
         if deadline is not None and now >= deadline and not self._has_progress(recipient, now):
             if late < MAX_TIMER_LAG:

@@ -128,7 +128,7 @@ class Hub(Generic[M]):
                 for room in (rooms,) if isinstance(rooms, str) else rooms:
                     self._history.add(room, frame, hidden)
             groups = (
-                self.registry.outboxes()
+                self.registry.outboxes_by_shard()
                 if rooms is None
                 else self._recipient_groups(tuple(self.rooms.recipients(rooms)))
             )
@@ -155,7 +155,7 @@ class Hub(Generic[M]):
         enqueued = [outbox.offer_now(frame) for outbox in outboxes]
         if EnqueueResult.BACKPRESSURE in enqueued:
             await yield_to_writers([outbox for outbox in outboxes if outbox.is_backpressured()])
-        elif self._scheduler.exceeded() or any(outbox.lingers() for outbox in outboxes):
+        elif self._scheduler.exceeded() or any(outbox.has_sendable_frames() for outbox in outboxes):
             await asyncio.sleep(0)
         return any(result not in _NOT_QUEUED for result in enqueued)
 

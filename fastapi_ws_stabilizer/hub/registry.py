@@ -96,7 +96,7 @@ class ConnectionRegistry(Generic[M]):
         """Return the connected clients, each once, in order of arrival."""
         return list(self._by_client)
 
-    def outboxes(self) -> Iterator[Sequence[SendQueueLike]]:
+    def outboxes_by_shard(self) -> Iterator[Sequence[SendQueueLike]]:
         """Yield the outboxes of each shard. Connections may open and close during the iteration."""
         for shard in self._shards:
             if shard:

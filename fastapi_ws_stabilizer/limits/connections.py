@@ -144,7 +144,7 @@ class _DialRate:
     def take(self, key: str, now: float) -> float:
         """Return 0.0 if one more handshake is allowed, otherwise the seconds after which to retry."""
         wait = self._dials.take(key, 1.0, now)
-        return self._queue.wait(key, wait, now) if wait else 0.0
+        return self._queue.next_delay(key, wait, now) if wait else 0.0
 
 
 class ConnectionLimiter:
@@ -265,7 +265,7 @@ class ConnectionLimiter:
         return ConnectionLimitExceededError(limit, self._max_rates[0] or self._max_rates[1] or 0, retry_delay())
 
     def _full(self) -> ConnectionLimitExceededError:
-        wait = retry_delay() + self._retry_when_full.wait("", 0.0, monotonic())
+        wait = retry_delay() + self._retry_when_full.next_delay("", 0.0, monotonic())
         return ConnectionLimitExceededError("max_connections", int(self._max), wait)
 
     @staticmethod

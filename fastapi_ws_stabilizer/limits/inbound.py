@@ -99,7 +99,7 @@ class KeyedRateLimiter:
             max(wait, self._full_after) if disconnect else wait, disconnect, self._option, self._message_type
         )
 
-    def refuse(self, connection_id: str, cost: float, now: float) -> RateExceeded | None:
+    def count_ignored(self, connection_id: str, cost: float, now: float) -> RateExceeded | None:
         """Count a message that is ignored because one before it was rejected.
 
         Args:
@@ -184,7 +184,7 @@ class InboundRateLimiter:
             excess = self._bytes.take(client_id, connection_id, size, now)
         return excess
 
-    def refuse(self, connection_id: str, size: int, now: float) -> RateExceeded | None:
+    def count_ignored(self, connection_id: str, size: int, now: float) -> RateExceeded | None:
         """Count one message that is ignored because one before it was rejected.
 
         Args:
@@ -195,7 +195,7 @@ class InboundRateLimiter:
         Returns:
             `None` if the client may continue.
         """
-        excess = None if self._messages is None else self._messages.refuse(connection_id, 1.0, now)
+        excess = None if self._messages is None else self._messages.count_ignored(connection_id, 1.0, now)
         if excess is None and self._bytes is not None:
-            excess = self._bytes.refuse(connection_id, size, now)
+            excess = self._bytes.count_ignored(connection_id, size, now)
         return excess

@@ -153,7 +153,7 @@ class RetryQueue:
         """Number of queues."""
         return len(self._free)
 
-    def wait(self, key: str, least: float, now: float) -> float:
+    def next_delay(self, key: str, least: float, now: float) -> float:
         """Return the seconds after which one more client may retry.
 
         Args:

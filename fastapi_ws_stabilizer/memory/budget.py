@@ -158,7 +158,7 @@ class MemoryBudget:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = 0
 
-    def begin(self) -> None:
+    def bind_loop(self) -> None:
         """Bind to the running event loop. Called for each connection, always on the same loop."""
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
@@ -280,7 +280,7 @@ class MemoryBudget:
         if self.max_each is not None and (held := client.memory_usage) > self.max_each:
             client.on_limit_exceeded(held)
 
-    def reserve(self, client: Evictable | None, size: int) -> None:
+    def ensure_room(self, client: Evictable | None, size: int) -> None:
         """Make room for bytes that a client is going to hold. Evicts other clients, never this one.
 
         Raises:

@@ -87,7 +87,7 @@ class MeteredDict(dict[str, Any]):
             sizes[key] = sys.getsizeof(key) + size, count
             remaining -= count
         if self._budget is not None:
-            self._budget.reserve(self.owner, sum(size for size, _ in sizes.values()) - before)
+            self._budget.ensure_room(self.owner, sum(size for size, _ in sizes.values()) - before)
         with _WRITE_LOCK:
             if replace_all:
                 super().clear()
@@ -178,7 +178,7 @@ class MeteredDict(dict[str, Any]):
         if self._budget is not None and self.owner is not None:
             self._budget.check_limit(self.owner)
 
-    def detach(self) -> None:
+    def stop_accounting(self) -> None:
         """Stop counting it for its owner. Code that still holds it can use it."""
         budget, self._budget = self._budget, None
         self.owner = None

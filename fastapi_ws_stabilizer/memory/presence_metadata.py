@@ -34,7 +34,7 @@ class PresenceMetadataSizes:
         """
         size = deep_size(metadata) if metadata else 0
         added = size - self._rooms.get(recipient.connection_id, {}).get(room, 0)
-        self._budget.reserve(recipient, added)
+        self._budget.ensure_room(recipient, added)
         self._add(recipient.connection_id, room, added)
         if added > 0:
             self._budget.on_nonzero(recipient)
@@ -45,7 +45,7 @@ class PresenceMetadataSizes:
         Raises:
             MemoryLimitExceededError: The metadata exceeds a memory limit.
         """
-        self._budget.reserve(None, deep_size(metadata) if metadata else 0)
+        self._budget.ensure_room(None, deep_size(metadata) if metadata else 0)
 
     def release(self, recipient_id: str, room: str, successor: str | None = None) -> None:
         """Stop counting the metadata of a recipient that has left a room.

@@ -24,7 +24,7 @@ _last_data_recv: Final = struct.Struct("=52xI").unpack_from
 _bytes: Final = struct.Struct("=120xQQ").unpack_from  # tcpi_bytes_acked, tcpi_bytes_received
 
 
-def unacknowledged_bytes(transport: Any) -> int | None:
+def kernel_unacked_bytes(transport: Any) -> int | None:
     """Return the bytes in the kernel's queue that the peer has not acknowledged."""
     if sys.platform != "linux":
         return None
@@ -44,13 +44,13 @@ def unflushed_bytes(transport: Any) -> int | None:
         return None
 
 
-def unsent_bytes(transport: Any) -> int | None:
+def unacked_bytes(transport: Any) -> int | None:
     """Return the bytes that were written but not acknowledged by the peer, as far as the system reports them."""
     unflushed = unflushed_bytes(transport)
-    return None if unflushed is None else unflushed + (unacknowledged_bytes(transport) or 0)
+    return None if unflushed is None else unflushed + (kernel_unacked_bytes(transport) or 0)
 
 
-def progress(transport: Any) -> int | None:
+def send_progress(transport: Any) -> int | None:
     """Return a number that increases as the peer acknowledges bytes.
 
     On Linux it is the number of acknowledged bytes. Elsewhere it is the negative of the bytes that the transport holds,
@@ -59,7 +59,7 @@ def progress(transport: Any) -> int | None:
     info = _tcp_info(transport)
     if info is not None:
         return int(_bytes(info)[0])
-    unsent = unsent_bytes(transport)
+    unsent = unacked_bytes(transport)
     return None if unsent is None else -unsent
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 
 
-def missing_websocket_library() -> str | None:
+def websocket_library_advice() -> str | None:
     """Return what to install if uvicorn has no WebSocket library; `None` otherwise.
 
     Without one, uvicorn answers a WebSocket handshake with 404, which looks like a wrong path.
@@ -28,7 +28,7 @@ def exits_on_signal() -> bool:
     return "granian" in sys.modules
 
 
-def several_workers() -> bool:
+def has_several_workers() -> bool:
     """Return whether other workers seem to exist.
 
     uvicorn's and hypercorn's workers are child processes, gunicorn's workers have loaded gunicorn, and

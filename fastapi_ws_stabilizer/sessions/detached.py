@@ -94,7 +94,7 @@ class DetachedState:
     def flush(self) -> None:
         """Do nothing: nothing is queued."""
 
-    def lingers(self) -> bool:
+    def has_sendable_frames(self) -> bool:
         """Whether messages wait that the network may accept: never."""
         return False
 

@@ -85,7 +85,7 @@ class PendingRequests:
             if self._acks is not None:
                 self._acks.pop(seq, None)
 
-    def acknowledged(self, seq: int) -> None:
+    def acknowledge(self, seq: int) -> None:
         """Resolve the waits for all messages up to a number."""
         self._acknowledged = max(self._acknowledged, seq)
         if not self._acks:
@@ -97,7 +97,7 @@ class PendingRequests:
 
     def fail_after_gap(self, seq: int) -> None:
         """Fail the waits for messages after a number, because the client will not get them."""
-        self.acknowledged(seq)
+        self.acknowledge(seq)
         self._acknowledged = seq  # it may decrease: a store that lost messages reuses numbers
         for future in (self._acks or {}).values():
             if not future.done():

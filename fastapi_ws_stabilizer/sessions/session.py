@@ -63,13 +63,13 @@ class Outlet(Protocol):
     def counted_bytes(self) -> int:
         """Bytes of the queued messages with their overhead."""
 
-    def put_now(self, frame: EncodedMessage) -> bool:
+    def try_send(self, frame: EncodedMessage) -> bool:
         """Queue and send a frame at once on the fast path; `False` if the slow path has to decide."""
 
     def flush(self) -> None:
         """Send queued messages now, as far as the network accepts them."""
 
-    def lingers(self) -> bool:
+    def has_sendable_frames(self) -> bool:
         """Whether messages wait that the network may accept in the next event loop iteration."""
 
     def is_backpressured(self) -> bool:
@@ -237,7 +237,7 @@ class Session(ReplayBuffer):
         """
         outlet = self._target
         enveloped = frame.enveloped or to_v1(frame)
-        if outlet is not None and not enveloped.volatile and outlet.put_now(enveloped):
+        if outlet is not None and not enveloped.volatile and outlet.try_send(enveloped):
             self.append(enveloped)
             return EnqueueResult.QUEUED
         enqueued = self.offer(frame)
@@ -276,9 +276,9 @@ class Session(ReplayBuffer):
         if self._target is not None:
             self._target.flush()
 
-    def lingers(self) -> bool:
+    def has_sendable_frames(self) -> bool:
         """Whether messages wait that the network may accept in the next event loop iteration."""
-        return self._target is not None and self._target.lingers()
+        return self._target is not None and self._target.has_sendable_frames()
 
     def is_backpressured(self) -> bool:
         """Whether more than half of its outbox is used while the client seems to read."""
@@ -369,13 +369,13 @@ class Session(ReplayBuffer):
 
         return await connection.outbox.put_wait(frame, record)
 
-    def put_now(self, connection: Attachment, frame: EncodedMessage) -> bool:
+    def try_send(self, connection: Attachment, frame: EncodedMessage) -> bool:
         """Number, store and send a message on the fast path; `False` if the slow path has to decide.
 
         `False` means that nothing was queued. Hot path.
         """
         frame = frame.enveloped or to_v1(frame)
-        if frame.volatile or connection is not self.connection or not connection.outbox.put_now(frame):
+        if frame.volatile or connection is not self.connection or not connection.outbox.try_send(frame):
             return False
         self.append(frame)
         return True
@@ -457,12 +457,12 @@ class Session(ReplayBuffer):
         self.connection = self._target = None
         return True
 
-    def acknowledged(self, seq: int) -> bool:
+    def acknowledge(self, seq: int) -> bool:
         """Drop all messages up to an acknowledged number; `False` if the number was never sent."""
         if seq > self.head:
             return False
         self.forget_up_to(seq)
-        self.requests.acknowledged(seq)
+        self.requests.acknowledge(seq)
         return True
 
     def rewind(self, lost: int) -> None:
@@ -483,6 +483,6 @@ class Session(ReplayBuffer):
         unacknowledged = len(self.entries)
         self.forget_all()
         if self.user_data is not None:
-            self.user_data.detach()
+            self.user_data.stop_accounting()
         self.requests.fail_all(close_info)
         return unacknowledged

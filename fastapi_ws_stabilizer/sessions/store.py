@@ -176,10 +176,10 @@ class SessionStore:
             return self._fresh(client_id, hello, ResumeOutcome.LOST, "expired")
         session.last_attempt = hello.attempt
         session.forget_old()
-        why = replay_gap(session, epoch, hello.seq)
+        why = gap_reason(session, epoch, hello.seq)
         if why is None:
             self._events.counters.sessions_resumed += 1
-            session.acknowledged(hello.seq)
+            session.acknowledge(hello.seq)
             return ResumeResult(session, ResumeOutcome.FULL, None, hello.seq, hello.deflates, hello.retries)
         missed = max(0, session.head - hello.seq)
         session.forget_all()  # never replay only a part of what was missed
@@ -313,7 +313,7 @@ class SessionStore:
         self._arm()
 
 
-def replay_gap(session: Session, epoch: int, seq: int) -> str | None:
+def gap_reason(session: Session, epoch: int, seq: int) -> str | None:
     """Return why a client cannot get all messages after a number; `None` if it can.
 
     Args:

@@ -58,7 +58,7 @@ class SignalHandler:
             self._timer.cancel()
             self._timer = None
 
-    def listen(self) -> None:
+    def install(self) -> None:
         """Replace the signal handlers.
 
         This has no effect outside the main thread, or for a signal with a previous handler that is not callable.
@@ -78,7 +78,7 @@ class SignalHandler:
             self._reported_unhandled = True
             self._events.emit("signals_not_heard", logging.INFO)
 
-    def stop(self) -> None:
+    def restore(self) -> None:
         """Restore the previous handlers, if ours are still installed.
 
         If another library has wrapped ours, it stays installed and passes signals on.

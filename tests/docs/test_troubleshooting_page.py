@@ -19,7 +19,7 @@ from fastapi_ws_stabilizer import (
 )
 from fastapi_ws_stabilizer.close_codes import CLOSE_POLICIES
 from fastapi_ws_stabilizer.errors import _TOKEN_PROBLEMS
-from fastapi_ws_stabilizer.servers.detect import missing_websocket_library
+from fastapi_ws_stabilizer.servers.detect import websocket_library_advice
 from tests.docs.deadline import within
 from tests.docs.pages import ROOT, blocks, prose
 
@@ -76,6 +76,6 @@ def test_fix_for_a_missing_library_is_that_of_the_log(monkeypatch: pytest.Monkey
     """The install command on the page is the one that the log names."""
     monkeypatch.setitem(sys.modules, "uvicorn", logging)
     monkeypatch.setattr("fastapi_ws_stabilizer.servers.detect.importlib.util.find_spec", lambda _: None)
-    problem = missing_websocket_library()
+    problem = websocket_library_advice()
     assert problem is not None
     assert re.search(r'pip install "[^"]+"', problem).group() in PAGE.read_text()  # type: ignore[union-attr]

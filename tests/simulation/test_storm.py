@@ -87,13 +87,13 @@ def test_missing_second_token_breaks_promise(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_missing_first_seq_check_breaks_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the check of the oldest number a promise is broken."""
-    why = store.replay_gap
+    why = store.gap_reason
 
     def forgiving(session: Session, epoch: int, seq: int) -> str | None:
         found = why(session, epoch, seq)
         return None if found == "overflow" else found
 
-    monkeypatch.setattr(store, "replay_gap", forgiving)
+    monkeypatch.setattr(store, "gap_reason", forgiving)
     monkeypatch.setattr(
         "fastapi_ws_stabilizer.sessions.replay_buffer.ReplayBuffer.since",
         lambda self, seq: self.entries[max(0, seq + 1 - self.first_seq) :],

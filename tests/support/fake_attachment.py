@@ -45,7 +45,7 @@ class FakeAttachment(FakeOutbox):
             self.frames.append(frame)
         return self.calm
 
-    def put_now(self, frame: EncodedMessage) -> bool:
+    def try_send(self, frame: EncodedMessage) -> bool:
         """Send a frame at once."""
         return self.try_enqueue(frame)
 

@@ -23,7 +23,7 @@ class FakeOutbox:
     def flush(self) -> None:
         """Do nothing: no frame waits here."""
 
-    def lingers(self) -> bool:
+    def has_sendable_frames(self) -> bool:
         """Return `False`: no frame waits here."""
         return False
 

@@ -84,10 +84,10 @@ class FakeRecipient(FakeOutbox):
         if not self.room:
             return False
         if frame is None:
-            self.protocol_pings.append(self.liveness.pinged_by_protocol(now))
+            self.protocol_pings.append(self.liveness.start_ping(now))
         else:
             self.frames.append(frame)
-            self.liveness.on_ping_sent(now)
+            self.liveness.on_ping_queued(now)
         return True
 
     def has_backlog(self) -> bool:

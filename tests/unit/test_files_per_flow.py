@@ -42,6 +42,14 @@ LIMITS = {
 """Files per flow, on plain ASGI. The targets are 22, 7, 4, 7, 8, 32 and 32."""
 
 
+CONFIG: dict[str, Any] = {
+    "drain_window": 0.0,
+    "log_level": "CRITICAL",
+    "heartbeat_interval": 1e6,  # no ping at a random moment joins a flow
+    "heartbeat_timeout": 1e6,
+}
+
+
 class Tracer:
     """Records the files of the package that are entered while it is on."""
 
@@ -110,7 +118,7 @@ class Flows:
     """An app with every hook, and the flows through it."""
 
     def __init__(self) -> None:
-        self.manager = WebSocketConnectionManager(WebSocketConfig(drain_window=0.0, log_level="CRITICAL"))
+        self.manager = WebSocketConnectionManager(WebSocketConfig(**CONFIG))
         self.app = FastAPI(lifespan=self.manager.lifespan)
         self.tracer = Tracer()
         self._stop_at = ""

@@ -133,7 +133,7 @@ async def test_start_with_default_options_logs_no_warning(manager_with: Any) -> 
 
 async def test_missing_websocket_library_is_logged_at_start(manager_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the server cannot serve WebSockets, the start logs what to install."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.manager.missing_websocket_library", lambda: "pip install something")
+    monkeypatch.setattr("fastapi_ws_stabilizer.manager.websocket_library_advice", lambda: "pip install something")
     manager, heard = manager_with()
     await manager.start()
     (report,) = heard.of("websocket_library_missing")
@@ -818,7 +818,7 @@ async def test_handle_pong_counts_as_liveness(manager_with: Any, clients_of: Any
     manager, _ = manager_with()
     (client,) = await clients_of(manager, "ann")
     liveness = client.socket._connection.liveness
-    liveness.on_ping_sent(liveness.last_seen)
+    liveness.on_ping_queued(liveness.last_seen)
     await manager.handle_pong("ann")
     assert (liveness.has_ponged, liveness.awaiting_since) == (True, None)
     assert client.socket.rtt is not None

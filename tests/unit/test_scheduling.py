@@ -28,7 +28,7 @@ class Worker:
     def __init__(self, name: str, log: list[str], clock: Any = None, error: BaseException | None = None) -> None:
         self.name, self.log, self.clock, self.error = name, log, clock, error
 
-    def flush_now(self) -> None:
+    def on_flush_due(self) -> None:
         """Flush, for as long as the clock says."""
         self.log.append(self.name)
         if self.clock is not None:
@@ -160,12 +160,12 @@ class Again(Worker):
         super().__init__(str(shard), log, *args)
         self.scheduler, self.shard, self.again = scheduler, shard, again
 
-    def flush_now(self) -> None:
+    def on_flush_due(self) -> None:
         """Flush, and request the next flush before the end of this one."""
         self.times += 1
         if self.times <= self.again:
             soon(self.scheduler, self.shard, self)
-        super().flush_now()
+        super().on_flush_due()
 
 
 _WORKERS = st.lists(
@@ -279,7 +279,7 @@ async def test_long_flush_does_not_count_against_sender(monkeypatch: pytest.Monk
     scheduler = FlushScheduler(1, EventBus())
 
     class Slow:
-        def flush_now(self) -> None:
+        def on_flush_due(self) -> None:
             clock.now += 2 * scheduling_module.MAX_BLOCK
 
     scheduler.schedule(scheduler.pending(0), Slow())

@@ -53,7 +53,7 @@ async def test_socket_shows_age_round_trip_and_queues(bench: Any) -> None:
     await eventually(lambda: socket.unread_messages == 1)
     assert (socket.queued_messages, socket.queued_bytes) == (1, 3)
     assert socket.unread_bytes == connection.inbox.held_bytes > 0
-    connection.liveness.on_ping_sent(connection.opened_at)
+    connection.liveness.on_ping_queued(connection.opened_at)
     connection.liveness.on_pong(connection.opened_at + 0.5)
     assert socket.rtt == pytest.approx(0.5)
 

@@ -38,7 +38,7 @@ def put(into: SendBuffer, *data: Any) -> list[PendingMessage]:
 def sent(out: SendBuffer) -> list[tuple[int, Any]]:
     """Return all frames that are to be sent now, with their numbers."""
     messages = []
-    while (message := out.next()) is not None:
+    while (message := out.pop_next()) is not None:
         frame = parse(message.frame())
         messages.append((frame["seq"], frame["data"]))
     return messages
@@ -60,11 +60,11 @@ async def test_ack_resolves_messages_and_frees_room() -> None:
     messages = put(out, "a", "b", "c")
     sent(out)
     assert out.oldest_sent is messages[0]
-    out.accepted(2)
+    out.acknowledge(2)
     assert [message.done.done() for message in messages] == [True, True, False]
     assert out.oldest_sent is messages[2]
     put(out, "d", "e")
-    out.accepted(99)
+    out.acknowledge(99)
     assert (len(out), out.oldest_sent) == (2, None)
 
 
@@ -72,7 +72,7 @@ async def test_ack_above_last_sent_number_resolves_nothing() -> None:
     """An acknowledgement above the last sent number completes nothing."""
     out = buffer()
     (message,) = put(out, "a")
-    out.accepted(5)
+    out.acknowledge(5)
     assert not message.done.done()
     assert sent(out) == [(1, "a")]
 
@@ -98,7 +98,7 @@ async def test_send_window_is_bounded_and_smaller_after_reconnect() -> None:
         batch = sent(out)
         unacked.append(len(batch))
         last = batch[-1][0]
-        out.accepted(last)
+        out.acknowledge(last)
     assert unacked == [128, 256, 512, 512, 512]
     out.resume(last)
     assert len(sent(out)) == 32
@@ -113,7 +113,7 @@ async def test_resend_restarts_after_second_reconnect() -> None:
     put(out, "a", "b", "c")
     sent(out)
     out.resume(0)
-    assert parse(out.next().frame())["seq"] == 1  # type: ignore[union-attr]
+    assert parse(out.pop_next().frame())["seq"] == 1  # type: ignore[union-attr]
     out.resume(0)
     assert sent(out) == [(1, "a"), (2, "b"), (3, "c")]
 
@@ -124,10 +124,10 @@ async def test_message_acked_during_resend_is_not_resent() -> None:
     put(out, "a", "b", "c")
     sent(out)
     out.resume(0)
-    out.accepted(2)
+    out.acknowledge(2)
     assert sent(out) == [(3, "c")]
     out.resume(2)
-    out.accepted(3)
+    out.acknowledge(3)
     assert sent(out) == []
 
 
@@ -161,7 +161,7 @@ async def test_replay_resends_messages_with_new_numbers() -> None:
     messages += put(out, "c")
     assert out.restart_session(4, replay=True) == []
     assert sent(out) == [(5, "a"), (6, "b"), (7, "c")]
-    out.accepted(7)
+    out.acknowledge(7)
     assert all(message.done.done() for message in messages)
 
 
@@ -173,7 +173,7 @@ async def test_full_buffer_rejects_new_message() -> None:
     with pytest.raises(BufferFullError):
         put(out, "c")
     assert not any(message.done.done() for message in messages)
-    out.accepted(1)
+    out.acknowledge(1)
     put(out, "c")
 
 
@@ -214,7 +214,7 @@ async def test_finished_message_frees_its_bytes() -> None:
     out = buffer(max_bytes=300)
     put(out, "x" * 100, "x" * 100)
     sent(out)
-    out.accepted(1)
+    out.acknowledge(1)
     (withdrawn,) = put(out, "x" * 100)
     assert out.cancel(withdrawn)
     put(out, "x" * 100)
@@ -243,7 +243,7 @@ async def test_only_unsent_message_can_be_cancelled() -> None:
     """A sent message cannot be cancelled."""
     out = buffer()
     first, second = put(out, "a", "b")
-    out.next()
+    out.pop_next()
     assert not out.cancel(first)
     assert out.cancel(second)
     assert not out.cancel(second)
@@ -256,11 +256,11 @@ async def test_fail_all_fails_every_buffered_message() -> None:
     """On close every future fails, and the buffer is empty."""
     out = buffer()
     messages = put(out, "a", "b", "c")
-    out.next()
+    out.pop_next()
     out.resume(0)
-    out.give_up(ClientClosedError(1000))
+    out.fail_all(ClientClosedError(1000))
     assert all(isinstance(message.done.exception(), ClientClosedError) for message in messages)
-    assert (len(out), out.next(), out.oldest_sent) == (0, None, None)
+    assert (len(out), out.pop_next(), out.oldest_sent) == (0, None, None)
 
 
 async def test_cancelled_future_is_not_resolved() -> None:
@@ -270,8 +270,8 @@ async def test_cancelled_future_is_not_resolved() -> None:
     first.done.cancel()
     second.done.cancel()
     sent(out)
-    out.accepted(1)
-    out.give_up(ClientClosedError(1000))
+    out.acknowledge(1)
+    out.fail_all(ClientClosedError(1000))
 
 
 async def test_unencodable_message_raises_in_caller() -> None:
@@ -366,7 +366,7 @@ def test_random_breaks_deliver_every_message_once_in_order(steps: list[tuple[str
         out, took, count = buffer(10**6), [], 0
 
         def send() -> bool:
-            message = out.next()
+            message = out.pop_next()
             if message is not None:
                 frame = parse(message.frame())
                 assert frame["seq"] <= len(took) + 1, "a number is missing"
@@ -381,7 +381,7 @@ def test_random_breaks_deliver_every_message_once_in_order(steps: list[tuple[str
             elif what == "send":
                 send()
             elif what == "ack":
-                out.accepted(max(0, len(took) - value))
+                out.acknowledge(max(0, len(took) - value))
             else:
                 out.resume(len(took))
         while send():

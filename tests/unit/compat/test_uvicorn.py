@@ -15,7 +15,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from fastapi_ws_stabilizer import StableSocketDep, WebSocketConnectionManager
-from fastapi_ws_stabilizer.servers.detect import missing_websocket_library
+from fastapi_ws_stabilizer.servers.detect import websocket_library_advice
 from tests.support.fake_websocket import with_deadline
 from tests.support.versions import HAS_DIRECT_TRANSPORT
 
@@ -74,4 +74,4 @@ async def test_installed_uvicorn_serves_with_manager_options(caplog: pytest.LogC
 
 def test_installed_uvicorn_has_websocket_library() -> None:
     """The extra `uvicorn` brings a WebSocket library."""
-    assert missing_websocket_library() is None
+    assert websocket_library_advice() is None

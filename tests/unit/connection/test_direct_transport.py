@@ -443,8 +443,8 @@ async def test_transport_full_before_attach_is_watched(linked: Any, bench: Any) 
 async def test_endpoint_send_is_written_before_yielding(linked: Any) -> None:
     """A message of the endpoint is at the transport when the call returns, whatever the endpoint does next."""
     b = await linked()
-    assert b.connection.put_now(encode("now"))
-    assert b.connection.put_now(encode("too"))
+    assert b.connection.try_send(encode("now"))
+    assert b.connection.try_send(encode("too"))
     assert b.server.writes == [b"\x81\x03now", b"\x81\x03too"]
     assert b.events.counters.messages_sent == 2
     assert len(b.connection.outbox) == b.connection.outbox.held_bytes == 0

@@ -16,7 +16,7 @@ def test_new_connection_has_no_outstanding_ping() -> None:
 def test_inbound_frame_clears_outstanding_ping() -> None:
     """Any inbound frame proves life, not only a pong."""
     liveness = Liveness(0.0)
-    liveness.on_ping_sent(5.0)
+    liveness.on_ping_queued(5.0)
     assert liveness.awaiting_since == 5.0
     liveness.on_frame(6.0)
     assert (liveness.last_seen, liveness.awaiting_since) == (6.0, None)
@@ -26,7 +26,7 @@ def test_inbound_frame_clears_outstanding_ping() -> None:
 def test_pong_measures_round_trip() -> None:
     """The round trip is the time from the ping to its pong."""
     liveness = Liveness(0.0)
-    liveness.on_ping_sent(5.0)
+    liveness.on_ping_queued(5.0)
     liveness.on_frame(5.25)
     liveness.on_pong(5.25)
     assert liveness.has_ponged
@@ -36,7 +36,7 @@ def test_pong_measures_round_trip() -> None:
 def test_unsolicited_pong_does_not_change_round_trip() -> None:
     """An unsolicited pong shows that the client answers, and does not change the round trip."""
     liveness = Liveness(0.0)
-    liveness.on_ping_sent(1.0)
+    liveness.on_ping_queued(1.0)
     liveness.on_pong(1.5)
     liveness.on_pong(9.0)
     assert liveness.rtt == pytest.approx(0.5)
@@ -46,22 +46,22 @@ def test_pongs_beyond_pings_sent_are_unsolicited() -> None:
     """Pongs without a matching ping are unsolicited, whether early or late."""
     liveness = Liveness(0.0)
     assert not liveness.on_pong(0.5)
-    liveness.on_ping_sent(1.0)
+    liveness.on_ping_queued(1.0)
     liveness.on_unmeasured_ping()
-    payload = liveness.pinged_by_protocol(2.0)
-    liveness.reset_deadline()
-    assert liveness.ponged_by_protocol(b"late", 3.0)
-    assert liveness.ponged_by_protocol(payload, 3.0)
+    payload = liveness.start_ping(2.0)
+    liveness.clear_deadline()
+    assert liveness.on_pong_frame(b"late", 3.0)
+    assert liveness.on_pong_frame(payload, 3.0)
     assert liveness.on_pong(3.0)
     assert not liveness.on_pong(3.0)
-    assert not liveness.ponged_by_protocol(payload, 3.0)
+    assert not liveness.on_pong_frame(payload, 3.0)
 
 
 def test_outstanding_pings_are_bounded() -> None:
     """A client that was silent for days may not send as many pongs as it was sent pings."""
     liveness = Liveness(0.0)
     for number in range(2 * MAX_OPEN_PINGS):
-        liveness.on_ping_sent(float(number))
+        liveness.on_ping_queued(float(number))
     assert [liveness.on_pong(1e6) for _ in range(MAX_OPEN_PINGS + 1)] == [True] * MAX_OPEN_PINGS + [False]
 
 
@@ -69,8 +69,8 @@ def test_round_trip_is_measured_from_oldest_open_ping() -> None:
     """A client that answers late does not get a shorter round trip because it was pinged again."""
     liveness = Liveness(0.0)
     liveness.on_pong(0.5)
-    liveness.on_ping_sent(1.0)
-    liveness.on_ping_sent(2.0)
+    liveness.on_ping_queued(1.0)
+    liveness.on_ping_queued(2.0)
     assert liveness.awaiting_since == 1.0
     liveness.on_pong(2.5)
     assert liveness.rtt == pytest.approx(1.5)
@@ -80,9 +80,9 @@ def test_data_between_ping_and_pong_does_not_shorten_rtt() -> None:
     """TCP preserves order, so the first pong answers the first open ping, whatever was received in between."""
     liveness = Liveness(0.0)
     liveness.on_pong(0.5)
-    liveness.on_ping_sent(1.0)
+    liveness.on_ping_queued(1.0)
     liveness.on_frame(1.1)
-    liveness.on_ping_sent(2.0)
+    liveness.on_ping_queued(2.0)
     liveness.on_frame(2.1)
     liveness.on_pong(2.1)
     assert liveness.rtt == pytest.approx(1.1)
@@ -91,8 +91,8 @@ def test_data_between_ping_and_pong_does_not_shorten_rtt() -> None:
 def test_first_pong_is_measured_from_last_ping() -> None:
     """The round trip of a client that has ignored pings for long does not include that time."""
     liveness = Liveness(0.0)
-    liveness.on_ping_sent(1.0)
-    liveness.on_ping_sent(100.0)
+    liveness.on_ping_queued(1.0)
+    liveness.on_ping_queued(100.0)
     liveness.on_pong(100.5)
     assert liveness.rtt == pytest.approx(0.5)
 
@@ -100,8 +100,8 @@ def test_first_pong_is_measured_from_last_ping() -> None:
 def test_reset_deadline_clears_ping_and_measurement() -> None:
     """After a pause of the server the client owes no pong, and a pong after it measures nothing."""
     liveness = Liveness(0.0)
-    liveness.on_ping_sent(1.0)
-    liveness.reset_deadline()
+    liveness.on_ping_queued(1.0)
+    liveness.clear_deadline()
     assert liveness.awaiting_since is None
     liveness.on_pong(50.0)
     assert liveness.rtt is None

@@ -51,7 +51,7 @@ async def test_text_pong_counts_as_liveness_and_is_hidden(bench: Any) -> None:
     """A pong updates liveness and is hidden from the endpoint."""
     b = bench()
     connection, _ = await b.open()
-    connection.liveness.on_ping_sent(connection.opened_at)
+    connection.liveness.on_ping_queued(connection.opened_at)
     b.server.feed_text('{"type":"pong"}')
     await eventually(lambda: connection.liveness.has_ponged)
     assert connection.liveness.rtt is not None
@@ -63,7 +63,7 @@ async def test_data_counts_as_liveness_but_not_as_pong(bench: Any) -> None:
     """Data proves life like a pong, but does not count as an answer."""
     b = bench()
     connection, _ = await b.open()
-    connection.liveness.on_ping_sent(connection.opened_at)
+    connection.liveness.on_ping_queued(connection.opened_at)
     b.server.feed_text("data")
     await eventually(lambda: len(connection.inbox) == 1)
     assert connection.liveness.awaiting_since is None

@@ -29,7 +29,7 @@ from fastapi_ws_stabilizer.errors import (
 )
 from fastapi_ws_stabilizer.events import MAX_THROTTLED_KINDS, THROTTLE_INTERVAL, EventBus
 from fastapi_ws_stabilizer.handshake import rejection as module
-from fastapi_ws_stabilizer.handshake.rejection import Rejector, answered_subprotocol, mark_handled, to_http_exception
+from fastapi_ws_stabilizer.handshake.rejection import Rejector, mark_handled, select_subprotocol, to_http_exception
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.support.fake_websocket import FakeServer, with_deadline
 from tests.unit.conftest import EventRecorder
@@ -293,7 +293,7 @@ async def test_possible_secret_in_subprotocol_is_not_echoed(offered: list[str], 
 
 def test_unoffered_marker_is_not_selected() -> None:
     """A marker that the client did not offer is not selected, because a client fails such a handshake."""
-    assert answered_subprotocol(FakeServer(subprotocols=["chat"], **{SUBPROTOCOL_KEY: "bearer"}).websocket) is None
+    assert select_subprotocol(FakeServer(subprotocols=["chat"], **{SUBPROTOCOL_KEY: "bearer"}).websocket) is None
 
 
 async def test_rejection_is_counted_and_emits_event(heard: tuple[EventBus, EventRecorder]) -> None:
@@ -332,7 +332,7 @@ def test_rejection_flood_logs_one_line_per_minute(
 
     def refuse(times: int = 1) -> None:
         for _ in range(times):
-            rejector.record(FakeServer().websocket, error, "1.2.3.4")
+            rejector.record_rejection(FakeServer().websocket, error, "1.2.3.4")
 
     refuse(100)
     clock.now += THROTTLE_INTERVAL - 1
@@ -357,7 +357,7 @@ def test_rejection_log_is_throttled_per_kind(
     events, ear = heard
     rejector = Rejector(RejectPolicy.AUTO, events)
     for code in range(4000, 4000 + 2 * MAX_THROTTLED_KINDS):
-        rejector.record(FakeServer().websocket, WebSocketException(code), "1.2.3.4")
+        rejector.record_rejection(FakeServer().websocket, WebSocketException(code), "1.2.3.4")
     assert levels(ear) == [("INFO", 0)] * (MAX_THROTTLED_KINDS + 1) + [("DEBUG", 0)] * (MAX_THROTTLED_KINDS - 1)
     assert len(events._throttled["connection_refused"]) == MAX_THROTTLED_KINDS + 1
 

@@ -99,7 +99,7 @@ async def test_send_after_max_block_yields_to_writers(monkeypatch: pytest.Monkey
     log: list[str] = []
 
     class Writer:
-        def flush_now(self) -> None:
+        def on_flush_due(self) -> None:
             log.append("written")
 
     async def send() -> None:

@@ -100,4 +100,4 @@ def test_connections_are_distributed_evenly_over_shards(num_shards: int) -> None
     registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry(num_shards)
     for _ in range(2 * num_shards):
         registry.add(FakeRecipient(shard=registry.next_shard()))
-    assert [len(part) for part in registry.outboxes()] == [2] * num_shards
+    assert [len(part) for part in registry.outboxes_by_shard()] == [2] * num_shards

@@ -54,11 +54,11 @@ def test_in_flight_messages_after_rejection_do_not_disconnect() -> None:
     traffic = InboundRateLimiter(message_rate=10)
     while traffic.take("ann", "tab of ann", 10, 0.0) is None:
         pass
-    assert [traffic.refuse("tab of ann", 10, 0.0) for _ in range(MAX_WINDOW)] == [None] * MAX_WINDOW
+    assert [traffic.count_ignored("tab of ann", 10, 0.0) for _ in range(MAX_WINDOW)] == [None] * MAX_WINDOW
     excess = traffic.take("ann", "tab of ann", 10, 0.0)
     assert excess is not None
     assert not excess.disconnect
-    assert any(traffic.refuse("tab of ann", 10, 0.0) for _ in range(20))
+    assert any(traffic.count_ignored("tab of ann", 10, 0.0) for _ in range(20))
 
 
 @pytest.mark.parametrize("size", [1.0, 4.0])

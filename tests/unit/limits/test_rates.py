@@ -294,19 +294,19 @@ def test_table_never_exceeds_max_keys(steps: list[tuple[int, float, float]], max
 def test_retry_queue_is_bounded() -> None:
     """A retry delay grows by at most 60 s, and further delays are spread over that time."""
     queue = RetryQueue(1.0)
-    waits = [queue.wait("", 0.5, 0.0) for _ in range(2000)]
+    waits = [queue.next_delay("", 0.5, 0.0) for _ in range(2000)]
     assert waits[:60] == [0.5 + number for number in range(60)]
     assert max(waits) <= 60.5
     assert len({round(wait) for wait in waits[60:]}) > 50
-    assert queue.wait("", 0.5, 1000.0) == 0.5, "the queue is empty after that time"
+    assert queue.next_delay("", 0.5, 1000.0) == 0.5, "the queue is empty after that time"
 
 
 def test_retry_queues_are_bounded_by_max_keys() -> None:
     """Empty queues are removed, and the least recently used one is evicted above `max_keys`."""
     queue = RetryQueue(1.0, max_keys=10)
     for number in range(100):
-        queue.wait(f"{number}", 1.0, 0.0)
+        queue.next_delay(f"{number}", 1.0, 0.0)
     assert len(queue) == 10
     for number in range(100, 110):
-        queue.wait(f"{number}", 1.0, 100.0)
+        queue.next_delay(f"{number}", 1.0, 100.0)
     assert len(queue) <= 10

@@ -22,7 +22,7 @@ POLICIES: tuple[Policy, ...] = ("lru", "fifo", "oldest")
 async def budget() -> MemoryBudget:
     """Return a budget of 100 bytes."""
     made = MemoryBudget(100)
-    made.begin()
+    made.bind_loop()
     return made
 
 
@@ -60,14 +60,14 @@ async def test_total_is_read_without_visiting_clients(budget: MemoryBudget) -> N
 async def test_eviction_policy_selects_client(policy: Policy, victim: str) -> None:
     """Each policy selects another one of the same three clients."""
     budget = MemoryBudget(100, policy=policy)
-    budget.begin()
+    budget.bind_loop()
     a, b, c = clients = [FakeEvictable(budget, name, 20) for name in "abc"]
     for delivered in (c, a, b):
         budget.on_delivered(delivered) if budget.output_counts else None
     for sender in (b, c, a):
         budget.on_inbound(sender)
     writer = FakeEvictable(budget, "w")
-    budget.reserve(writer, 50)
+    budget.ensure_room(writer, 50)
     assert evicted_ids(*clients, writer) == victim
 
 
@@ -75,11 +75,11 @@ async def test_eviction_policy_selects_client(policy: Policy, victim: str) -> No
 async def test_reattached_client_is_last_in_eviction_order(policy: Policy) -> None:
     """A reattached client is the last in the eviction order of each policy."""
     budget = MemoryBudget(100, policy=policy)
-    budget.begin()
+    budget.bind_loop()
     a, b = FakeEvictable(budget, "a", 40), FakeEvictable(budget, "b", 40)
     budget.detach(a)
     budget.attach(a)
-    budget.reserve(None, 30)
+    budget.ensure_room(None, 30)
     assert evicted_ids(a, b) == "b"
 
 
@@ -87,13 +87,13 @@ async def test_reattached_client_is_last_in_eviction_order(policy: Policy) -> No
 async def test_detached_clients_are_evicted_first_oldest_first(policy: Policy) -> None:
     """Detached clients are evicted before connected ones, the oldest first."""
     budget = MemoryBudget(100, policy=policy)
-    budget.begin()
+    budget.bind_loop()
     a, b, c = (FakeEvictable(budget, name, 30) for name in "abc")
     budget.detach(c)
     budget.detach(b)
     order = []
     for _ in range(3):
-        budget.reserve(None, 100 - budget.total + 1)
+        budget.ensure_room(None, 100 - budget.total + 1)
         order.append(evicted_ids(a, b, c))
     assert order == ["c", "bc", "abc"]
 
@@ -102,17 +102,17 @@ async def test_detached_clients_are_evicted_first_oldest_first(policy: Policy) -
 async def test_writing_client_is_not_evicted(policy: Policy) -> None:
     """A client is not evicted for its own write, even if it is the first in the order."""
     budget = MemoryBudget(100, policy=policy)
-    budget.begin()
+    budget.bind_loop()
     a, b = FakeEvictable(budget, "a", 40), FakeEvictable(budget, "b", 40)
     budget.detach(a)
-    budget.reserve(a, 30)
+    budget.ensure_room(a, 30)
     assert evicted_ids(a, b) == "b"
 
 
 async def test_eviction_stops_when_memory_suffices(budget: MemoryBudget) -> None:
     """Eviction stops as soon as enough memory is free."""
     clients = [FakeEvictable(budget, name, 20) for name in "abcde"]
-    budget.reserve(None, 21)
+    budget.ensure_room(None, 21)
     assert evicted_ids(*clients) == "ab"
 
 
@@ -120,7 +120,7 @@ async def test_request_over_total_limit_raises_without_eviction(budget: MemoryBu
     """A request above the total limit raises before any eviction."""
     a, b = FakeEvictable(budget, "a", 40), FakeEvictable(budget, "b", 40)
     with pytest.raises(MemoryLimitExceededError) as rejected:
-        budget.reserve(b, 61)
+        budget.ensure_room(b, 61)
     assert (rejected.value.option, rejected.value.limit, evicted_ids(a, b)) == ("max_total_memory", 100, "")
 
 
@@ -130,7 +130,7 @@ async def test_shared_message_is_freed_with_last_holder(budget: MemoryBudget) ->
     clients = [FakeEvictable(budget, name) for name in "abc"]
     for client in clients:
         client.holds(shared)
-    budget.reserve(None, 50)
+    budget.ensure_room(None, 50)
     assert (evicted_ids(*clients), budget.total) == ("abc", 0)
 
 
@@ -156,7 +156,7 @@ async def test_removed_client_is_not_evicted(budget: MemoryBudget) -> None:
     budget.detach(a)
     budget.remove(a)
     budget.remove(a)
-    budget.reserve(None, 30)
+    budget.ensure_room(None, 30)
     assert evicted_ids(a, b) == "b"
 
 
@@ -169,7 +169,7 @@ async def test_activity_of_detached_or_removed_client_is_ignored(budget: MemoryB
     budget.on_delivered(a)
     budget.remove(b)
     budget.on_inbound(b)
-    budget.reserve(None, 21)
+    budget.ensure_room(None, 21)
     assert evicted_ids(a, b) == "a"
 
 
@@ -179,7 +179,7 @@ def test_budget_without_limit_maintains_no_order() -> None:
     client = FakeEvictable(budget, "a", 10**12)
     budget.on_inbound(client)
     budget.detach(client)
-    budget.reserve(client, 10**12)
+    budget.ensure_room(client, 10**12)
     assert not budget._entries
 
 
@@ -190,9 +190,9 @@ def test_write_over_connection_limit_raises() -> None:
     """A write above the limit, with what the client holds already, raises with the option and its value."""
     budget = MemoryBudget(max_each=100)
     client = FakeEvictable(budget, "a", 60)
-    budget.reserve(client, 40)
+    budget.ensure_room(client, 40)
     with pytest.raises(MemoryLimitExceededError) as rejected:
-        budget.reserve(client, 41)
+        budget.ensure_room(client, 41)
     error = rejected.value
     assert (error.option, error.limit, error.requested) == ("max_memory_per_connection", 100, 101)
     assert budget.total == 60
@@ -202,8 +202,8 @@ def test_shrinking_write_is_never_rejected() -> None:
     """A client above its limit may always shrink."""
     budget = MemoryBudget(max_each=10)
     client = FakeEvictable(budget, "a", 60)
-    budget.reserve(client, -20)
-    budget.reserve(client, 0)
+    budget.ensure_room(client, -20)
+    budget.ensure_room(client, 0)
 
 
 def test_client_over_limit_is_ended_at_next_message() -> None:
@@ -220,11 +220,11 @@ def test_client_over_limit_is_ended_at_next_message() -> None:
 async def test_flood_of_one_client_evicts_no_other() -> None:
     """A write above `max_memory_per_connection` raises before any eviction."""
     budget = MemoryBudget(1000, max_each=100)
-    budget.begin()
+    budget.bind_loop()
     others = [FakeEvictable(budget, name, 90) for name in "abcdefghij"]
     flood = FakeEvictable(budget, "x", 50)
     with pytest.raises(MemoryLimitExceededError):
-        budget.reserve(flood, 60)
+        budget.ensure_room(flood, 60)
     assert evicted_ids(*others) == ""
 
 
@@ -238,7 +238,7 @@ async def test_eviction_cost_is_independent_of_client_count(
 ) -> None:
     """Activity and eviction take at most 10 heap operations, for 10 clients as for 10,000."""
     budget = MemoryBudget(number, policy=policy)
-    budget.begin()
+    budget.bind_loop()
     clients = [FakeEvictable(budget, str(index), 1) for index in range(number)]
     silent = [FakeEvictable(budget, f"silent {index}") for index in range(number)]
     looks = 0
@@ -258,7 +258,7 @@ async def test_eviction_cost_is_independent_of_client_count(
         looks = 0
         budget.on_inbound(clients[7])
         budget.on_delivered(clients[8])
-        budget.reserve(clients[9], 1)
+        budget.ensure_room(clients[9], 1)
         FakeEvictable(budget, f"new {one}", 1)
         most = max(most, looks)
     assert sum(client.evicted for client in clients) == 5
@@ -270,13 +270,13 @@ async def test_eviction_cost_is_independent_of_client_count(
 async def test_client_without_memory_is_not_evicted(policy: Policy) -> None:
     """A client that holds nothing is not evicted; when it holds memory, it has its old position in the order."""
     budget = MemoryBudget(100, policy=policy)
-    budget.begin()
+    budget.bind_loop()
     a, b, c = FakeEvictable(budget, "a"), FakeEvictable(budget, "b", 50), FakeEvictable(budget, "c", 50)
-    budget.reserve(None, 10)
+    budget.ensure_room(None, 10)
     assert evicted_ids(a, b, c) == "b"
     b = FakeEvictable(budget, "b", 10)
     a.takes(10)
-    budget.reserve(None, 35)
+    budget.ensure_room(None, 35)
     assert evicted_ids(a, b, c) == "a"
 
 
@@ -284,13 +284,13 @@ async def test_client_without_memory_is_not_evicted(policy: Policy) -> None:
 async def test_refilled_client_returns_to_its_eviction_position(policy: Policy) -> None:
     """A client that holds memory again has its old position in the order, instead of the last one."""
     budget = MemoryBudget(100, policy=policy)
-    budget.begin()
+    budget.bind_loop()
     a, b, c = (FakeEvictable(budget, name, 30) for name in "abc")
     a.takes(-30)
-    budget.reserve(None, 50)
+    budget.ensure_room(None, 50)
     assert evicted_ids(a, b, c) == "b"
     a.takes(30)
-    budget.reserve(None, 50)
+    budget.ensure_room(None, 50)
     assert evicted_ids(a, c) == "a"
 
 
@@ -299,7 +299,7 @@ async def test_closed_client_is_evicted_before_detached_ones(budget: MemoryBudge
     a, b, c = (FakeEvictable(budget, name, 30) for name in "abc")
     budget.detach(a)
     budget.mark_closed(c)
-    budget.reserve(None, 20)
+    budget.ensure_room(None, 20)
     assert evicted_ids(a, b, c) == "c"
 
 
@@ -336,11 +336,11 @@ async def test_pinned_client_is_not_evicted(budget: MemoryBudget) -> None:
     a, b = FakeEvictable(budget, "a", 60), FakeEvictable(budget, "b", 30)
     with budget.pinned(a), budget.pinned(None):
         with pytest.raises(MemoryLimitExceededError):
-            budget.reserve(None, 50)
+            budget.ensure_room(None, 50)
         assert evicted_ids(a, b) == ""
-        budget.reserve(None, 40)
+        budget.ensure_room(None, 40)
         assert evicted_ids(a, b) == "b"
-    budget.reserve(None, 50)
+    budget.ensure_room(None, 50)
     assert evicted_ids(a, b) == "ab"
     assert not budget._pinned
 
@@ -382,7 +382,7 @@ class FakeDict:
 async def test_growth_inside_dict_is_found_at_next_check() -> None:
     """Growth inside a dict is found every `memory_check_interval`, and not earlier."""
     budget = MemoryBudget(check_interval=5.0)
-    budget.begin()
+    budget.bind_loop()
     growing = FakeDict(budget, 10)
     growing.sizes[0] = 70
     sums = []
@@ -396,7 +396,7 @@ async def test_growth_inside_dict_is_found_at_next_check() -> None:
 async def test_memory_check_runs_once_per_interval() -> None:
     """The check runs once per interval, for any number of changes."""
     budget = MemoryBudget(check_interval=5.0)
-    budget.begin()
+    budget.bind_loop()
     growing = FakeDict(budget, 10)
     for seconds in range(20):
         growing.sizes[0] += 1
@@ -409,7 +409,7 @@ async def test_memory_check_runs_once_per_interval() -> None:
 async def test_empty_dict_is_not_checked() -> None:
     """The timer stops with the last dict and starts with the next one."""
     budget = MemoryBudget(check_interval=5.0)
-    budget.begin()
+    budget.bind_loop()
     empty = FakeDict(budget, 10)
     empty.empty()
     await asyncio.sleep(6.0)
@@ -430,7 +430,7 @@ async def test_memory_check_yields_after_time_slice(monkeypatch: pytest.MonkeyPa
         return now
 
     budget = MemoryBudget(check_interval=0.001)
-    budget.begin()
+    budget.bind_loop()
     large, small = FakeDict(budget, *[1] * 25), FakeDict(budget, 1)
     monkeypatch.setattr(budget_module, "monotonic", clock)
     looks: list[int] = []
@@ -449,7 +449,7 @@ async def test_memory_check_yields_after_time_slice(monkeypatch: pytest.MonkeyPa
 async def test_dict_detached_during_check_is_skipped() -> None:
     """A dict that is emptied during a check is skipped."""
     budget = MemoryBudget(check_interval=5.0)
-    budget.begin()
+    budget.bind_loop()
     second = FakeDict(budget, 1)
 
     class Emptying(FakeDict):

@@ -40,7 +40,7 @@ class Owner(FakeEvictable):
 
     def evict(self) -> None:
         self.evicted = True
-        self.data.detach()
+        self.data.stop_accounting()
 
 
 def counted(data: dict[str, Any]) -> int:
@@ -52,7 +52,7 @@ def counted(data: dict[str, Any]) -> int:
 async def owner() -> Owner:
     """Return a client with a limit of 10,000 bytes."""
     budget = MemoryBudget(100_000, 10_000)
-    budget.begin()
+    budget.bind_loop()
     return Owner(budget)
 
 
@@ -107,7 +107,7 @@ async def test_removing_missing_key_raises_key_error(owner: Owner, write: Callab
 async def test_nested_value_is_measured_deeply() -> None:
     """A value is measured recursively."""
     budget = MemoryBudget()
-    budget.begin()
+    budget.bind_loop()
     data = MeteredDict(budget, None)
     data["deep"] = {"a": [{"b": ("x" * 10_000_000,)}]}
     assert 10_000_000 < budget.total < 10_002_000
@@ -156,7 +156,7 @@ async def test_replacing_value_needs_memory_only_for_growth(owner: Owner) -> Non
 async def test_dict_over_limit_is_found_and_can_still_shrink() -> None:
     """A dict that has grown inside above the limit is found, reported to its owner, and can still shrink."""
     budget = MemoryBudget(max_each=1_000, check_interval=5.0)
-    budget.begin()
+    budget.bind_loop()
     owner = Owner(budget)
     owner.data["list"] = grown = ["x"]
     grown.extend("y" * 50 for _ in range(100))
@@ -172,7 +172,7 @@ async def test_dict_over_limit_is_found_and_can_still_shrink() -> None:
 async def test_shrunk_value_is_found_at_next_check() -> None:
     """A value that has shrunk lowers the total at the next check."""
     budget = MemoryBudget(check_interval=5.0)
-    budget.begin()
+    budget.bind_loop()
     data = MeteredDict(budget, None, {"list": ["x" * 5_000]})
     data["list"].clear()
     await asyncio.sleep(6.0)
@@ -183,7 +183,7 @@ async def test_shrunk_value_is_found_at_next_check() -> None:
 async def test_write_over_total_limit_evicts_others() -> None:
     """A write above the total limit evicts the first client of the order, and succeeds."""
     budget = MemoryBudget(10_000)
-    budget.begin()
+    budget.bind_loop()
     a, b = Owner(budget, "a"), Owner(budget, "b")
     a.data["x"], b.data["x"] = "a" * 6_000, "b" * 6_000
     assert (a.evicted, b.evicted) == (True, False)
@@ -194,9 +194,9 @@ async def test_detached_dict_is_uncounted_and_writable(owner: Owner) -> None:
     """A detached dict is not counted and has no limit, but it can be written."""
     budget = owner.data._budget
     owner.data["a"] = "x" * 5_000
-    owner.data.detach()
+    owner.data.stop_accounting()
     owner.data["b"] = "x" * 50_000
-    owner.data.detach()
+    owner.data.stop_accounting()
     assert budget is not None
     assert (budget.total, list(owner.data)) == (0, ["a", "b"])
 
@@ -231,7 +231,7 @@ async def test_measured_objects_are_bounded_for_many_entries() -> None:
     """Writes and checks measure at most `MAX_OBJECTS` objects, and one for each further value."""
     third = many(MAX_OBJECTS // 3)
     budget = MemoryBudget()
-    budget.begin()
+    budget.bind_loop()
     at_once = MeteredDict(budget, None, {str(number): third for number in range(20)})
     assert looked_at(at_once) == at_once._objects <= MAX_OBJECTS + 20
     one_by_one = MeteredDict(budget, None)
@@ -291,7 +291,7 @@ class SlowKey(str):
 async def test_concurrent_thread_writes_retain_correct_sums() -> None:
     """After concurrent writes of four threads to the same keys, the totals equal a full count."""
     budget = MemoryBudget(10**9)
-    budget.begin()
+    budget.bind_loop()
     owner = Owner(budget)
 
     def write() -> None:
@@ -307,7 +307,7 @@ async def test_concurrent_thread_writes_retain_correct_sums() -> None:
 async def test_detach_during_thread_write_leaves_nothing_counted() -> None:
     """The write of a thread is not counted after the dict is detached."""
     budget = MemoryBudget()
-    budget.begin()
+    budget.bind_loop()
     data = MeteredDict(budget, None)
     written = threading.Event()
 
@@ -318,7 +318,7 @@ async def test_detach_during_thread_write_leaves_nothing_counted() -> None:
     thread = threading.Thread(target=write)
     thread.start()
     assert written.wait(5)  # the event loop has not processed the write yet
-    data.detach()
+    data.stop_accounting()
     thread.join()
     await asyncio.sleep(0)
     assert (budget.total, budget._measured) == (0, {})
@@ -327,7 +327,7 @@ async def test_detach_during_thread_write_leaves_nothing_counted() -> None:
 async def test_connection_limit_applies_to_threads() -> None:
     """A write above the limit raises in the thread that writes, and writes nothing."""
     budget = MemoryBudget(10_000, 1_000)
-    budget.begin()
+    budget.bind_loop()
     owner = Owner(budget)
     with pytest.raises(MemoryLimitExceededError):
         await asyncio.to_thread(owner.data.__setitem__, "a", "x" * 1_000)
@@ -337,11 +337,11 @@ async def test_connection_limit_applies_to_threads() -> None:
 async def test_eviction_for_thread_write_runs_on_event_loop() -> None:
     """The eviction for a thread's write runs on the event loop, in its next iteration, and spares the writer."""
     budget = MemoryBudget(10_000)
-    budget.begin()
+    budget.bind_loop()
     writer, other = Owner(budget, "first in every order"), Owner(budget, "another")
     other.data["x"] = "x" * 6_000
     loop_thread, evicted_in = threading.get_ident(), []
-    other.evict = lambda: (evicted_in.append(threading.get_ident()), other.data.detach())  # type: ignore[method-assign]
+    other.evict = lambda: (evicted_in.append(threading.get_ident()), other.data.stop_accounting())  # type: ignore[method-assign]
     await asyncio.to_thread(writer.data.__setitem__, "x", "x" * 6_000)
     await asyncio.sleep(0)
     assert (evicted_in, writer.evicted) == ([loop_thread], False)
@@ -351,7 +351,7 @@ async def test_eviction_for_thread_write_runs_on_event_loop() -> None:
 async def test_thread_write_over_total_limit_raises() -> None:
     """A thread's write above the total limit raises, and no client is evicted."""
     budget = MemoryBudget(10_000)
-    budget.begin()
+    budget.bind_loop()
     writer = Owner(budget)
     with pytest.raises(MemoryLimitExceededError, match="max_total_memory"):
         await asyncio.to_thread(writer.data.__setitem__, "x", "x" * 10_000)

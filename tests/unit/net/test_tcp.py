@@ -29,7 +29,7 @@ async def pair() -> AsyncIterator[tuple[Any, socket.socket]]:
         transport.write(b"hello")
         await loop.sock_sendall(client, b"hello")
         assert await loop.sock_recv(client, 5) == b"hello"
-        await eventually(lambda: tcp.unacknowledged_bytes(transport) in (0, None))
+        await eventually(lambda: tcp.kernel_unacked_bytes(transport) in (0, None))
         await eventually(lambda: tcp.seconds_since_received(transport) is not None or sys.platform != "linux")
         yield transport, client
         transport.abort()
@@ -41,12 +41,12 @@ async def test_kernel_progress_is_visible_with_full_transport(pair: Any) -> None
     transport, client = pair
     transport.write(bytes(10_000_000))
     unflushed = tcp.unflushed_bytes(transport)
-    before = tcp.progress(transport)
+    before = tcp.send_progress(transport)
     assert unflushed
     assert before
     for _ in range(4):
         await asyncio.get_running_loop().sock_recv(client, 4096)
-    await eventually(lambda: tcp.progress(transport) > before)
+    await eventually(lambda: tcp.send_progress(transport) > before)
     assert tcp.unflushed_bytes(transport) == unflushed
 
 
@@ -56,10 +56,10 @@ async def test_unread_bytes_show_no_progress(pair: Any) -> None:
     transport, _ = pair
     transport.write(bytes(10_000_000))
     await asyncio.sleep(0.1)  # the receive buffer of the client fills
-    before = tcp.progress(transport)
+    before = tcp.send_progress(transport)
     await asyncio.sleep(0.3)
-    assert tcp.progress(transport) == before
-    assert 9_000_000 < tcp.unsent_bytes(transport) <= 10_000_000
+    assert tcp.send_progress(transport) == before
+    assert 9_000_000 < tcp.unacked_bytes(transport) <= 10_000_000
 
 
 @on_linux
@@ -102,9 +102,9 @@ class Info:
 def test_transport_without_tcp_info_uses_buffer_size(answer: bytes | Exception) -> None:
     """Without TCP info, progress is a shrinking buffer, and the time since the last receive is unknown."""
     transport = Info(answer)
-    before = tcp.progress(transport)
+    before = tcp.send_progress(transport)
     transport.unflushed = 5
-    after = tcp.progress(transport)
+    after = tcp.send_progress(transport)
     assert before is not None
     assert after is not None
     assert after > before
@@ -114,14 +114,14 @@ def test_transport_without_tcp_info_uses_buffer_size(answer: bytes | Exception) 
 def test_other_systems_use_buffer_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Systems other than Linux use the buffer size only."""
     monkeypatch.setattr(tcp.sys, "platform", "darwin")
-    assert tcp.progress(Info(bytes([1]) * 136)) == -7
-    assert tcp.unacknowledged_bytes(Info(b"")) is None
+    assert tcp.send_progress(Info(bytes([1]) * 136)) == -7
+    assert tcp.kernel_unacked_bytes(Info(b"")) is None
     assert tcp.seconds_since_received(Info(bytes([1]) * 136)) is None
 
 
 @pytest.mark.parametrize("transport", [None, object()])
 def test_missing_transport_shows_nothing(transport: object) -> None:
     """Without a transport nothing is known."""
-    assert tcp.progress(transport) is None
-    assert tcp.unsent_bytes(transport) is None
+    assert tcp.send_progress(transport) is None
+    assert tcp.unacked_bytes(transport) is None
     assert tcp.seconds_since_received(transport) is None

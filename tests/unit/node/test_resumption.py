@@ -350,7 +350,7 @@ def test_several_workers_without_secret_emit_warning(
     monkeypatch: pytest.MonkeyPatch, several: bool, secret: str | None
 ) -> None:
     """With several workers and no shared secret, issuing tokens emits one warning."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.manager.several_workers", lambda: several)
+    monkeypatch.setattr("fastapi_ws_stabilizer.manager.has_several_workers", lambda: several)
 
     @virtually
     async def play() -> None:

@@ -129,7 +129,7 @@ SAFE = {
         "pending",
         "_discarded",
     ),
-    *("flush_now", "ResidualMemory", "isinstance", "_cancel_endpoint", "_mark_closed", "is_resumable"),
+    *("on_flush_due", "ResidualMemory", "isinstance", "_cancel_endpoint", "_mark_closed", "is_resumable"),
     *("_forget", "_arm"),
     *(
         "_key_of",
@@ -273,7 +273,7 @@ def left_over(stage: Stage) -> dict[str, int]:
         "unfinished": len(node.connections),
         "ending": len(node._closing_connections),
         "registry": len(node.registry),
-        "outboxes": sum(len(shard) for shard in node.registry.outboxes()) - node.sessions.detached_count,
+        "outboxes": sum(len(shard) for shard in node.registry.outboxes_by_shard()) - node.sessions.detached_count,
         "rooms": len(node.hub.rooms) - node.sessions.detached_count - len(node.resumption.detached),
         "present": len(node.hub.presence),
         "lifetimes": len(node.reaper),

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from fastapi_ws_stabilizer.servers.detect import missing_websocket_library
+from fastapi_ws_stabilizer.servers.detect import websocket_library_advice
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, uvicorn: bool, installed: set[str]) -> None:
@@ -24,13 +24,13 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, uvicorn: bool, installed: set[st
 def test_uvicorn_with_either_websocket_library_is_accepted(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     """Either of the two libraries is sufficient."""
     pretend(monkeypatch, uvicorn=True, installed={library})
-    assert missing_websocket_library() is None
+    assert websocket_library_advice() is None
 
 
 def test_uvicorn_without_websocket_library_names_pip_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where uvicorn would answer every handshake with 404, the error names the `pip install` command."""
     pretend(monkeypatch, uvicorn=True, installed=set())
-    problem = missing_websocket_library()
+    problem = websocket_library_advice()
     assert problem is not None
     assert 'pip install "fastapi-ws-stabilizer[uvicorn]"' in problem
 
@@ -38,4 +38,4 @@ def test_uvicorn_without_websocket_library_names_pip_install(monkeypatch: pytest
 def test_other_server_is_not_checked_for_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without uvicorn in the process no library is required."""
     pretend(monkeypatch, uvicorn=False, installed=set())
-    assert missing_websocket_library() is None
+    assert websocket_library_advice() is None

@@ -88,18 +88,18 @@ async def test_ack_wakes_all_waiters_up_to_its_number() -> None:
     requests = PendingRequests()
     waiting = {seq: asyncio.ensure_future(requests.until_acknowledged(seq)) for seq in (1, 2, 3)}
     await settle()
-    requests.acknowledged(2)
+    requests.acknowledge(2)
     await settle()
     assert [seq for seq, task in waiting.items() if task.done()] == [1, 2]
-    requests.acknowledged(5)
+    requests.acknowledge(5)
     await with_deadline(waiting[3])
 
 
 async def test_wait_for_already_acked_number_returns_at_once() -> None:
     """An earlier acknowledgement counts, and a lower one revokes nothing."""
     requests = PendingRequests()
-    requests.acknowledged(4)
-    requests.acknowledged(2)
+    requests.acknowledge(4)
+    requests.acknowledge(2)
     await with_deadline(requests.until_acknowledged(4))
     requests.fail_all(ENDED)
     await with_deadline(requests.until_acknowledged(4))
@@ -119,7 +119,7 @@ async def test_wait_for_number_in_gap_fails() -> None:
         assert error.code == "missed"
     later = asyncio.ensure_future(requests.until_acknowledged(4))
     await settle()
-    requests.acknowledged(4)
+    requests.acknowledge(4)
     await with_deadline(later)
 
 
@@ -138,7 +138,7 @@ async def test_cancelled_ack_waiter_is_forgotten() -> None:
     await settle()
     assert given_up.cancelled()
     assert list(requests._acks or ()) == [2]
-    requests.acknowledged(2)
+    requests.acknowledge(2)
     await with_deadline(patient)
     assert not requests._acks
 
@@ -151,7 +151,7 @@ async def test_number_of_ack_waiters_is_bounded(monkeypatch: pytest.MonkeyPatch)
     await settle()
     with pytest.raises(RequestError, match="1 senders"):
         await requests.until_acknowledged(2)
-    requests.acknowledged(1)
+    requests.acknowledge(1)
     await with_deadline(first)
 
 
@@ -171,7 +171,7 @@ async def test_session_end_fails_current_and_later_waiters() -> None:
         requests.open()
     with pytest.raises(SessionEndedError):
         await requests.until_acknowledged(1)
-    requests.acknowledged(7)
+    requests.acknowledge(7)
     requests.resolve("s1", 1, None)
     assert isinstance(abandoned.exception(), SessionEndedError)
 

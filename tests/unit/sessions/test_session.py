@@ -126,7 +126,7 @@ async def test_waiting_send_is_numbered_when_queued() -> None:
     session, connection, numbers = SessionHarness().session, FakeAttachment(), []
     session.attach(connection, 0, WELCOME)
     assert await session.put_wait(connection, encode("a"), numbers.append)
-    assert session.put_now(connection, encode("b"))
+    assert session.try_send(connection, encode("b"))
     assert await session.put_wait(connection, encode("v", volatile=True), numbers.append)
     assert (numbers, session.head) == ([1], 2)
     connection.room = False
@@ -139,9 +139,9 @@ def test_only_attached_connection_sends_on_fast_path() -> None:
     session, old, new = SessionHarness().session, FakeAttachment(), FakeAttachment()
     session.attach(old, 0, WELCOME)
     assert session.attach(new, 0, WELCOME) is old
-    assert not session.put_now(old, encode("late"))
+    assert not session.try_send(old, encode("late"))
     assert session.head == 0
-    assert not session.put_now(new, encode("v", volatile=True))
+    assert not session.try_send(new, encode("v", volatile=True))
 
 
 def test_close_of_old_connection_detaches_nothing() -> None:
@@ -293,10 +293,10 @@ def test_ack_forgets_only_sent_messages() -> None:
     session = SessionHarness().session
     for number in range(3):
         session.offer(encode(number))
-    assert session.acknowledged(2)
+    assert session.acknowledge(2)
     assert stored(session, 2) == [2]
-    assert not session.acknowledged(4)
-    assert session.acknowledged(3)
+    assert not session.acknowledge(4)
+    assert session.acknowledge(3)
 
 
 async def test_reply_is_numbered_message() -> None:

@@ -290,7 +290,7 @@ async def test_gap_fails_ack_waiters_of_missed_messages() -> None:
     got, missed = (asyncio.ensure_future(before.session.requests.until_acknowledged(seq)) for seq in (1, 2))
     await settle()
     assert harness.outcome(2, token, 1) == (GAP, "overflow", 3)
-    before.session.acknowledged(3)
+    before.session.acknowledge(3)
     await settle()
     assert got.exception() is None
     assert isinstance(missed.exception(), RequestError)
@@ -321,11 +321,11 @@ async def test_epoch_is_checked_before_numbers() -> None:
     before, token, _ = harness.connect()
     say(before.session, 5)
     session = before.session
-    assert store_module.replay_gap(session, 1, 99) == "epoch"
-    assert store_module.replay_gap(session, 0, 99) == "ahead"
-    assert store_module.replay_gap(session, 0, 3) == "overflow"
-    assert store_module.replay_gap(session, 0, 4) is None
-    assert store_module.replay_gap(session, 0, 5) is None
+    assert store_module.gap_reason(session, 1, 99) == "epoch"
+    assert store_module.gap_reason(session, 0, 99) == "ahead"
+    assert store_module.gap_reason(session, 0, 3) == "overflow"
+    assert store_module.gap_reason(session, 0, 4) is None
+    assert store_module.gap_reason(session, 0, 5) is None
     assert token
 
 

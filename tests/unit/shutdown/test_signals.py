@@ -62,20 +62,20 @@ def in_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 async def test_signal_is_forwarded_once_after_drain(server: list[int]) -> None:
     """The server gets the signal once, after the drain."""
     drain = Draining()
-    drain.signals.listen()
+    drain.signals.install()
     await tell()
     assert (drain.count, server) == (1, [])
     drain.finished.set()
     await asyncio.sleep(0.02)
     assert server == [signal.SIGTERM]
-    drain.signals.stop()
+    drain.signals.restore()
 
 
 async def test_quickly_repeated_signal_counts_once(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """A process group and a master may both send the signal, so a quick repetition does not count."""
     put = in_time(monkeypatch)
     drain = Draining()
-    drain.signals.listen()
+    drain.signals.install()
     await tell()
     put(0.3)
     await tell()
@@ -83,7 +83,7 @@ async def test_quickly_repeated_signal_counts_once(server: list[int], monkeypatc
     drain.finished.set()
     await asyncio.sleep(0.02)
     assert server == [signal.SIGTERM]
-    drain.signals.stop()
+    drain.signals.restore()
 
 
 async def test_second_signal_is_forwarded_immediately_and_only_once(
@@ -92,7 +92,7 @@ async def test_second_signal_is_forwarded_immediately_and_only_once(
     """uvicorn would interpret a late first signal as a request to skip the end of the lifespan."""
     put = in_time(monkeypatch)
     drain = Draining()
-    drain.signals.listen()
+    drain.signals.install()
     await tell()
     put(2.0)
     await tell()
@@ -100,16 +100,16 @@ async def test_second_signal_is_forwarded_immediately_and_only_once(
     drain.finished.set()
     await asyncio.sleep(0.02)
     assert server == [signal.SIGTERM]
-    drain.signals.stop()
+    drain.signals.restore()
 
 
 async def test_stopped_manager_forwards_every_signal(server: list[int]) -> None:
     """Every signal is forwarded, also if a library has installed a handler on top that calls the manager's."""
     drain = Draining()
-    drain.signals.listen()
+    drain.signals.install()
     ours: Any = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, lambda number, frame: ours(number, frame))
-    drain.signals.stop()
+    drain.signals.restore()
     await tell()
     await tell()
     assert (drain.count, server) == (0, [signal.SIGTERM, signal.SIGTERM])
@@ -120,14 +120,14 @@ async def test_two_managers_may_stop_in_any_order(server: list[int], first: int)
     """The process can be stopped after the first manager has stopped, and after both."""
     drains = [Draining(), Draining()]
     for drain in drains:
-        drain.signals.listen()
+        drain.signals.install()
         drain.finished.set()
-    drains[first].signals.stop()
+    drains[first].signals.restore()
     await tell()
     await asyncio.sleep(0.02)
     assert server == [signal.SIGTERM]
     assert [drain.count for drain in drains] == ([0, 1] if first == 0 else [1, 0])
-    drains[1 - first].signals.stop()
+    drains[1 - first].signals.restore()
     await tell()
     assert server == [signal.SIGTERM, signal.SIGTERM]
 
@@ -137,7 +137,7 @@ async def test_two_managers_drain_concurrently_on_signal(server: list[int], monk
     put = in_time(monkeypatch)
     drains = [Draining(), Draining()]
     for drain in drains:
-        drain.signals.listen()
+        drain.signals.install()
     await tell()
     assert [drain.count for drain in drains] == [1, 1]
     drains[0].finished.set()
@@ -150,7 +150,7 @@ async def test_two_managers_drain_concurrently_on_signal(server: list[int], monk
     await asyncio.sleep(0.02)
     assert server == [signal.SIGTERM]
     for drain in reversed(drains):
-        drain.signals.stop()
+        drain.signals.restore()
 
 
 async def test_restarted_manager_drains_again_on_signal(server: list[int]) -> None:
@@ -158,11 +158,11 @@ async def test_restarted_manager_drains_again_on_signal(server: list[int]) -> No
     drain = Draining()
     drain.finished.set()
     for times in (1, 2):
-        drain.signals.listen()
+        drain.signals.install()
         await tell()
         await asyncio.sleep(0.02)
         assert (drain.count, len(server)) == (times, times)
-        drain.signals.stop()
+        drain.signals.restore()
     assert not isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), SignalHandler)
 
 
@@ -170,9 +170,9 @@ async def test_previous_signal_handlers_are_restored(server: list[int]) -> None:
     """The previous handlers are restored, even in the middle of a drain."""
     before = signal.getsignal(signal.SIGTERM)
     drain = Draining()
-    drain.signals.listen()
+    drain.signals.install()
     await tell()
-    drain.signals.stop()
+    drain.signals.restore()
     drain.finished.set()
     await asyncio.sleep(0.02)
     assert server == [signal.SIGTERM]
@@ -187,8 +187,8 @@ def test_listening_off_main_thread_is_reported_once() -> None:
     listening = SignalHandler(events, Draining)  # type: ignore[arg-type]  # never called
 
     async def listen() -> None:
-        listening.listen()
-        listening.listen()
+        listening.install()
+        listening.install()
 
     thread = threading.Thread(target=lambda: asyncio.run(listen()))
     thread.start()
@@ -208,14 +208,14 @@ async def test_handler_swallowing_signal_is_reported(server: list[int], monkeypa
     drain = Draining()
     drain.signals._events.subscribe(heard)
     drain.finished.set()
-    drain.signals.listen()
+    drain.signals.install()
     await tell()
     await asyncio.sleep(0.2)
     assert server == [signal.SIGTERM]
     (event,) = heard.of("still_running")
     assert event.fields["signal"] == "SIGTERM"
     assert "swallow" in event.fields["handler"]
-    drain.signals.stop()
+    drain.signals.restore()
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["stopped", "started again"])
@@ -228,13 +228,13 @@ async def test_end_after_forwarded_signal_is_not_reported(
     drain = Draining()
     drain.signals._events.subscribe(heard)
     drain.finished.set()
-    drain.signals.listen()
+    drain.signals.install()
     await tell()
     assert server == [signal.SIGTERM]
-    drain.signals.listen() if again else drain.signals.stop()
+    drain.signals.install() if again else drain.signals.restore()
     await asyncio.sleep(0.2)
     assert heard.of("still_running") == []
-    drain.signals.stop()
+    drain.signals.restore()
 
 
 async def test_still_running_report_uses_context_of_manager(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +245,7 @@ async def test_still_running_report_uses_context_of_manager(server: list[int], m
     contexts: list[str] = []
     drain = Draining()
     drain.signals._events.subscribe(lambda event: contexts.append(tenant.get()))
-    drain.signals.listen()
+    drain.signals.install()
 
     async def code_of_a_client() -> None:
         tenant.set("ann's")
@@ -257,4 +257,4 @@ async def test_still_running_report_uses_context_of_manager(server: list[int], m
     await asyncio.sleep(0.1)
     assert contexts == ["none"]
     drain.finished.set()
-    drain.signals.stop()
+    drain.signals.restore()

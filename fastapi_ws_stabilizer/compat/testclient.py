@@ -9,7 +9,7 @@ _RUNNERS: Final = frozenset({"_run", "run_app"})
 """Functions of the session that run the application: the method, and on Starlette 0.37 a function within it."""
 
 
-def test_client_wants_errors() -> bool:
+def raises_server_exceptions() -> bool:
     """Whether the current task serves a TestClient, and `raise_server_exceptions` is not switched off.
 
     The ASGI scope does not show the TestClient, so this searches the call stack for its session, which runs the
