@@ -156,7 +156,7 @@ SAFE = {
         "save",
         "mark_disconnected",
     ),
-    *("_abandon_endpoint", "len", "mark_ended"),
+    *("_abandon_endpoint", "len", "replace_with_ended"),
 }
 """Calls that the test does not make raise.
 
