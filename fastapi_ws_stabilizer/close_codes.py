@@ -68,13 +68,13 @@ class ClosePolicy:
 
     Attributes:
         code: Default close code.
-        text: Default close reason.
+        reason: Default close reason.
         flush: Whether the server sends queued messages before the close frame.
         deliver: Whether your code can still read received messages.
     """
 
     code: int
-    text: str
+    reason: str
     flush: bool
     deliver: bool
 
@@ -120,50 +120,50 @@ class CloseInfo:
     from_outside: bool = field(default=False, compare=False, repr=False)
 
     @property
-    def rule(self) -> ClosePolicy:
+    def policy(self) -> ClosePolicy:
         """The close policy of the cause."""
         return CLOSE_POLICIES[self.cause]
 
 
 def local_close(
-    reason: DisconnectReason, *, code: int | None = None, text: str | None = None, from_outside: bool = False
+    cause: DisconnectReason, *, code: int | None = None, reason: str | None = None, from_outside: bool = False
 ) -> CloseInfo:
     """Return the close info of a close by this side, with the policy's code and text as defaults.
 
     Raises:
         ValueError: RFC 6455 does not allow `code` in a close frame.
     """
-    rule = CLOSE_POLICIES[reason]
+    policy = CLOSE_POLICIES[cause]
     return CloseInfo(
-        reason,
-        rule.code if code is None else check_close_code(code),
-        truncate_reason(rule.text if text is None else text),
+        cause,
+        policy.code if code is None else check_close_code(code),
+        truncate_reason(policy.reason if reason is None else reason),
         from_outside=from_outside,
     )
 
 
-def remote_close(code: int, text: str | None, *, close_frame: bool) -> CloseInfo:
+def remote_close(code: int, reason: str | None, *, close_frame: bool) -> CloseInfo:
     """Return the close info of a disconnect that the ASGI server reports.
 
     Args:
         code: The code of the ASGI `websocket.disconnect` event.
-        text: The reason of that event, if it has one.
+        reason: The reason of that event, if it has one.
         close_frame: Whether the client sent a close frame. The code does not show it: uvicorn reports 1005 for a lost
             network, and hypercorn 1006 for a clean close.
     """
     if close_frame:
-        reason = DisconnectReason.CLIENT_CLOSE
+        cause = DisconnectReason.CLIENT_CLOSE
         code = NO_STATUS if code == ABNORMAL else code
     elif code == CLOSE_POLICIES[_R.SERVER_SHUTDOWN].code:
-        reason = DisconnectReason.SERVER_SHUTDOWN
+        cause = DisconnectReason.SERVER_SHUTDOWN
     elif code == CLOSE_POLICIES[_R.MESSAGE_TOO_BIG].code:
-        reason = DisconnectReason.MESSAGE_TOO_BIG
+        cause = DisconnectReason.MESSAGE_TOO_BIG
     elif code in _BY_SERVER_FOR_BAD_FRAMES:
-        reason = DisconnectReason.POLICY
+        cause = DisconnectReason.POLICY
     else:
-        reason = DisconnectReason.NETWORK_LOST
+        cause = DisconnectReason.NETWORK_LOST
         code = ABNORMAL if code == NO_STATUS else code
-    return CloseInfo(reason, code, truncate_reason(text or ""), by_peer=True)
+    return CloseInfo(cause, code, truncate_reason(reason or ""), by_peer=True)
 
 
 def detaches(close_info: CloseInfo) -> bool:

@@ -556,14 +556,14 @@ def close_info_for(error: BaseException | None) -> CloseInfo:
         return local_close(DisconnectReason.COMPLETED)
     if isinstance(error, starlette_exceptions.HTTPException):
         return local_close(
-            DisconnectReason.POLICY, code=_sendable(4000 + error.status_code), text=_text(error) + _hint(error)
+            DisconnectReason.POLICY, code=_sendable(4000 + error.status_code), reason=_text(error) + _hint(error)
         )
     if isinstance(error, starlette_exceptions.WebSocketException):
-        return local_close(DisconnectReason.POLICY, code=_sendable(error.code), text=error.reason)
+        return local_close(DisconnectReason.POLICY, code=_sendable(error.code), reason=error.reason)
     if isinstance(error, WebSocketRequestValidationError):
-        return local_close(DisconnectReason.POLICY, text=_validation_text(error))
+        return local_close(DisconnectReason.POLICY, reason=_validation_text(error))
     if isinstance(error, WebSocketStabilizerError) and not is_bug(error):
-        return local_close(DisconnectReason.POLICY, code=_sendable(error.close_code), text=error.close_text)
+        return local_close(DisconnectReason.POLICY, code=_sendable(error.close_code), reason=error.close_text)
     if isinstance(error, asyncio.CancelledError):
         return local_close(DisconnectReason.SERVER_SHUTDOWN)
     return local_close(DisconnectReason.ERROR)

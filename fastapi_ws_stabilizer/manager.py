@@ -530,7 +530,7 @@ class WebSocketConnectionManager(EventDecorators):
             raise ConnectionNotFoundError(client_id)
         targets: list[Any] = [*connections, *detached]
         for target in targets:
-            target.close(DisconnectReason.APPLICATION, code=code, text=reason, from_outside=True)
+            target.close(DisconnectReason.APPLICATION, code=code, reason=reason, from_outside=True)
 
     async def handle_pong(self, client_id: str) -> None:
         """Record a pong of a client, for code that reads pongs itself. Do nothing if the client is not connected."""
@@ -796,7 +796,7 @@ class WebSocketConnectionManager(EventDecorators):
         node.admission.revoke(client_id)
         targets: list[Any] = [*node.registry.of_client(client_id), *node.resumption.detached_of(client_id)]
         for target in targets:
-            target.close(DisconnectReason.APPLICATION, code=SESSION_ENDED, text=reason, from_outside=True)
+            target.close(DisconnectReason.APPLICATION, code=SESSION_ENDED, reason=reason, from_outside=True)
         node.resumption.forget(client_id)
         self.events.emit("client_revoked", logging.INFO, client_id=client_id, ended=len(targets))
         return len(targets)

@@ -686,7 +686,7 @@ class StableSocket:
             ValueError: `code` cannot be sent.
         """
         self._connection.check_loop()
-        self._connection.close(DisconnectReason.APPLICATION, code=code, text=reason or "")
+        self._connection.close(DisconnectReason.APPLICATION, code=code, reason=reason or "")
         await asyncio.wait({self._connection.outbox.done})
 
     def create_task(self, coroutine: Coroutine[Any, Any, T], *, name: str | None = None) -> asyncio.Task[T]:

@@ -4,7 +4,7 @@ The client, the network, the heartbeat, a stalled send, a newer connection and t
 at the same moment. The first cause wins and sets the `CloseInfo`, which wakes all waiters at once. Then one teardown
 task runs these steps in order, each with a time limit. If a step raises, it is reported as a bug and the next one runs:
 
-1. The outbox sends the queued messages, if the close rule says so, and then the close frame.
+1. The outbox sends the queued messages, if the close policy says so, and then the close frame.
 2. Running message handlers finish, then the disconnect hooks run.
 3. The endpoint gets the rest of `disconnect_grace` and is then cancelled. Tasks tied to the connection are cancelled
    when the endpoint has returned or its grace has ended.
@@ -177,10 +177,10 @@ class Connection(Handover):
 
     def close(
         self,
-        reason: DisconnectReason,
+        cause: DisconnectReason,
         *,
         code: int | None = None,
-        text: str | None = None,
+        reason: str | None = None,
         from_outside: bool = False,
     ) -> bool:
         """Start closing from the server's side, without waiting. Return `False` if it was closing already.
@@ -193,7 +193,7 @@ class Connection(Handover):
             raise NotOpenError
         if self.close_info is not None:
             return False  # before the code is checked, because Starlette passes 1005 and 1006 back
-        return self._start_closing(local_close(reason, code=code, text=text, from_outside=from_outside))
+        return self._start_closing(local_close(cause, code=code, reason=reason, from_outside=from_outside))
 
     def on_peer_close(self, close_info: CloseInfo) -> None:
         """Start teardown after the client, the network or the ASGI server has closed the connection."""
@@ -221,10 +221,10 @@ class Connection(Handover):
             attempt(self.protocol.close)
         if self.credential is not None:
             attempt(self.credential.reset, None)
-        attempt(self._close_inbox, discard=not close_info.rule.deliver)
+        attempt(self._close_inbox, discard=not close_info.policy.deliver)
         if not close_info.by_peer:
             # A stalled send ends the flush earlier. This bounds a client that reads a byte now and then.
-            abort_delay = _MAX_FLUSH * self.config.send_timeout if close_info.rule.flush else FLUSH_GRACE
+            abort_delay = _MAX_FLUSH * self.config.send_timeout if close_info.policy.flush else FLUSH_GRACE
             self._abort_timer = asyncio.get_running_loop().call_later(
                 abort_delay, self.attempt, self.abort, context=self._parts.outbox_limits.context
             )
@@ -250,7 +250,7 @@ class Connection(Handover):
         if close_info.by_peer:
             self._discarded(self.outbox.discard())
         else:
-            self._discarded(self.outbox.finish(close_info.code, close_info.reason, flush=close_info.rule.flush))
+            self._discarded(self.outbox.finish(close_info.code, close_info.reason, flush=close_info.policy.flush))
 
     def close_unread(self) -> None:
         """Close the inbox and discard unread messages."""
@@ -403,7 +403,7 @@ class Connection(Handover):
         elif self.protocol is None:
             attempt(self.inbox.stop_accounting)
         waits_for_flush = (
-            close_info.rule.flush
+            close_info.policy.flush
             and close_info.cause is not DisconnectReason.SERVER_SHUTDOWN
             and not close_info.by_peer
         )
@@ -450,6 +450,6 @@ class Connection(Handover):
         bug = error if is_bug(error) else None
         if self._parts.close_info_by_handler is not None:
             close_info, bug = await self._parts.close_info_by_handler(self, error)
-        self.close(close_info.cause, code=close_info.code, text=close_info.reason)
+        self.close(close_info.cause, code=close_info.code, reason=close_info.reason)
         if bug is not None:
             await self.report_bug("tied_task_failed", bug)

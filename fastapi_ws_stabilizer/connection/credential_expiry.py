@@ -34,7 +34,7 @@ class Holder(Protocol):
     def answer(self, frame: EncodedMessage) -> None:
         """Send a control frame ahead of queued messages."""
 
-    def close(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+    def close(self, cause: DisconnectReason, *, code: int | None = None, reason: str | None = None) -> bool:
         """Close the connection from the server's side."""
 
 
@@ -110,7 +110,7 @@ class CredentialExpiry:
 
     def _expired(self) -> None:
         self._timer = None
-        self._holder.close(DisconnectReason.POLICY, code=4401, text="the credential has expired")
+        self._holder.close(DisconnectReason.POLICY, code=4401, reason="the credential has expired")
 
 
 def parse_renewal(message: str | bytes) -> str | None:

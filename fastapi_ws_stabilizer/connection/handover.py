@@ -54,7 +54,7 @@ class Handover(Metered):
         replaced = session.attach(self, protocol.resume_result.cursor, protocol.welcome())
         protocol.emit_outcome()
         if replaced is not None:
-            replaced.close(DisconnectReason.REPLACED, text="session taken over by another connection")
+            replaced.close(DisconnectReason.REPLACED, reason="session taken over by another connection")
 
     def add_predecessor(self, previous: Handover) -> None:
         """Wait for an older connection and its own predecessors before hooks and handlers run here."""

@@ -230,7 +230,7 @@ class Messages(SendingHalf):
     async def _asgi_send(self, message: Any) -> None:
         """Replace the server's `send` for code that writes to the `WebSocket` directly."""
         if message["type"] == CLOSE:
-            self.close(DisconnectReason.APPLICATION, code=message.get("code", 1000), text=message.get("reason") or "")
+            self.close(DisconnectReason.APPLICATION, code=message.get("code", 1000), reason=message.get("reason") or "")
             return
         if message["type"] != "websocket.send":
             raise RuntimeError(f"an accepted WebSocket cannot send {message['type']!r}")

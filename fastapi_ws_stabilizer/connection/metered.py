@@ -56,12 +56,12 @@ class Metered(Messages):
         """Close the connection because the memory limit of the server is reached."""
         self._parts.on_evicted(self)
         retry = math.ceil(retry_delay() * 1000)
-        self.close(DisconnectReason.MEMORY, text=f"out of memory; retry={retry}")
+        self.close(DisconnectReason.MEMORY, reason=f"out of memory; retry={retry}")
 
     def on_limit_exceeded(self, held: int) -> None:
         """Close the connection because it exceeds `max_memory_per_connection`."""
         limit = self.config.max_memory_per_connection
-        if self.opened and self.close(DisconnectReason.MEMORY, text=f"memory limit of {limit} bytes exceeded"):
+        if self.opened and self.close(DisconnectReason.MEMORY, reason=f"memory limit of {limit} bytes exceeded"):
             self.emit("memory_limit_exceeded", logging.WARNING, held_bytes=held, max_memory_per_connection=limit)
 
     def on_message(self) -> None:
@@ -104,14 +104,14 @@ class Metered(Messages):
         else:
             self.answer(encode({"type": "error", "code": RATE_LIMITED, "message": text}))
         if excess.disconnect:
-            self.close(DisconnectReason.POLICY, code=4429, text=text)
+            self.close(DisconnectReason.POLICY, code=4429, reason=text)
 
     def on_early_message(self, raw: str | bytes) -> None:
         """Ignore a message that follows a rejected one. Too many of them close the connection."""
         excess = self._parts.traffic.count_ignored(self.connection_id, wire_size(raw), monotonic())
         if excess is not None:
             text = f"too many messages; retry={math.ceil(excess.retry_after * 1000)}"
-            self.close(DisconnectReason.POLICY, code=4429, text=text)
+            self.close(DisconnectReason.POLICY, code=4429, reason=text)
 
     def on_control_frame(self) -> None:
         """Count an unsolicited control frame of the client. Too many close the connection."""
@@ -120,7 +120,7 @@ class Metered(Messages):
         if wait := self._controls.take(CONTROL_FRAMES, 1.0, monotonic()):
             text = f"too many control frames; retry={math.ceil(wait * 1000)}"
             self._emit_limit("control_frames")
-            self.close(DisconnectReason.POLICY, code=4429, text=text)
+            self.close(DisconnectReason.POLICY, code=4429, reason=text)
 
     def _emit_limit(self, option: str, message_type: str | None = None) -> None:
         """Log the limit that the client exceeded, unless it was already logged at its full level."""

@@ -57,7 +57,7 @@ class Pumped(Protocol):
     def answer(self, frame: EncodedMessage) -> None:
         """Send a control frame ahead of queued messages."""
 
-    def close(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+    def close(self, cause: DisconnectReason, *, code: int | None = None, reason: str | None = None) -> bool:
         """Close the connection from the server's side."""
 
     def on_peer_close(self, close_info: CloseInfo) -> None:
@@ -173,7 +173,7 @@ def _is_too_big(connection: Pumped, message: str | bytes) -> bool:
         and not message.isascii()
         and len(message.encode("utf-8", "surrogatepass")) > max_size
     ):
-        connection.close(DisconnectReason.MESSAGE_TOO_BIG, text=f"message over {max_size} bytes")
+        connection.close(DisconnectReason.MESSAGE_TOO_BIG, reason=f"message over {max_size} bytes")
         return True
     return False
 
@@ -195,7 +195,7 @@ def on_inbox_full(connection: Pumped) -> bool:
     if connection.inbox.undecided:
         return False
     if connection.config.inbox_overflow is InboxOverflow.CLOSE:
-        connection.close(DisconnectReason.POLICY, code=1013, text="inbox full")
+        connection.close(DisconnectReason.POLICY, code=1013, reason="inbox full")
         return True
     if not connection.pause_reported:
         connection.pause_reported = True
@@ -271,7 +271,7 @@ def end_pause(connection: Pumped) -> None:
     if connection.inbox.drops or sends:
         _drop(connection)
     else:
-        connection.close(DisconnectReason.POLICY, code=1013, text="messages are not read")
+        connection.close(DisconnectReason.POLICY, code=1013, reason="messages are not read")
 
 
 class _PendingMessage:
@@ -297,7 +297,7 @@ class _PendingMessage:
         if connection.protocol is not None:  # it is already in the inbox
             return
         close_info = connection.close_info
-        if close_info is not None and not close_info.rule.deliver:
+        if close_info is not None and not close_info.policy.deliver:
             connection.events.counters.messages_discarded += 1
         else:
             connection.inbox.put(self._message)

@@ -86,10 +86,10 @@ class SendingHalf(abc.ABC):
     @abc.abstractmethod
     def close(
         self,
-        reason: DisconnectReason,
+        cause: DisconnectReason,
         *,
         code: int | None = None,
-        text: str | None = None,
+        reason: str | None = None,
         from_outside: bool = False,
     ) -> bool:
         """Close the connection from the server's side."""

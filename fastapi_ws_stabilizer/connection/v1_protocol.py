@@ -76,10 +76,10 @@ class V1Connection(Protocol):
 
     def close(
         self,
-        reason: DisconnectReason,
+        cause: DisconnectReason,
         *,
         code: int | None = None,
-        text: str | None = None,
+        reason: str | None = None,
         from_outside: bool = False,
     ) -> bool:
         """Close the connection from the server's side."""
@@ -217,7 +217,7 @@ class V1Protocol(DelayedAcks):
         except ProtocolError as problem:
             too_big = problem.code == 1009
             reason = DisconnectReason.MESSAGE_TOO_BIG if too_big else DisconnectReason.POLICY
-            self._connection.close(reason, code=problem.code, text=str(problem))
+            self._connection.close(reason, code=problem.code, reason=str(problem))
         return None
 
     def _message(self, message: Message, raw: str | bytes) -> Message | None:
@@ -260,7 +260,7 @@ class V1Protocol(DelayedAcks):
         elif self._rejected_seq == next_one:  # sent before the rejection arrived; the client sends it again later
             self._connection.on_early_message(raw)
         else:
-            self._connection.close(DisconnectReason.POLICY, code=4412, text="a message is missing")
+            self._connection.close(DisconnectReason.POLICY, code=4412, reason="a message is missing")
         return False
 
     def _accept(self, seq: int) -> None:

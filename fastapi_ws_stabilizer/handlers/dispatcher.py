@@ -178,4 +178,4 @@ class Dispatcher:
         if not exceeded or message is not None:  # an accepted message always gets an answer
             self._answer_error(connection, message, problem.code, problem.message)
         if exceeded:
-            connection.close(DisconnectReason.POLICY, text="too many bad messages")
+            connection.close(DisconnectReason.POLICY, reason="too many bad messages")

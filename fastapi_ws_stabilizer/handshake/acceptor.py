@@ -256,7 +256,7 @@ class Acceptor(Closer, Services):
             if is_bug(error):
                 await connection.report_bug("auth_hook_failed", error)
             close_info = close_info_for(error)
-            connection.close(close_info.cause, code=close_info.code, text=close_info.reason)
+            connection.close(close_info.cause, code=close_info.code, reason=close_info.reason)
         else:
             connection.credential.renewed(expires_in)
 
@@ -360,7 +360,7 @@ class Acceptor(Closer, Services):
         connection = opened.connection
         if connection is not None and connection.opened and connection.close_info is None:
             close_info = close_info_for(asyncio.CancelledError() if task.cancelled() else task.exception())
-            connection.close(close_info.cause, code=close_info.code, text=close_info.reason)
+            connection.close(close_info.cause, code=close_info.code, reason=close_info.reason)
         opened.on_task_done()
 
     async def _register(self, connection: Connection, *, proven: bool) -> None:
@@ -388,7 +388,7 @@ class Acceptor(Closer, Services):
             raise self._closed(connection)
         session = None if connection.protocol is None else connection.protocol.session
         if proven and (close_info := self.resumption.ended_by_application(connection)) is not None:
-            connection.close(close_info.cause, code=close_info.code, text=close_info.reason)
+            connection.close(close_info.cause, code=close_info.code, reason=close_info.reason)
             await self.close_after_endpoint(connection, None)
             raise self._closed(connection)
         older = self._others(connection.client_id, session)
@@ -398,7 +398,7 @@ class Acceptor(Closer, Services):
             await self.close_after_endpoint(connection, error)
             raise error
         if self.closing:
-            connection.close(DisconnectReason.SERVER_SHUTDOWN, text=self.admission.stopping().reason)
+            connection.close(DisconnectReason.SERVER_SHUTDOWN, reason=self.admission.stopping().reason)
             await self.close_after_endpoint(connection, None)
             raise self._closed(connection)
         self.registry.add(connection, with_queue=session is None)

@@ -118,7 +118,7 @@ class Closer:
             except BaseException:  # cancelled while the application's handler ran
                 connection.close(DisconnectReason.SERVER_SHUTDOWN)
                 raise
-        connection.close(close_info.cause, code=close_info.code, text=close_info.reason)
+        connection.close(close_info.cause, code=close_info.code, reason=close_info.reason)
         raises = bug is not None and raises_server_exceptions()
         with anyio.CancelScope(shield=raises):  # the TestClient cancels as soon as the test has ended
             if bug is not None:

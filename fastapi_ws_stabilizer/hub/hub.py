@@ -322,7 +322,7 @@ class Hub(Generic[M]):
         loop_budget = LoopBudget()
         ended = 0
         for recipient in self.rooms.members(room):
-            if recipient.close(DisconnectReason.APPLICATION, code=code, text=reason, from_outside=True):
+            if recipient.close(DisconnectReason.APPLICATION, code=code, reason=reason, from_outside=True):
                 ended += 1
             if loop_budget.exceeded():
                 await loop_budget.yield_to_loop()

@@ -76,10 +76,10 @@ class Recipient(Evictable, Protocol):
 
     def close(
         self,
-        reason: DisconnectReason,
+        cause: DisconnectReason,
         *,
         code: int | None = None,
-        text: str | None = None,
+        reason: str | None = None,
         from_outside: bool = False,
     ) -> bool:
         """Begin to close; `False` if it has begun already."""

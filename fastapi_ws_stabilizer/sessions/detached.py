@@ -104,16 +104,16 @@ class DetachedState:
 
     def close(
         self,
-        reason: DisconnectReason,
+        cause: DisconnectReason,
         *,
         code: int | None = None,
-        text: str | None = None,
+        reason: str | None = None,
         from_outside: bool = False,
     ) -> bool:
         """Discard it; `False` if it was closed before."""
         if self.close_info is not None:
             return False
-        self.close_info = local_close(reason, code=code, text=text, from_outside=from_outside)
+        self.close_info = local_close(cause, code=code, reason=reason, from_outside=from_outside)
         self.forget(self)
         return True
 

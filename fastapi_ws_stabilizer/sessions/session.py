@@ -92,10 +92,10 @@ class Attachment(Protocol):
 
     def close(
         self,
-        reason: DisconnectReason,
+        cause: DisconnectReason,
         *,
         code: int | None = None,
-        text: str | None = None,
+        reason: str | None = None,
         from_outside: bool = False,
     ) -> bool:
         """Begin to close."""
@@ -295,18 +295,18 @@ class Session(ReplayBuffer):
 
     def close(
         self,
-        reason: DisconnectReason,
+        cause: DisconnectReason,
         *,
         code: int | None = None,
-        text: str | None = None,
+        reason: str | None = None,
         from_outside: bool = False,
     ) -> bool:
         """Begin to close its connection, or end it at once if it is detached; `False` if it has ended."""
         if self.connection is not None:
-            return self.connection.close(reason, code=code, text=text, from_outside=from_outside)
+            return self.connection.close(cause, code=code, reason=reason, from_outside=from_outside)
         if self.ended is not None:
             return False
-        close_info = local_close(reason, code=code, text=text, from_outside=from_outside)
+        close_info = local_close(cause, code=code, reason=reason, from_outside=from_outside)
         if close_info.code == 1000:  # proxies send 1000 too, so clients reconnect after it
             close_info = replace(close_info, code=SESSION_ENDED)
         self._end_detached(self, close_info)

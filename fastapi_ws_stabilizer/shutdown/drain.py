@@ -199,7 +199,7 @@ class Drain:
             if self._cancelled:
                 break
             text = shutdown_error(self._window).reason
-            connection.close(DisconnectReason.SERVER_SHUTDOWN, text=text)
+            connection.close(DisconnectReason.SERVER_SHUTDOWN, reason=text)
             done.append(connection)
             if loop_budget.exceeded():
                 await loop_budget.yield_to_loop()

@@ -169,7 +169,7 @@ def test_causes_table_is_that_of_the_policies() -> None:
     """Each cause is in the table, with its code, its reason, and what happens to queued and unread messages."""
     yes_no = {True: "yes", False: "no"}
     assert [row[:5] for row in REASONS] == [
-        [f"`{reason.value}`", str(rule.code), rule.text or "-", yes_no[rule.flush], yes_no[rule.deliver]]
+        [f"`{reason.value}`", str(rule.code), rule.reason or "-", yes_no[rule.flush], yes_no[rule.deliver]]
         for reason, rule in CLOSE_POLICIES.items()
     ]
     assert len(REASONS) == len(DisconnectReason)

@@ -59,7 +59,7 @@ def test_quoted_errors_are_those_of_the_package() -> None:
 def test_quoted_close_reasons_are_those_of_the_package() -> None:
     """Each close reason in a table is one that the package sends."""
     rows = re.findall(r"^\| (?:\d{4} \| )?`([a-z]+ [^`_=]*)`", PAGE.read_text(), flags=re.MULTILINE)
-    reasons = {policy.text for policy in CLOSE_POLICIES.values()}
+    reasons = {policy.reason for policy in CLOSE_POLICIES.values()}
     assert rows
     for row in rows:
         start = row.partition("...")[0].rstrip("; ").partition("; retry")[0]

@@ -33,14 +33,14 @@ class FakeOutbox:
 
     def close(
         self,
-        reason: DisconnectReason,
+        cause: DisconnectReason,
         *,
         code: int | None = None,
-        text: str | None = None,
+        reason: str | None = None,
         from_outside: bool = False,
     ) -> bool:
         """Begin to close."""
         if self.close_info is not None:
             return False
-        self.close_info = local_close(reason, code=code, text=text, from_outside=from_outside)
+        self.close_info = local_close(cause, code=code, reason=reason, from_outside=from_outside)
         return True

@@ -50,12 +50,12 @@ def test_half_surrogate_in_reason_is_replaced(text: str) -> None:
 @pytest.mark.parametrize("reason", DisconnectReason)
 def test_every_cause_has_policy_with_sendable_code(reason: DisconnectReason) -> None:
     """Every cause is in the table, with a valid close code where one can be sent."""
-    rule = CLOSE_POLICIES[reason]
+    policy = CLOSE_POLICIES[reason]
     if reason is DisconnectReason.NETWORK_LOST:
-        assert rule.code == 1006
+        assert policy.code == 1006
     else:
-        assert check_close_code(rule.code) == rule.code
-    assert len(rule.text.encode()) <= MAX_REASON_BYTES
+        assert check_close_code(policy.code) == policy.code
+    assert len(policy.reason.encode()) <= MAX_REASON_BYTES
 
 
 @pytest.mark.parametrize(
@@ -80,16 +80,16 @@ def test_local_close_defaults_to_code_and_reason_of_policy() -> None:
     """Without arguments the code and the reason come from the table."""
     made = local_close(DisconnectReason.HEARTBEAT_TIMEOUT)
     assert made == CloseInfo(DisconnectReason.HEARTBEAT_TIMEOUT, 4408, "heartbeat timeout", by_peer=False)
-    assert made.rule is CLOSE_POLICIES[DisconnectReason.HEARTBEAT_TIMEOUT]
+    assert made.policy is CLOSE_POLICIES[DisconnectReason.HEARTBEAT_TIMEOUT]
 
 
 def test_local_close_uses_code_and_reason_of_caller() -> None:
     """The caller's code and reason override the table; the reason is truncated."""
-    assert local_close(DisconnectReason.POLICY, code=4401, text="who?") == CloseInfo(
+    assert local_close(DisconnectReason.POLICY, code=4401, reason="who?") == CloseInfo(
         DisconnectReason.POLICY, 4401, "who?"
     )
-    assert local_close(DisconnectReason.POLICY, text="").reason == ""
-    assert local_close(DisconnectReason.POLICY, text="x" * 200).reason == "x" * 123
+    assert local_close(DisconnectReason.POLICY, reason="").reason == ""
+    assert local_close(DisconnectReason.POLICY, reason="x" * 200).reason == "x" * 123
 
 
 def test_local_close_with_unsendable_code_raises() -> None:

@@ -122,7 +122,7 @@ async def test_law_4_every_local_close_sends_its_table_code(bench: Any) -> None:
         connection, _ = await b.open()
         connection.close(reason)
         await with_deadline(connection.finished)
-        assert b.server.close_frames == [(CLOSE_POLICIES[reason].code, CLOSE_POLICIES[reason].text)]
+        assert b.server.close_frames == [(CLOSE_POLICIES[reason].code, CLOSE_POLICIES[reason].reason)]
 
 
 async def test_law_4_normal_disconnect_logs_nothing_above_info(bench: Any) -> None:

@@ -32,12 +32,12 @@ class ExpiryHarness:
         """Record a control frame."""
         self.sent.append((now(), json.loads(frame.text)))
 
-    def close(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+    def close(self, cause: DisconnectReason, *, code: int | None = None, reason: str | None = None) -> bool:
         """Record a close."""
-        assert reason is DisconnectReason.POLICY
-        assert text == "the credential has expired"
+        assert cause is DisconnectReason.POLICY
+        assert reason == "the credential has expired"
         self.closes.append((now(), code))
-        self.close_info = local_close(reason, code=code, text=text)
+        self.close_info = local_close(cause, code=code, reason=reason)
         return True
 
 

@@ -8,7 +8,7 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason, local_close
 from fastapi_ws_stabilizer.sessions import ended_sessions as ended_module
 from fastapi_ws_stabilizer.sessions.ended_sessions import EndedSessions
 
-BANNED = local_close(DisconnectReason.APPLICATION, code=4403, text="banned")
+BANNED = local_close(DisconnectReason.APPLICATION, code=4403, reason="banned")
 MAINTENANCE = local_close(DisconnectReason.APPLICATION, code=4321)
 
 

@@ -332,8 +332,8 @@ def test_ending_attached_session_closes_its_connection() -> None:
     """Ending an attached session closes its connection, which determines what happens to the session."""
     harness, connection = SessionHarness(), FakeAttachment()
     harness.session.attach(connection, 0, WELCOME)
-    assert harness.session.close(DisconnectReason.APPLICATION, code=4410, text="kicked")
-    assert connection.close_info == local_close(DisconnectReason.APPLICATION, code=4410, text="kicked")
+    assert harness.session.close(DisconnectReason.APPLICATION, code=4410, reason="kicked")
+    assert connection.close_info == local_close(DisconnectReason.APPLICATION, code=4410, reason="kicked")
     assert harness.ended == []
 
 
