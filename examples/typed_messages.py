@@ -24,7 +24,7 @@ async def move(ws: StableSocket, message: Move) -> None:
 
 @manager.on_message("resign")  # a handler without a message parameter gets the socket only
 async def resign(ws: StableSocket) -> None:
-    await ws.close(4000, "resigned")
+    await ws.close(4001, "resigned")
 
 
 @manager.on_message("report")  # not async: runs in the thread pool and does not block the event loop

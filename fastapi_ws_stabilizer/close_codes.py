@@ -213,7 +213,7 @@ def check_close_code(code: int) -> int:
     if not allowed:
         raise ValueError(
             f"close code {code!r} cannot be sent: use 1000 to 1003, 1007 to 1014 or 3000 to 4999 "
-            "(4000 to 4999 are free for applications)"
+            "(for your own meanings 4000 to 4999, without the codes of this library)"
         )
     return code
 

@@ -90,8 +90,8 @@ _ALTERNATIVES: Final[tuple[tuple[tuple[type, ...], str], ...]] = (
 """Types that FastAPI passes to endpoints only, and the alternative for a registered function."""
 
 _NO_DEPENDENCIES: Final = (
-    "FastAPI resolves that for endpoints only, and this library resolves it in a later version. Until then create what "
-    "you need in the function itself, or in a decorator with functools.wraps that passes it on"
+    "FastAPI resolves that for endpoints only. Create what you need in the function itself, or in a decorator with "
+    "functools.wraps that passes it on"
 )
 
 
@@ -124,7 +124,7 @@ class Signature:
             raise TypeError(f"{event} takes a function, not {function!r}: write @manager.{event} above a function")
         if _yields(function):
             raise self._error(
-                "it has a yield and would never run: return instead, and send with ws.send(...)", "must not yield"
+                "return instead, and send with ws.send(...)", "contains `yield`, so calling it would not run it"
             )
         self._chain = list(_chain(function))
         self._check_fastapi_parameters()

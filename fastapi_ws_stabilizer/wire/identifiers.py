@@ -41,7 +41,9 @@ def check_client_id(client_id: object) -> None:
     if not isinstance(client_id, str) or not client_id:
         raise ValueError(f"client_id must be a non-empty str, not {client_id!r}")
     if not is_name(client_id):
+        too_long = len(client_id) > MAX_NAME_CHARS
+        problem = f"has {len(client_id)} characters" if too_long else "contains a control character"
         raise ValueError(
-            f"client_id must have {NAME_RULE}, but {client_id[:40]!r} with {len(client_id)} characters does not: use "
-            "another key of this client, or a hash of the name"
+            f"client_id {client_id[:40]!r} {problem}. A client id has {NAME_RULE}: use another id, or a hash "
+            "of this one"
         )

@@ -217,7 +217,7 @@ def test_each_message_reaches_its_handler() -> None:
         ws.send_json({"type": "resign"})
         with pytest.raises(WebSocketDisconnect) as closed:
             heard(ws)
-        assert (closed.value.code, closed.value.reason) == (4000, "resigned")
+        assert (closed.value.code, closed.value.reason) == (4001, "resigned")
 
 
 def test_stats_require_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,6 +131,24 @@ def test_resume_recipe_gives_user_data_back(run: Callable[[Block], ModuleType]) 
     assert within(10, talk) == (True, {"cart": "pears"})
 
 
+def test_joined_runs_after_a_resume_with_the_decorator_of_the_readme(run: Callable[[Block], ModuleType]) -> None:
+    """As the README says, a resume runs `on_resume` only: the others see it if `joined` has that decorator too."""
+    module = run(recipe("reconnect_token"))
+    assert "`on_resume` then runs instead of `on_connect`" in README
+    module.manager.on_resume(module.joined)
+
+    def talk() -> list[str]:
+        with TestClient(module.app) as client, client.websocket_connect("/ws/bob") as bob:
+            receive(bob, "joined")
+            with client.websocket_connect("/ws/ann") as ann:
+                token = receive(ann, "token")["token"]
+                ann.close(1001)
+            with client.websocket_connect(f"/ws/ann?reconnect_token={token}"):
+                return [receive(bob, kind)["who"] for kind in ("joined", "left", "joined")]
+
+    assert within(10, talk) == ["ann", "ann", "ann"]
+
+
 def test_uvicorn_command_of_the_checklist_passes_the_doctor() -> None:
     (command,) = re.findall(r"`(uvicorn app:app --[^`]+)`", README)
     options = options_of(shlex.split(command))

@@ -736,17 +736,18 @@ async def test_connect_requires_accepted_websocket(manager_with: Any) -> None:
 
 @pytest.mark.parametrize("client_id", ["\ud800", "a\nb", "x" * 257, "\x1b[2J"], ids=ascii)
 async def test_invalid_client_id_raises_in_every_call(manager_with: Any, client_id: str) -> None:
-    """`connect`, `serve`, tokens and tickets raise a `ValueError` that describes valid client ids."""
+    """`connect`, `serve`, tokens and tickets raise a `ValueError` with the problem and the rule for client ids."""
+    problem = "has 257 characters" if len(client_id) > 256 else "contains a control character"
     manager, _ = manager_with()
     websocket = await FakeServer().accepted()
-    with pytest.raises(ValueError, match=r"at most 256 characters.*use another key"):
+    with pytest.raises(ValueError, match=problem + r".*at most 256 characters.*use another id"):
         await manager.connect(client_id, websocket)
     for call in (
         manager.generate_reconnect_token,
         manager.issue_ticket,
         functools.partial(manager.serve, websocket),
     ):
-        with pytest.raises(ValueError, match=r"at most 256 characters.*use another key"):
+        with pytest.raises(ValueError, match=problem + r".*at most 256 characters.*use another id"):
             call(client_id)
     assert manager.get_connection_count() == 0
 
