@@ -327,3 +327,26 @@ def test_socket_is_allowed_in_arbitrary_types_model() -> None:
     assert Player(ws=socket).ws is socket
     with pytest.raises(ValidationError):
         Player(ws=5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wired", ["not", "lifespan", "merged", "installed"])
+def test_missing_lifespan_is_reported_once(wired: str) -> None:
+    """A manager that only its sockets start works, and the log names what its app lacks."""
+    manager = WebSocketConnectionManager()
+    found: list[Any] = []
+    manager.events.subscribe(found.append)
+    app = FastAPI(lifespan=manager.lifespan) if wired == "lifespan" else FastAPI()
+    router = APIRouter(lifespan=manager.lifespan) if wired == "merged" else APIRouter()
+
+    @router.websocket("/ws/{client_id}")
+    async def endpoint(ws: StableSocket = Depends(manager.socket)) -> None:
+        await ws.send("hello")
+
+    app.include_router(router)
+    if wired == "installed":
+        manager.install(app)
+    for _ in range(2):  # a TestClient without `with` runs no lifespan, and has an event loop for each connection
+        with TestClient(app).websocket_connect("/ws/ann") as client:
+            assert client.receive_text() == "hello"
+    reported = [event.fields["advice"] for event in found if event.event == "lifespan_missing"]
+    assert reported == (["write FastAPI(lifespan=manager.lifespan), or manager.install(app)"] if wired == "not" else [])
