@@ -7,6 +7,7 @@ import asyncio
 import inspect
 import json
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -79,19 +80,25 @@ def test_every_app_on_page_serves_its_sockets(block: Block, run: Callable[[Block
     module = run(block)
     routes = [route.path for route in module.app.routes if isinstance(route, APIWebSocketRoute)]
     assert routes
-    within(DEADLINE, lambda: _visit(module.app, routes))
+    connected = threading.Semaphore(0)
+    module.manager.on_connect(lambda _: connected.release())  # after the hooks of the page
+    within(DEADLINE, lambda: _visit(module.app, routes, connected))
     assert module.manager.counters.connections_opened == len(routes)
     assert module.manager.get_connection_count() == 0
     assert not {reason.value for reason in module.manager.counters.endings} & {"error", "policy", "slow_consumer"}
 
 
-def _visit(app: FastAPI, routes: list[str]) -> None:
-    """Connect to each route with every credential that a page uses, then disconnect."""
+def _visit(app: FastAPI, routes: list[str], connected: threading.Semaphore) -> None:
+    """Connect to each route with every credential that a page uses, then disconnect.
+
+    TestClient cancels the app at the disconnect. A database session that is cancelled while the lifespan closes its
+    engine never ends, so this waits for the connect hooks.
+    """
     with TestClient(app) as client:
         for path in routes:
             url = path.replace("{client_id}", "ann") + "?token=secret-of-ann"
             with client.websocket_connect(url, headers={"cookie": "session=session-of-ann", "origin": ORIGIN}):
-                pass
+                assert connected.acquire(timeout=DEADLINE)
 
 
 @pytest.mark.parametrize("block", [block for block in PYTHON if block.source], ids=str)

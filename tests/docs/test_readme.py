@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import struct
+import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -76,12 +77,15 @@ def test_script_of_the_page_sends_what_the_quick_start_handles(run: Callable[[Bl
 
 def test_login_recipe_takes_the_client_id_from_the_cookie(run: Callable[[Block], ModuleType]) -> None:
     module = run(recipe("current_user"))
+    connected = threading.Semaphore(0)  # the client sees the accept before the server registers the connection
+    module.manager.on_connect(lambda _: connected.release())
 
     def talk() -> list[str]:
         with TestClient(module.app) as client:
             with pytest.raises(WebSocketDisconnect), client.websocket_connect("/me", headers={"cookie": "session=x"}):
                 pass
             with client.websocket_connect("/me", headers={"cookie": "session=session-of-ann"}):
+                assert connected.acquire(timeout=10)
                 return list(module.manager.get_active_connections())
 
     assert within(10, talk) == ["ann"]
