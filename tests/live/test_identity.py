@@ -93,10 +93,15 @@ async def test_v1_client_sends_credential_in_hello_or_subprotocol(server: LiveSe
         assert json.loads(await asyncio.wait_for(client.recv(), 5))["data"] == "ann"
 
 
+def endpoint_runs(server: LiveServer) -> int:
+    """Return how often an endpoint has run; notes of closes are left out because they may come after a test's end."""
+    return sum(str(note).startswith("ran ") for note in server.get("/notes"))
+
+
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer mallory"}], ids=["none", "bad"])
 async def test_missing_or_invalid_credential_is_rejected(server: LiveServer, headers: dict[str, str]) -> None:
     """A browser gets 4401 with the reason and other clients 401, and the endpoint does not run."""
-    before = len(server.get("/notes"))
+    before = endpoint_runs(server)
     with pytest.raises(urllib.error.HTTPError) as refused:
         await asyncio.to_thread(get_me, server, headers)
     assert refused.value.code == 401
@@ -109,7 +114,7 @@ async def test_missing_or_invalid_credential_is_rejected(server: LiveServer, hea
         code, reason = await received_close(page)
     assert code == 4401
     assert reason
-    assert len(server.get("/notes")) == before
+    assert endpoint_runs(server) == before
 
 
 @pytest.mark.parametrize("auth", [None, "mallory"])
