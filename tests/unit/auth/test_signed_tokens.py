@@ -61,7 +61,7 @@ def problem_with(tokens: ReconnectTokens, token: str, client_id: str | None = No
 def test_token_for_invalid_client_id_is_rejected(client_id: str) -> None:
     """No token is issued for an invalid client id, and a signed token with one is malformed."""
     tokens = ReconnectTokens([NEW], 60.0)
-    with pytest.raises(ValueError, match="^client_id .*(must|has|contains)"):
+    with pytest.raises(ValueError, match=r"^client_id .*(must|has|contains)"):
         tokens.issue(client_id)
     if client_id:
         raw, name = raw_of(tokens.issue("ann")), client_id.encode("utf-8", "surrogatepass")
