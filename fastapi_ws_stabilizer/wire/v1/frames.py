@@ -11,6 +11,7 @@ import asyncio
 import re
 import reprlib
 import struct
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Final
 
 from pydantic_core import to_json
@@ -350,7 +351,7 @@ def binary_envelope(head: dict[str, Any], payload: bytes) -> bytes:
 # ── acknowledging ──
 
 
-class DelayedAcks:
+class DelayedAcks(ABC):
     """Base of each side of `stabilizer.v1.json`: acknowledges after `ACK_EVERY` messages or after `ack_delay`.
 
     It is a base class, because an object of its own would cost memory for each connection and time for each message.
@@ -375,9 +376,9 @@ class DelayedAcks:
         elif self._ack_timer is None:
             self._ack_timer = asyncio.get_running_loop().call_later(self.ack_delay, self._send_ack)
 
+    @abstractmethod
     def _send_ack(self) -> None:
         """Acknowledge all received messages. It calls `_reset_ack`."""
-        raise NotImplementedError
 
     def _reset_ack(self) -> None:
         """Stop the timer, because another frame acknowledges the messages or the connection ends."""
