@@ -302,7 +302,7 @@ class MemoryLimitExceededError(WebSocketStabilizerError):
     Attributes:
         option: The option that was exceeded: `max_memory_per_connection` or `max_total_memory`.
         limit: The value of that option, in bytes.
-        requested: The bytes that the value would have needed in all.
+        requested: The bytes that would have been held with the value: of one client, or of all for `max_total_memory`.
     """
 
     close_code = 4503
@@ -315,7 +315,7 @@ class MemoryLimitExceededError(WebSocketStabilizerError):
         self.requested = requested
 
     def __str__(self) -> str:
-        return f"the value needs {self.requested} bytes in all, but {self.option} is {self.limit}"
+        return f"{self.requested} bytes would be held with the value, but {self.option} is {self.limit}"
 
 
 class RoomLimitError(WebSocketStabilizerError, RuntimeError):

@@ -16,7 +16,6 @@ from fastapi_ws_stabilizer.auth.signed_tokens import ReconnectTokens
 from fastapi_ws_stabilizer.auth.tickets import Tickets
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, DisconnectReason, check_close_code
-from fastapi_ws_stabilizer.compat.starlette import lifespan_owners
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.doctor.checks import run_checks
@@ -160,7 +159,7 @@ class WebSocketConnectionManager(EventDecorators):
         if self.config.handle_signals:
             self._signals.install()
 
-    def _require_node(self, app: Any = None) -> Node:
+    def _require_node(self, *, from_connection: bool = False) -> Node:
         loop = _running_loop()
         if self._shut and self._loop in (None, loop):
             raise shutdown_error(self.config.drain_window)
@@ -178,7 +177,7 @@ class WebSocketConnectionManager(EventDecorators):
             logger.setLevel(self.config.log_level)  # a default must not override configure_logging()
         if problem := websocket_library_advice():
             self.events.emit("websocket_library_missing", logging.ERROR, problem=problem)
-        if app is not None and self._app is None and self not in lifespan_owners(_lifespan_of(app)):
+        if from_connection:
             self._report_missing_lifespan()
         refuses, guarded = self._hooks.has("handshake"), self._hooks.has("handshake", "auth")
         run_startup_checks(
@@ -187,16 +186,19 @@ class WebSocketConnectionManager(EventDecorators):
         return self._node
 
     def _report_missing_lifespan(self) -> None:
-        """Warn once that no lifespan starts this manager: its sockets work, but nothing drains at a shutdown."""
+        """Warn once that a connection starts this manager: its sockets work, but nothing drains at a shutdown."""
         if "lifespan_missing" not in self._reported_findings:
             self._reported_findings.add("lifespan_missing")
-            advice = "write FastAPI(lifespan=manager.lifespan), or manager.install(app)"
+            advice = (
+                "no lifespan has started the manager: write FastAPI(lifespan=manager.lifespan), manager.install(app), "
+                "or `async with manager.lifespan(app)` in a lifespan of your own; in tests, `with TestClient(app)`"
+            )
             self.events.emit("lifespan_missing", logging.WARNING, advice=advice)
 
     async def _node_for(self, websocket: WebSocket) -> Node:
         """Return the node for a handshake; reject the handshake if the manager is shut down."""
         try:
-            return self._require_node(websocket.scope.get("app"))
+            return self._require_node(from_connection=True)
         except ShutdownError as error:
             raise await reject_handshake(self._node.admission, websocket, error) from error
 
@@ -511,7 +513,7 @@ class WebSocketConnectionManager(EventDecorators):
         """
         check_client_id(client_id)
         try:
-            node = self._require_node(websocket.scope.get("app"))
+            node = self._require_node(from_connection=True)
         except ShutdownError as error:
             self._node.reject_adoption(websocket, error, client_id)
             raise
@@ -846,8 +848,3 @@ def _correct_call(config: Any) -> str:
     if hasattr(config, "router"):
         return "write WebSocketConnectionManager(), and then manager.install(app)"
     return "write WebSocketConnectionManager(WebSocketConfig(heartbeat_interval=30))"
-
-
-def _lifespan_of(app: Any) -> Any:
-    """Return the lifespan of an app, or `None`."""
-    return getattr(getattr(app, "router", None), "lifespan_context", None)

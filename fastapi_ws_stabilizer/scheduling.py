@@ -259,11 +259,6 @@ class DeadlineHeap(Generic[D]):
         """Entries that are not removed."""
         return self._count
 
-    @property
-    def size(self) -> int:
-        """Entries in the heap, with removed ones."""
-        return len(self._entries)
-
     def push(self, entry: D) -> None:
         """Add an entry, with its connection."""
         self._count += 1
@@ -272,7 +267,7 @@ class DeadlineHeap(Generic[D]):
     def pop(self, now: float) -> D | None:
         """Take out the first entry that is due; `None` if no entry is, or if very many removed ones are before it.
 
-        In the second case the timer is set again at once, so that other work can run in between.
+        In the second case the timer calls again within `coalesce`, so that other work can run in between.
         """
         for _ in range(CHECK_INTERVAL):
             if not self._entries or self._entries[0].due > now:

@@ -10,7 +10,7 @@ from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 class StatsSummary(BaseModel):
     """Current totals of a manager, and its counters since it was created."""
 
-    # A test keeps these descriptions equal to the help of the Prometheus metrics.
+    # The descriptions are the help of the Prometheus metrics too.
     connections: int = Field(description="Open connections.")
     clients: int = Field(description="Connected clients. A client can have several connections.")
     queued_messages: int = Field(description="Messages waiting to be sent.")
@@ -51,7 +51,10 @@ class StatsSummary(BaseModel):
 
 
 def overview_of(manager: WebSocketConnectionManager) -> StatsSummary:
-    """Read the totals of a manager. This visits every open connection."""
+    """Read the totals of a manager. This visits every open connection.
+
+    Any thread may call this. Outside the event loop's thread, the numbers may come from different moments.
+    """
     sockets = manager.get_sockets()
     counters = manager.counters
     return StatsSummary(
@@ -81,5 +84,5 @@ def overview_of(manager: WebSocketConnectionManager) -> StatsSummary:
         pings_sent=counters.pings_sent,
         refusals=dict(counters.refusals),
         evictions=counters.evictions,
-        endings={reason.value: count for reason, count in counters.endings.items()},
+        endings={reason.value: count for reason, count in dict(counters.endings).items()},
     )

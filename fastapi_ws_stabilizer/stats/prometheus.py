@@ -16,6 +16,7 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.metrics.timings import Histogram
+from fastapi_ws_stabilizer.stats.models import StatsSummary, overview_of
 
 
 class MetricsCollector(Collector):
@@ -56,121 +57,20 @@ class MetricsCollector(Collector):
         Any thread may call this. Outside the event loop's thread, the numbers may come from different moments.
         """
         manager = self._manager
-        counters = manager.counters
-        memory = manager.get_memory_usage()
-        sessions = manager.get_session_counts()
-        queued_messages = queued_bytes = unread_messages = 0
-        for socket in manager.get_sockets():
-            queued_messages += socket.queued_messages
-            queued_bytes += socket.queued_bytes
-            unread_messages += socket.unread_messages
-
-        yield GaugeMetricFamily("fastapi_ws_connections", "Open connections.", memory["connection_count"])
-        yield GaugeMetricFamily(
-            "fastapi_ws_clients",
-            "Connected clients. A client can have several connections.",
-            len(manager.get_active_connections()),
-        )
-        yield GaugeMetricFamily("fastapi_ws_queued_messages", "Messages waiting to be sent.", queued_messages)
-        yield GaugeMetricFamily("fastapi_ws_queued_bytes", "Bytes waiting to be sent.", queued_bytes)
-        yield GaugeMetricFamily("fastapi_ws_unread_messages", "Received messages waiting to be read.", unread_messages)
-        yield GaugeMetricFamily(
-            "fastapi_ws_total_memory",
-            "Bytes held for connections and sessions. A message in several queues counts once.",
-            memory["total_memory"],
-        )
-        yield GaugeMetricFamily(
-            "fastapi_ws_uptime_seconds", "Seconds since the manager started.", manager.uptime_seconds
-        )
-        yield CounterMetricFamily(
-            "fastapi_ws_connections_opened_total", "Connections opened.", counters.connections_opened
-        )
-        yield CounterMetricFamily(
-            "fastapi_ws_messages_received_total",
-            "Messages received, without control frames.",
-            counters.messages_received,
-        )
-        yield CounterMetricFamily(
-            "fastapi_ws_messages_sent_total",
-            "Messages that the server accepted for sending, with control frames.",
-            counters.messages_sent,
-        )
-        yield CounterMetricFamily(
-            "fastapi_ws_messages_refused_total",
-            "Messages refused because their client exceeded a rate limit.",
-            counters.messages_refused,
-        )
-        yield CounterMetricFamily(
-            "fastapi_ws_messages_discarded_total",
-            "Messages not yet read, sent or acknowledged when their connection or session ended.",
-            counters.messages_discarded,
-        )
-        yield CounterMetricFamily(
-            "fastapi_ws_messages_dropped_total",
-            "Messages dropped because their client is slow.",
-            counters.messages_dropped,
-        )
-        yield CounterMetricFamily(
-            "fastapi_ws_messages_coalesced_total",
-            "Queued messages replaced by a newer message with the same coalesce_key.",
-            counters.messages_coalesced,
-        )
-        yield _labelled_counter(
-            "fastapi_ws_slow_clients_total",
-            "Slow consumer events, by state.",
-            "how",
-            {**_SLOW_CLIENTS, **counters.slow_clients},
-        )
-        yield GaugeMetricFamily(
-            "fastapi_ws_rooms", "Rooms that have a client, connected or detached.", len(manager.get_rooms())
-        )
-        yield GaugeMetricFamily(
-            "fastapi_ws_sessions",
-            "Sessions of stabilizer.v1.json clients, with or without a connection.",
-            sessions["sessions"],
-        )
-        yield GaugeMetricFamily(
-            "fastapi_ws_sessions_away", "Sessions without a connection, which a client can resume.", sessions["away"]
-        )
-        yield CounterMetricFamily(
-            "fastapi_ws_sessions_resumed_total",
-            "Sessions resumed without a gap, and states of plain clients restored.",
-            counters.sessions_resumed,
-        )
-        yield CounterMetricFamily(
-            "fastapi_ws_session_gaps_total",
-            "Sessions resumed too late to replay every missed message.",
-            counters.session_gaps,
-        )
-        yield CounterMetricFamily(
-            "fastapi_ws_sessions_lost_total",
-            "Resumes that failed because the session or its token is unknown or expired.",
-            counters.sessions_lost,
-        )
-        yield CounterMetricFamily(
-            "fastapi_ws_bad_messages_total", "Messages that no handler accepted.", counters.bad_messages
-        )
-        yield CounterMetricFamily("fastapi_ws_broadcasts_total", "Broadcasts.", counters.broadcasts)
-        yield CounterMetricFamily("fastapi_ws_pings_sent_total", "Heartbeat pings sent.", counters.pings_sent)
-        yield _labelled_counter(
-            "fastapi_ws_refusals_total",
-            "Handshakes rejected, by the option that rejected them, or by a close code.",
-            "by",
-            counters.refusals,
-        )
-        yield CounterMetricFamily(
-            "fastapi_ws_evictions_total",
-            "Connections, sessions and detached states removed because memory was short.",
-            counters.evictions,
-        )
-        endings = {reason.value: count for reason, count in dict(counters.endings).items()}
-        yield _labelled_counter(
-            "fastapi_ws_endings_total", "Connections closed, by reason.", "reason", {**_ENDINGS, **endings}
-        )
+        summary = overview_of(manager)
+        for name, field in StatsSummary.model_fields.items():
+            documentation, value = field.description or "", getattr(summary, name)
+            if name in _GAUGES:
+                yield GaugeMetricFamily(f"fastapi_ws_{name}", documentation, value)
+            elif name in _LABELS:
+                label, zeros = _LABELS[name]
+                yield _labelled_counter(f"fastapi_ws_{name}_total", documentation, label, {**zeros, **value})
+            else:
+                yield CounterMetricFamily(f"fastapi_ws_{name}_total", documentation, value)
         yield GaugeMetricFamily(
             "fastapi_ws_memory_per_connection_average",
             "Bytes held, divided by the number of open connections.",
-            memory["per_connection_average"],
+            manager.get_memory_usage()["per_connection_average"],
         )
         yield GaugeMetricFamily(
             "fastapi_ws_running", "1 while the manager accepts connections, else 0.", int(manager.running)
@@ -198,14 +98,33 @@ def render_metrics(manager: WebSocketConnectionManager, accept: str = "") -> tup
     return encode(MetricsCollector(manager)), content_type
 
 
-# Start each series at 0, so that `increase()` counts the first event.
-_SLOW_CLIENTS = {how.value: 0 for how in SlowConsumer}
-_ENDINGS = {reason.value: 0 for reason in DisconnectReason}
+_GAUGES = frozenset(
+    {
+        "connections",
+        "clients",
+        "queued_messages",
+        "queued_bytes",
+        "unread_messages",
+        "total_memory",
+        "uptime_seconds",
+        "rooms",
+        "sessions",
+        "sessions_away",
+    }
+)
+"""Fields of `StatsSummary` that can fall; all others are counters."""
+
+_LABELS: dict[str, tuple[str, dict[str, int]]] = {
+    "slow_clients": ("how", {how.value: 0 for how in SlowConsumer}),
+    "refusals": ("by", {}),
+    "endings": ("reason", {reason.value: 0 for reason in DisconnectReason}),
+}
+"""Label of each counter with several series, and its known series at 0, so that `increase()` counts the first event."""
 
 
 def _labelled_counter(name: str, documentation: str, label: str, values: Mapping[str, int]) -> CounterMetricFamily:
     family = CounterMetricFamily(name, documentation, labels=[label])
-    for value, count in dict(values).items():  # a copy, because the event loop may add a key while a thread scrapes
+    for value, count in values.items():
         family.add_metric([value], count)
     return family
 

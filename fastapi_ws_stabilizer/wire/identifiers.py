@@ -42,7 +42,11 @@ def check_client_id(client_id: object) -> None:
         raise ValueError(f"client_id must be a non-empty str, not {client_id!r}")
     if not is_name(client_id):
         too_long = len(client_id) > MAX_NAME_CHARS
-        problem = f"has {len(client_id)} characters" if too_long else "contains a control character"
+        problem = (
+            f"has {len(client_id)} characters"
+            if too_long
+            else "contains a control character, a line separator or a lone surrogate"
+        )
         raise ValueError(
             f"client_id {client_id[:40]!r} {problem}. A client id has {NAME_RULE}: use another id, or a hash "
             "of this one"

@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Annotated, Any
 
 import pytest
@@ -329,13 +329,21 @@ def test_socket_is_allowed_in_arbitrary_types_model() -> None:
         Player(ws=5)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("wired", ["not", "lifespan", "merged", "installed"])
-def test_missing_lifespan_is_reported_once(wired: str) -> None:
-    """A manager that only its sockets start works, and the log names what its app lacks."""
+@pytest.mark.parametrize("wired", ["not", "lifespan", "merged", "installed", "own"])
+@pytest.mark.parametrize("runs", [True, False])
+def test_missing_lifespan_is_reported_once(wired: str, runs: bool) -> None:
+    """A manager that a connection starts works, and the log says once that no lifespan has started it."""
     manager = WebSocketConnectionManager()
     found: list[Any] = []
     manager.events.subscribe(found.append)
-    app = FastAPI(lifespan=manager.lifespan) if wired == "lifespan" else FastAPI()
+
+    @asynccontextmanager
+    async def own(app: FastAPI) -> AsyncIterator[None]:
+        async with manager.lifespan(app):
+            yield
+
+    lifespan: Any = {"lifespan": manager.lifespan, "own": own}.get(wired)
+    app = FastAPI(lifespan=lifespan)
     router = APIRouter(lifespan=manager.lifespan) if wired == "merged" else APIRouter()
 
     @router.websocket("/ws/{client_id}")
@@ -346,7 +354,9 @@ def test_missing_lifespan_is_reported_once(wired: str) -> None:
     if wired == "installed":
         manager.install(app)
     for _ in range(2):  # a TestClient without `with` runs no lifespan, and has an event loop for each connection
-        with TestClient(app).websocket_connect("/ws/ann") as client:
-            assert client.receive_text() == "hello"
+        client = TestClient(app)
+        with client if runs else nullcontext(), client.websocket_connect("/ws/ann") as ws:
+            assert ws.receive_text() == "hello"
     reported = [event.fields["advice"] for event in found if event.event == "lifespan_missing"]
-    assert reported == (["write FastAPI(lifespan=manager.lifespan), or manager.install(app)"] if wired == "not" else [])
+    assert len(reported) == (0 if runs and wired != "not" else 1)
+    assert all("FastAPI(lifespan=manager.lifespan)" in advice for advice in reported)

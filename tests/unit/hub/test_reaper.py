@@ -148,7 +148,7 @@ async def test_reaper_without_options_holds_no_entry() -> None:
         stage.plain()
         await soon()
         reaper = stage.manager._node.reaper
-        assert (len(reaper), reaper._heap.timer, reaper._heap.size) == (0, None, 0)
+        assert (len(reaper), reaper._heap.timer, len(reaper._heap._entries)) == (0, None, 0)
 
 
 @virtually
@@ -162,5 +162,5 @@ async def test_closed_connections_leave_reaper_immediately() -> None:
         await soon()
         reaper = stage.manager._node.reaper
         assert len(reaper) == 0
-        assert reaper._heap.size <= 65
+        assert len(reaper._heap._entries) <= 65
         assert all(deadline.recipient is None for deadline in reaper._heap._entries)

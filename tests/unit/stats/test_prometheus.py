@@ -162,9 +162,9 @@ def test_each_metric_has_one_help_line() -> None:
     assert sum(line.startswith("# HELP") for line in lines) == len(GAUGES | COUNTERS | HISTOGRAMS)
 
 
-@pytest.mark.parametrize("value", [0, 7, 0.25, 1e-9, 2**40])
-def test_numbers_keep_their_value(value: Any) -> None:
-    """The text format preserves every digit of large and small numbers."""
+@pytest.mark.parametrize("value", [0, 7, 2**40, 2**53])
+def test_numbers_keep_their_value(value: int) -> None:
+    """The text format preserves every digit of large and small counts."""
     manager = WebSocketConnectionManager()
     manager.counters.messages_sent = value
     read = samples(text_string_to_metric_families(text_of(manager)))
