@@ -332,7 +332,7 @@ class StableSocket:
 
     @property
     def reason(self) -> DisconnectReason | None:
-        """Cause of the close; `None` while the connection is open."""
+        """Cause of the close; `None` while the connection is open. The text of the close is `close_info.reason`."""
         return None if self.close_info is None else self.close_info.cause
 
     @property

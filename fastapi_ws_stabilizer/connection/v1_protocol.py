@@ -216,8 +216,8 @@ class V1Protocol(DelayedAcks):
             self._handle_control(kind, frame, raw)
         except ProtocolError as problem:
             too_big = problem.code == 1009
-            reason = DisconnectReason.MESSAGE_TOO_BIG if too_big else DisconnectReason.POLICY
-            self._connection.close(reason, code=problem.code, reason=str(problem))
+            cause = DisconnectReason.MESSAGE_TOO_BIG if too_big else DisconnectReason.POLICY
+            self._connection.close(cause, code=problem.code, reason=str(problem))
         return None
 
     def _message(self, message: Message, raw: str | bytes) -> Message | None:

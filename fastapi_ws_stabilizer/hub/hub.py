@@ -283,8 +283,8 @@ class Hub(Generic[M]):
         """
         self.check_loop()
         here = [connection.recipient for connection in self.registry.of_client(client_id)]
-        state = [self.leave(recipient, room) for recipient in (*here, *self._detached_of(client_id))]
-        return self.presence.give_up(room, client_id) or any(state)
+        left = [self.leave(recipient, room) for recipient in (*here, *self._detached_of(client_id))]
+        return self.presence.give_up(room, client_id) or any(left)
 
     def is_in(self, client_id: str, room: str) -> bool:
         """Whether a connection or session of a client is in a room."""

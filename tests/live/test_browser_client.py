@@ -66,12 +66,12 @@ async def test_page_goes_on_counting_after_the_network_was_cut(serve: Serve, bro
         await page.until("document.getElementById('state').textContent === 'open'")
         await page.run("document.getElementById('click').click()")
         await page.until("document.getElementById('count').textContent === '1'")
-        proxy.rejector = True
+        proxy.rejects = True
         for stream in list(proxy.streams):
             stream.cut()
         await page.until("document.getElementById('state').textContent.startsWith('lost (1006)')")
         assert await page.run("document.getElementById('click').disabled")
-        proxy.rejector = False
+        proxy.rejects = False
         await page.until("document.getElementById('state').textContent === 'open'")
         await page.run("document.getElementById('click').click()")
         await page.until("document.getElementById('count').textContent === '2'")

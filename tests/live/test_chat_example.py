@@ -106,12 +106,12 @@ async def test_resumed_tab_gets_messages_of_outage(address: str) -> None:
 
             while (await next_of_type(other, "joined"))["who"]["name"] != "Ann":
                 pass
-            proxy.rejector = True
+            proxy.rejects = True
             proxy.streams[-1].cut()
             assert (await next_of_type(other, "away"))["who"]["name"] == "Ann"
             for number in range(5):
                 await other.send(json.dumps({"type": "say", "text": f"missed {number}"}))
-            proxy.rejector = False
+            proxy.rejects = False
             assert (await next_of_type(other, "back"))["who"]["name"] == "Ann"
             await client.send({"text": "I am back"}, event="say")
             await until(lambda: len(received) == 6, DEADLINE)

@@ -249,7 +249,7 @@ async def test_message_over_limit_closes_1009_and_is_not_delivered(serve: Serve)
     for message in ("x" * 1001, b"x" * 1001, "é" * 500 + "x"):
         async with connect(server.url("/echo/ann")) as client:
             await client.send(message)
-            assert (await received_close(client))[0] == 1009
+            assert (await received_close(client, discard=False))[0] == 1009
     await until(lambda: len(server.events("disconnect ann message_too_big 1009")) == 3)
 
 

@@ -40,7 +40,7 @@ async def test_seed_readme_examples_run_as_written(serve: Serve, kind: str) -> N
         assert stats["memory"]["connection_count"] == 2
 
     async with connect(server.url("/pattern-5/carol")) as carol:
-        assert (await received_close(carol))[0] == 1000
+        assert (await received_close(carol, discard=False))[0] == 1000
     await until(lambda: "Alice joined" in server.log)
     await until(lambda: server.get("/stats")["active_connections"] == 0)
     await asyncio.to_thread(server.terminate, 5)
@@ -53,7 +53,7 @@ async def test_seed_endpoint_cleanup_does_not_end_new_session(serve: Serve) -> N
     async with connect(server.url("/ws/ann")) as old:
         await until(lambda: server.get("/stats")["active_connections"] == 1)
         async with connect(server.url("/ws/ann")) as new:
-            assert (await received_close(old))[0] == 4409
+            assert (await received_close(old, discard=False))[0] == 4409
             await new.send("I am here")
             assert json.loads(await new.recv())["message"] == "I am here"
             assert server.get("/stats")["client_ids"] == ["ann"]

@@ -116,11 +116,11 @@ async def test_messages_of_outage_arrive_after_reconnect(serve: Serve, kind: str
         async with client:
             reader = asyncio.ensure_future(collect(client, got))
             assert await client.request("note", "remember") == "remember"
-            proxy.rejector = True
+            proxy.rejects = True
             proxy.streams[-1].cut()
             await until(lambda: server.get("/count")["detached"] == 1, 5)
             assert await asyncio.to_thread(server.post, "/push-many/ann/10")
-            proxy.rejector = False
+            proxy.rejects = False
             await until(lambda: len(got) >= 10)
             assert await client.request("add", [1, 2]) == 3
             assert [message["number"] for message in got] == list(range(10))
@@ -148,14 +148,14 @@ async def test_late_resume_reports_gap_or_lost(serve: Serve, why: str) -> None:
         client = connect(f"ws://127.0.0.1:{proxy.port}/ws/ann", **QUICK_DIALS)
         client.on_gap(gaps.append)
         async with client:
-            proxy.rejector = True
+            proxy.rejects = True
             proxy.streams[-1].cut()
             await until(lambda: server.get("/count")["connections"] == 0, 5)
             if why == "overflow":
                 await asyncio.to_thread(server.post, "/push-many/ann/10")
             else:
                 await until(lambda: server.get("/count")["sessions"] == 0)
-            proxy.rejector = False
+            proxy.rejects = False
             await until(lambda: gaps)
             assert [(gap.session_lost, gap.why) for gap in gaps] == [(why == "unknown", why)]
             assert await client.request("add", [1, 2]) == 3
@@ -353,11 +353,11 @@ async def test_detached_client_gets_kick_code_on_return(serve: Serve, kind: str,
         client = connect(f"ws://127.0.0.1:{proxy.port}/ws/ann?room=lobby", **QUICK_DIALS)
         with pytest.raises(ClientClosedError) as closed:
             async with client:
-                proxy.rejector = True
+                proxy.rejects = True
                 proxy.streams[-1].cut()
                 await until(lambda: server.get("/count")["detached"] == 1, 5)
                 assert await asyncio.to_thread(server.post, f"/end/{action}/ann") == 1
-                proxy.rejector = False
+                proxy.rejects = False
                 await asyncio.wait_for(client.request("add", [1, 2], timeout=5), 5)
     assert (closed.value.code, closed.value.reason) == (4403, "banned")
     assert server.get("/events").count("connect ann none") == 1

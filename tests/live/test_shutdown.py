@@ -98,7 +98,7 @@ async def test_graceful_shutdown_call_closes_all_and_reports(serve: Serve) -> No
         assert (report["closed_count"], report["failed_count"]) == (2, 0)
         assert report["disconnects"] == ["ann server_shutdown", "bob server_shutdown"]
         for client in (ann, bob):
-            assert (await received_close(client))[0] == 1012
+            assert (await received_close(client, discard=False))[0] == 1012
     with pytest.raises(Exception, match="503"):
         async with connect(server.url("/ws/late")):
             pass

@@ -168,7 +168,7 @@ async def test_sigterm_sends_1012_despite_stalled_closed_client(serve: Serve) ->
             await server.until_event("disconnect ann client_close")
             assert await asyncio.to_thread(server.terminate, 4) < 4
             for client in (bob, cyd):
-                assert (await received_close(client))[0] == 1012
+                assert (await received_close(client, discard=False))[0] == 1012
     assert server.process.returncode in CLEAN_EXITS
     assert "LIFESPAN ended" in server.log
     assert not server.errors()

@@ -220,13 +220,13 @@ async def test_tables_kicked_detached_member_is_out_of_room(serve: Serve, kind: 
             await ann.send({"type": "join", "room": "red"})
             await bob.send('{"type": "join", "room": "red"}')
             await until(lambda: set(server.get("/rooms/red")) == {"ann", "bob"})
-            proxy.rejector = True
+            proxy.rejects = True
             proxy.streams[-1].cut()
             await asyncio.to_thread(server.post, "/rooms/red/kick/ann")
             await bob.send('{"type": "say", "room": "red", "line": "after the kick"}')
             await next_of_type(bob, "said")
             assert server.get("/rooms/red") == ["bob"]
-            proxy.rejector = False
+            proxy.rejects = False
             await asyncio.wait_for(ann.wait_open(), DEADLINE)
             await ann.send({"type": "say", "room": "red", "line": "after the return"})
             await until(lambda: ann.state == "open")
@@ -240,11 +240,11 @@ async def test_tables_banned_detached_client_gets_4403(serve: Serve, kind: str) 
     async with CuttingProxy(server.port) as proxy:
         client = connect_client(f"ws://127.0.0.1:{proxy.port}/ws/ann").start()
         await asyncio.wait_for(client.wait_open(), DEADLINE)
-        proxy.rejector = True
+        proxy.rejects = True
         proxy.streams[-1].cut()
         await asyncio.sleep(0.2)
         await asyncio.to_thread(server.post, "/ban/ann")
-        proxy.rejector = False
+        proxy.rejects = False
         with pytest.raises(ClientClosedError) as closed:
             async for _ in client:
                 pass

@@ -152,7 +152,7 @@ async def eventually(condition: Callable[[], Any]) -> None:
         await asyncio.sleep(0)
 
 
-async def settle(scheduler: int = 20) -> None:
+async def settle(turns: int = 20) -> None:
     """Run everything that is ready."""
-    for _ in range(scheduler):
+    for _ in range(turns):
         await asyncio.sleep(0)

@@ -66,7 +66,7 @@ class CuttingProxy:
     Attributes:
         port: The port on which it listens.
         streams: The connections through it, the newest last.
-        rejector: Whether new connections are reset.
+        rejects: Whether new connections are reset.
     """
 
     def __init__(self, target: int) -> None:
@@ -75,7 +75,7 @@ class CuttingProxy:
         self._tasks: set[asyncio.Task[None]] = set()
         self.port = 0
         self.streams: list[Stream] = []
-        self.rejector = False
+        self.rejects = False
 
     async def __aenter__(self) -> CuttingProxy:
         self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
@@ -94,7 +94,7 @@ class CuttingProxy:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self.rejector:
+        if self.rejects:
             writer.transport.abort()
             return
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)

@@ -11,16 +11,22 @@ from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
 
-async def received_close(client: ClientConnection, timeout: float = 5.0) -> tuple[int, str]:
-    """Discard messages until the server closes, and return the code and reason of its close frame.
+async def received_close(client: ClientConnection, timeout: float = 5.0, *, discard: bool = True) -> tuple[int, str]:
+    """Wait until the server closes, and return the code and reason of its close frame.
 
     Args:
         client: The client. A connection that ends without a close frame fails the test.
-        timeout: Seconds to wait for each message.
+        timeout: Seconds to wait.
+        discard: Whether messages may come before the close. Otherwise one fails the test.
     """
+
+    async def read() -> None:
+        await client.recv()
+        while discard:
+            await client.recv()
+
     with pytest.raises(ConnectionClosed) as closed:
-        while True:
-            await asyncio.wait_for(client.recv(), timeout)
+        await asyncio.wait_for(read(), timeout)
     assert closed.value.rcvd is not None, "1006: closed without a close frame"
     return closed.value.rcvd.code, closed.value.rcvd.reason
 

@@ -24,16 +24,16 @@ class _NoWaiting(selectors.SelectSelector):
     def __init__(self, loop: VirtualLoop) -> None:
         super().__init__()
         self._loop = loop
-        self._scheduler = 0
+        self._turns = 0
 
     def select(self, timeout: float | None = None) -> list[Any]:
         if timeout is None:
             raise AssertionError("deadlock: no timer is set and no callback is ready")
         self._loop.now += timeout
-        self._scheduler = 0 if timeout else self._scheduler + 1
-        if self._scheduler and self._scheduler % 1000 == 0:
+        self._turns = 0 if timeout else self._turns + 1
+        if self._turns and self._turns % 1000 == 0:
             self._loop.now += 1e-9  # sums of floats miss a deadline by a rounding error: on a real clock it passes
-        if self._scheduler > MAX_TURNS:
+        if self._turns > MAX_TURNS:
             raise AssertionError("the loop keeps running without time passing")
         return []
 

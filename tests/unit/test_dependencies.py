@@ -30,7 +30,7 @@ def with_endpoint(app: Any, path: str = "/ws/{client_id}") -> Any:
     return app
 
 
-def resume_result(client: TestClient, path: str = "/ws/ann") -> str:
+def first_message(client: TestClient, path: str = "/ws/ann") -> str:
     """Return the text that the endpoint sends to a client, which is then closed with 1000."""
     with client.websocket_connect(path) as ws:
         said = ws.receive_text()
@@ -43,23 +43,23 @@ def test_manager_lifespan_serves_sockets() -> None:
     """`FastAPI(lifespan=manager.lifespan)` is sufficient."""
     app = with_endpoint(FastAPI(lifespan=WebSocketConnectionManager().lifespan))
     with TestClient(app) as client:
-        assert resume_result(client) == "ann"
+        assert first_message(client) == "ann"
 
 
 def test_socket_works_without_running_lifespan() -> None:
     """A test client without `with` runs no lifespan, and sockets work nevertheless."""
     app = with_endpoint(FastAPI(lifespan=WebSocketConnectionManager().lifespan))
-    assert resume_result(TestClient(app)) == "ann"
-    assert resume_result(TestClient(app)) == "ann"
+    assert first_message(TestClient(app)) == "ann"
+    assert first_message(TestClient(app)) == "ann"
 
 
 def test_installed_manager_serves_sockets() -> None:
     """`manager.install(app)` works with and without a running lifespan."""
     app = with_endpoint(FastAPI())
     WebSocketConnectionManager().install(app)
-    assert resume_result(TestClient(app)) == "ann"
+    assert first_message(TestClient(app)) == "ann"
     with TestClient(app) as client:
-        assert resume_result(client) == "ann"
+        assert first_message(client) == "ann"
 
 
 def test_manager_lifespan_inside_own_lifespan_serves_sockets() -> None:
@@ -72,7 +72,7 @@ def test_manager_lifespan_inside_own_lifespan_serves_sockets() -> None:
             yield state
 
     with TestClient(with_endpoint(FastAPI(lifespan=lifespan))) as client:
-        assert resume_result(client) == "ann"
+        assert first_message(client) == "ann"
 
 
 def test_manager_is_found_from_router_and_mounted_app() -> None:
@@ -81,8 +81,8 @@ def test_manager_is_found_from_router_and_mounted_app() -> None:
     app.include_router(with_endpoint(APIRouter()), prefix="/router")
     app.mount("/sub", with_endpoint(FastAPI()))
     with TestClient(app) as client:
-        assert resume_result(client, "/router/ws/bob") == "bob"
-        assert resume_result(client, "/sub/ws/eve") == "eve"
+        assert first_message(client, "/router/ws/bob") == "bob"
+        assert first_message(client, "/sub/ws/eve") == "eve"
 
 
 def test_stable_socket_dep_needs_no_default() -> None:

@@ -314,10 +314,10 @@ async def test_queued_broadcast_excludes_new_connection_of_client(manager_with: 
         tabs.append(server)
         await tab.wait_closed()
 
-    node: list[asyncio.Future[None]] = []
+    running: list[asyncio.Future[None]] = []
 
     async def open_tab() -> None:
-        node.append(asyncio.ensure_future(serve_tab()))
+        running.append(asyncio.ensure_future(serve_tab()))
         await eventually(lambda: tabs)
 
     result = await overtaken(manager, manager.broadcast("later", room=room, exclude=iter(["ann"])), open_tab())
@@ -328,7 +328,7 @@ async def test_queued_broadcast_excludes_new_connection_of_client(manager_with: 
     assert clients[0][0].data == ["first"]
     assert "later" not in tabs[0].data
     tabs[0].feed_disconnect(1001)
-    await with_deadline(node[0])
+    await with_deadline(running[0])
 
 
 @pytest.mark.usefixtures("blocked_loop")
@@ -387,13 +387,13 @@ async def test_room_disconnect_yields_to_event_loop(manager_with: Any) -> None:
     clients = [await connected(manager, f"c{number}") for number in range(3)]
     for _, socket in clients:
         await socket.join("lobby")
-    close_info = asyncio.ensure_future(manager.room("lobby").disconnect(4000))
+    disconnecting = asyncio.ensure_future(manager.room("lobby").disconnect(4000))
     ended = []
     for _ in range(3):
         await asyncio.sleep(0)
         ended.append(sum(socket.closed for _, socket in clients))
     assert ended == [1, 2, 3]
-    assert await with_deadline(close_info) == 3
+    assert await with_deadline(disconnecting) == 3
 
 
 # ── hooks ──

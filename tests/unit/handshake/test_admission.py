@@ -684,11 +684,11 @@ async def test_handshake_hook_rejection_releases_reservation(admission_app: Make
     """A rejection by the handshake hook, or a bug in it, releases the reservation; a browser gets a close code."""
     harness = admission_app(max_connections=1)
     error, status, code = REFUSALS[what]
-    rejector = True
+    rejects = True
 
     @harness.manager.on_handshake
     async def hook(ws: StableSocket) -> None:
-        if rejector:
+        if rejects:
             raise error
 
     for _ in range(3):
@@ -697,7 +697,7 @@ async def test_handshake_hook_rejection_releases_reservation(admission_app: Make
         await call.wait_done()
         assert harness.counted == (0, 0)
     assert (await harness.call("/path/mallory", headers=BROWSER).closed())[0] == code
-    rejector = False
+    rejects = False
     await harness.connect_accepted()
 
 

@@ -74,12 +74,12 @@ async def test_broadcast_without_recipients_returns_empty_result() -> None:
 
 async def test_broadcast_without_backpressure_does_not_yield() -> None:
     """As long as outboxes are mostly empty, a broadcast does not yield to the event loop."""
-    scheduler: list[str] = []
-    asyncio.get_running_loop().call_soon(scheduler.append, "turn")
+    turns: list[str] = []
+    asyncio.get_running_loop().call_soon(turns.append, "turn")
     await fan_out(encode("hi"), [FakeRecipient()])
-    assert scheduler == []
+    assert turns == []
     await asyncio.sleep(0)
-    assert scheduler == ["turn"]
+    assert turns == ["turn"]
 
 
 async def test_broadcast_with_backpressure_yields_to_writers() -> None:
