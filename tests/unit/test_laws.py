@@ -191,7 +191,8 @@ async def test_law_6_broadcast_is_encoded_once(manager_with: Any, monkeypatch: p
 
 async def test_law_6_unencodable_payload_touches_no_socket(manager_with: Any) -> None:
     """The call raises, no client gets a message, and no connection closes."""
-    manager, heard = manager_with()
+    manager, heard = manager_with(handle_signals=False)
+    await manager.start()
     server = FakeServer()
     await manager.connect("ann", await server.accepted())
     with pytest.raises(MessageEncodeError):

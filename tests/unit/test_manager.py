@@ -134,7 +134,7 @@ async def test_start_with_default_options_logs_no_warning(manager_with: Any) -> 
 async def test_missing_websocket_library_is_logged_at_start(manager_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the server cannot serve WebSockets, the start logs what to install."""
     monkeypatch.setattr("fastapi_ws_stabilizer.manager.websocket_library_advice", lambda: "pip install something")
-    manager, heard = manager_with()
+    manager, heard = manager_with(handle_signals=False)
     await manager.start()
     (report,) = heard.of("websocket_library_missing")
     assert report.level == logging.ERROR
@@ -316,7 +316,8 @@ def test_installing_second_manager_raises() -> None:
 
 async def test_served_socket_is_accepted_registered_and_closed(manager_with: Any, clients_of: Any) -> None:
     """An endpoint that returns closes with 1000, and nothing is left."""
-    manager, heard = manager_with()
+    manager, heard = manager_with(handle_signals=False)
+    await manager.start()
     server = FakeServer(path_params={"client_id": "ann"})
     async with manager.serve(server.websocket) as socket:
         assert server.taken[0]["type"] == "websocket.accept"
@@ -355,7 +356,8 @@ async def test_endpoint_exception_decides_close_code(
 
 async def test_escaped_disconnect_logs_no_error(manager_with: Any) -> None:
     """`SocketClosed` after a disconnect of the client is a normal end, and is not logged as an error."""
-    manager, heard = manager_with()
+    manager, heard = manager_with(handle_signals=False)
+    await manager.start()
     server = FakeServer()
     server.feed_disconnect(1001)
     async with manager.serve(server.websocket, "ann") as socket:
@@ -489,7 +491,8 @@ async def test_hooks_run_in_lifecycle_order_once(manager_with: Any) -> None:
 
 async def test_handshake_hook_can_reject(manager_with: Any) -> None:
     """An `HTTPException` of a handshake hook answers the handshake, and no other hook runs."""
-    manager, heard = manager_with()
+    manager, heard = manager_with(handle_signals=False)
+    await manager.start()
     calls: list[str] = []
 
     @manager.on_handshake
@@ -510,7 +513,8 @@ async def test_handshake_hook_can_reject(manager_with: Any) -> None:
 
 async def test_handshake_hook_bug_rejects_with_500(manager_with: Any) -> None:
     """A failing handshake hook is reported once and rejects with 500."""
-    manager, heard = manager_with()
+    manager, heard = manager_with(handle_signals=False)
+    await manager.start()
     error = ValueError("bug")
     called: list[Any] = []
 
@@ -559,7 +563,8 @@ async def test_failing_connect_hook_closes_before_endpoint(manager_with: Any, er
 
 async def test_closing_connect_hook_prevents_endpoint(manager_with: Any) -> None:
     """After a connect hook has closed the socket, the endpoint does not start."""
-    manager, heard = manager_with()
+    manager, heard = manager_with(handle_signals=False)
+    await manager.start()
 
     @manager.on_connect
     async def refuse(ws: StableSocket) -> None:
@@ -616,7 +621,8 @@ async def test_newer_connection_replaces_older_with_4409(manager_with: Any, clie
 
 async def test_old_endpoint_cleanup_does_not_close_new_connection(manager_with: Any, clients_of: Any) -> None:
     """In an endpoint, `manager.disconnect(client_id)` after a disconnect refers to the endpoint's own connection."""
-    manager, heard = manager_with()
+    manager, heard = manager_with(handle_signals=False)
+    await manager.start()
     (old,) = await clients_of(manager, "ann", by_hand=True)
     (new,) = await clients_of(manager, "ann", by_hand=True)
     await with_deadline(old.task)
@@ -969,7 +975,7 @@ async def test_heartbeat_timeout_closes_served_socket_with_4408(manager_with: An
 
 async def test_internal_task_failure_is_reported_as_bug(manager_with: Any) -> None:
     """A failing task of the library is reported with its name, as a bug."""
-    manager, heard = manager_with()
+    manager, heard = manager_with(handle_signals=False)
     await manager.start()
 
     async def fail() -> None:
@@ -1244,7 +1250,7 @@ async def test_failed_registration_closes_with_1011(
     manager_with: Any, monkeypatch: pytest.MonkeyPatch, by_hand: bool
 ) -> None:
     """A connection that fails between its handshake and its hooks is closed with 1011, reported, and removed."""
-    manager, heard = manager_with()
+    manager, heard = manager_with(handle_signals=False)
     await manager.start()
 
     def fail(*_: Any, **__: Any) -> None:
