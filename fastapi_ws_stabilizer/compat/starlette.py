@@ -1,7 +1,11 @@
-"""Private parts of Starlette that the package relies on.
+"""Private parts of Starlette, and of the server behind its `WebSocket`, that the package relies on.
 
-Supported: Starlette 0.37.2 and newer. Each function names its fallback: what is missing on a version that does not have
-the part. `tests/unit/compat/test_starlette.py` runs on the lowest and on the newest version.
+Supported: Starlette 0.37.2 and newer; uvicorn 0.30 and newer with each of its WebSocket protocols; hypercorn 0.17 and
+newer. Each function names its fallback: what is missing on a version, or behind a server, that does not have the part.
+`tests/unit/compat/test_starlette.py` runs on the lowest and on the newest version of Starlette and uvicorn, and
+`tests/live` runs hypercorn.
+
+`StableWebSocketProtocol` uses more of uvicorn: see `servers/uvicorn/compat.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ _MAX_LIFESPANS: Final = 32
 
 _MAX_MIDDLEWARE: Final = 32
 """Maximum number of middleware layers around a mounted app that are unwrapped."""
+
+_UNKNOWN: Final = object()
 
 
 def asgi_callables(websocket: WebSocket) -> tuple[Any, Any]:
@@ -156,3 +162,53 @@ def _ended_class(kind: type[WebSocket]) -> type[WebSocket]:
 def replace_with_ended(websocket: WebSocket) -> None:
     """Make a `WebSocket` behave as closed, including references held by user code."""
     websocket.__class__ = _ended_class(type(websocket))
+
+
+# ── the server's protocol object, which owns the ASGI `receive` and `send` ──
+
+
+def transport_of(*protocols: Any) -> Any:
+    """Return the asyncio transport of the first protocol object that has one.
+
+    uvicorn's protocol objects have the attribute `transport`. Fallback: `None`. The connection is then closed instead
+    of aborted, and bytes in the buffer are not seen.
+    """
+    for protocol in protocols:
+        transport = getattr(protocol, "transport", None)
+        if callable(getattr(transport, "abort", None)):
+            return transport
+    return None
+
+
+def forget_task(task: Any, *protocols: Any) -> None:
+    """Remove a task from the tasks that the server waits for at shutdown.
+
+    uvicorn's protocol objects have them in the attribute `tasks`. Fallback: nothing is removed, and the server waits
+    for the task up to its own timeout.
+    """
+    for protocol in protocols:
+        tasks = getattr(protocol, "tasks", None)
+        if isinstance(tasks, set):
+            tasks.discard(task)
+
+
+def close_frame_was_received(receiver: Any, sender: Any) -> bool | None:
+    """Return whether the client has sent a close frame; `None` if the protocol objects do not know it.
+
+    uvicorn on `websockets` stores the frame as `conn.close_rcvd`. On `wsproto`, uvicorn's `conn` and hypercorn's
+    `connection` have a state. Fallback: `None`. The `websocket.disconnect` event then decides.
+
+    Args:
+        receiver: The owner of the ASGI `receive`, or `None`.
+        sender: The owner of the ASGI `send`, or `None`.
+    """
+    websockets_state = getattr(getattr(receiver, "conn", None), "close_rcvd", _UNKNOWN)
+    if websockets_state is not _UNKNOWN:
+        return websockets_state is not None
+    for wsproto in (getattr(receiver, "conn", None), getattr(sender, "connection", None)):
+        name = getattr(getattr(wsproto, "state", None), "name", None)
+        if name in ("CLOSED", "REMOTE_CLOSING"):
+            return True
+        if name in ("OPEN", "LOCAL_CLOSING"):
+            return False
+    return None
