@@ -16,7 +16,7 @@ from fastapi_ws_stabilizer.auth.signed_tokens import ReconnectTokens
 from fastapi_ws_stabilizer.auth.tickets import Tickets
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, DisconnectReason, check_close_code
-from fastapi_ws_stabilizer.compat.starlette import lifespan_owners
+from fastapi_ws_stabilizer.compat.starlette import lifespan_of, lifespan_owners, wrap_lifespan
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.doctor.checks import run_checks
@@ -178,7 +178,7 @@ class WebSocketConnectionManager(EventDecorators):
             logger.setLevel(self.config.log_level)  # a default must not override configure_logging()
         if problem := websocket_library_advice():
             self.events.emit("websocket_library_missing", logging.ERROR, problem=problem)
-        if app is not None and self._app is None and self not in lifespan_owners(_lifespan_of(app)):
+        if app is not None and self._app is None and self not in lifespan_owners(lifespan_of(app)):
             self._report_missing_lifespan()
         refuses, guarded = self._hooks.has("handshake"), self._hooks.has("handshake", "auth")
         run_startup_checks(
@@ -319,15 +319,17 @@ class WebSocketConnectionManager(EventDecorators):
             raise RuntimeError(
                 "this app already has a manager: install one, and name the other with Depends(manager.socket)"
             )
-        inner = app.router.lifespan_context
 
-        @asynccontextmanager
-        async def lifespan(app: Any) -> AsyncIterator[dict[str, Any]]:
-            # The app's own lifespan is the outer one, because hooks may need its resources.
-            async with inner(app) as state, self.lifespan(app) as own_state:
-                yield {**own_state, **(state or {})}
+        def wrapped(inner: Any) -> Any:
+            @asynccontextmanager
+            async def lifespan(app: Any) -> AsyncIterator[dict[str, Any]]:
+                # The app's own lifespan is the outer one, because hooks may need its resources.
+                async with inner(app) as state, self.lifespan(app) as own_state:
+                    yield {**own_state, **(state or {})}
 
-        app.router.lifespan_context = lifespan
+            return lifespan
+
+        wrap_lifespan(app, wrapped)
         self._attach(app)
 
     def uvicorn_options(self) -> dict[str, Any]:
@@ -846,8 +848,3 @@ def _correct_call(config: Any) -> str:
     if hasattr(config, "router"):
         return "write WebSocketConnectionManager(), and then manager.install(app)"
     return "write WebSocketConnectionManager(WebSocketConfig(heartbeat_interval=30))"
-
-
-def _lifespan_of(app: Any) -> Any:
-    """Return the lifespan of an app, or `None`."""
-    return getattr(getattr(app, "router", None), "lifespan_context", None)

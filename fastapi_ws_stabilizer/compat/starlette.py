@@ -11,10 +11,12 @@ newer. Each function names its fallback: what is missing on a version, or behind
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, Final
 
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketState
 
@@ -31,12 +33,21 @@ _UNKNOWN: Final = object()
 
 
 def asgi_callables(websocket: WebSocket) -> tuple[Any, Any]:
-    """Return the ASGI `receive` and `send` of a `WebSocket`, which have no public name. There is no fallback."""
+    """Return the ASGI `receive` and `send` of a `WebSocket`, which have no public name.
+
+    There is no fallback, because no connection can be served without them: the first handshake raises.
+
+    Raises:
+        AttributeError: This version of Starlette stores them under other names.
+    """
     return websocket._receive, websocket._send
 
 
 def install_asgi_shim(websocket: WebSocket, receive: Any, send: Any) -> None:
-    """Replace the ASGI `receive` and `send` of a `WebSocket`, so that code which uses it goes through a connection."""
+    """Replace the ASGI `receive` and `send` of a `WebSocket`, so that code which uses it goes through a connection.
+
+    There is no fallback: `asgi_callables` has raised before on a version that stores them under other names.
+    """
     websocket._receive = receive
     websocket._send = send
 
@@ -104,6 +115,77 @@ def lifespan_owners(lifespan: Any) -> Iterator[Any]:
         for cell in getattr(candidate, "__closure__", None) or ():
             with suppress(ValueError):  # an empty cell
                 waiting.append(cell.cell_contents)
+
+
+def lifespan_of(app: Any) -> Any:
+    """Return the lifespan of an app. Fallback: `None`, as for `lifespan_owners`."""
+    return getattr(getattr(app, "router", None), "lifespan_context", None)
+
+
+def wrap_lifespan(app: Any, wrap: Callable[[Any], Any]) -> None:
+    """Replace the lifespan of an app with what `wrap` makes of it.
+
+    There is no fallback, because a manager that is not started serves nothing.
+
+    Raises:
+        AttributeError: This version of Starlette stores the lifespan under another name.
+    """
+    app.router.lifespan_context = wrap(app.router.lifespan_context)
+
+
+def default_app(router: Any) -> Any:
+    """Return the app that a router calls for a path without a route.
+
+    Fallback: `None`. Paths without a route are then not logged.
+    """
+    return getattr(router, "default", None)
+
+
+def routing_app(router: Any) -> Any:
+    """Return the app with which a router routes a request.
+
+    Fallback: `None`. A WebSocket whose path matches a mount of files then fails, as without this library.
+    """
+    return getattr(router, "middleware_stack", None)
+
+
+def install_router_apps(router: Any, default: Any, routing: Any = None) -> None:
+    """Replace the default app of a router, and its routing app if one is given.
+
+    Call it only if `default_app` and `routing_app` return what is replaced.
+    """
+    router.default = default
+    if routing is not None:
+        router.middleware_stack = routing
+
+
+def http_middleware(app: Any) -> Iterator[tuple[type, tuple[Any, ...], dict[str, Any]]]:
+    """Yield class, positional and keyword arguments of each HTTP middleware of an app.
+
+    Only subclasses of `BaseHTTPMiddleware` count, because other middleware may also run for WebSockets. Fallback:
+    nothing is yielded.
+    """
+    for middleware in getattr(app, "user_middleware", ()):
+        kind = getattr(middleware, "cls", None)
+        if isinstance(kind, type) and issubclass(kind, BaseHTTPMiddleware):
+            yield kind, tuple(getattr(middleware, "args", ())), dict(getattr(middleware, "kwargs", {}))
+
+
+def known_handlers(websocket: WebSocket) -> tuple[dict[Any, Any], dict[int, Any]] | None:
+    """Return Starlette's exception handlers by class and by status.
+
+    Fallback: `None`, as outside of Starlette. The application's own handlers are then not called.
+    """
+    known: tuple[dict[Any, Any], dict[int, Any]] | None = websocket.scope.get("starlette.exception_handlers")
+    return known
+
+
+def is_handler_of_starlette(handler: Any) -> bool:
+    """Return whether Starlette has registered an exception handler itself: a method of its middleware.
+
+    Fallback: `False`. The handler then counts as the application's own.
+    """
+    return isinstance(getattr(handler, "__self__", None), ExceptionMiddleware)
 
 
 def mounted_app(route: Any) -> Any:
