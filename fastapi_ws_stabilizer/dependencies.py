@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import Depends, WebSocket
 from starlette.requests import HTTPConnection
 
-from fastapi_ws_stabilizer.compat.starlette import lifespan_owners
+from fastapi_ws_stabilizer.compat.starlette import lifespan_of, lifespan_owners
 from fastapi_ws_stabilizer.errors import ManagerNotFoundError
 from fastapi_ws_stabilizer.manager import STATE_KEY, WebSocketConnectionManager
 from fastapi_ws_stabilizer.socket import StableSocket
@@ -27,7 +27,7 @@ def find_manager(connection: HTTPConnection) -> WebSocketConnectionManager:
     for found in (
         getattr(getattr(app, "state", None), STATE_KEY, None),
         (connection.scope.get("state") or {}).get(STATE_KEY),
-        _manager_from_lifespan(getattr(getattr(app, "router", None), "lifespan_context", None)),
+        _manager_from_lifespan(lifespan_of(app)),
     ):
         if isinstance(found, WebSocketConnectionManager):
             return found
@@ -39,7 +39,7 @@ def manager_of_app(app: Any) -> WebSocketConnectionManager | None:
     installed = getattr(getattr(app, "state", None), STATE_KEY, None)
     if isinstance(installed, WebSocketConnectionManager):
         return installed
-    return _manager_from_lifespan(getattr(getattr(app, "router", None), "lifespan_context", None))
+    return _manager_from_lifespan(lifespan_of(app))
 
 
 def _manager_from_lifespan(lifespan: Any) -> WebSocketConnectionManager | None:

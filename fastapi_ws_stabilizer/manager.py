@@ -16,6 +16,7 @@ from fastapi_ws_stabilizer.auth.signed_tokens import ReconnectTokens
 from fastapi_ws_stabilizer.auth.tickets import Tickets
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, DisconnectReason, check_close_code
+from fastapi_ws_stabilizer.compat.starlette import wrap_lifespan
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.doctor.checks import run_checks
@@ -321,15 +322,17 @@ class WebSocketConnectionManager(EventDecorators):
             raise RuntimeError(
                 "this app already has a manager: install one, and name the other with Depends(manager.socket)"
             )
-        inner = app.router.lifespan_context
 
-        @asynccontextmanager
-        async def lifespan(app: Any) -> AsyncIterator[dict[str, Any]]:
-            # The app's own lifespan is the outer one, because hooks may need its resources.
-            async with inner(app) as state, self.lifespan(app) as own_state:
-                yield {**own_state, **(state or {})}
+        def wrapped(inner: Any) -> Any:
+            @asynccontextmanager
+            async def lifespan(app: Any) -> AsyncIterator[dict[str, Any]]:
+                # The app's own lifespan is the outer one, because hooks may need its resources.
+                async with inner(app) as state, self.lifespan(app) as own_state:
+                    yield {**own_state, **(state or {})}
 
-        app.router.lifespan_context = lifespan
+            return lifespan
+
+        wrap_lifespan(app, wrapped)
         self._attach(app)
 
     def uvicorn_options(self) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from typing import Any, Final, NamedTuple
 
+from fastapi import HTTPException, exception_handlers
+from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIWebSocketRoute
 
 EXIT_STACK_KEYS: Final = ("fastapi_function_astack", "fastapi_inner_astack", "fastapi_astack")
@@ -68,3 +70,77 @@ def included_dependencies(included: IncludedRouter) -> list[Any]:
 
 async def _no_endpoint() -> None:
     """Placeholder endpoint of a route that exists only to resolve its dependencies."""
+
+
+# ── the dependencies of a route ──
+
+_CONNECTION_FIELDS: Final = (
+    "path_params",
+    "query_params",
+    "header_params",
+    "cookie_params",
+    "request_param_name",
+    "websocket_param_name",
+    "http_connection_param_name",
+)
+"""Fields of a FastAPI dependency that name what it reads from a connection."""
+
+
+def dependant_of(route: Any) -> Any:
+    """Return FastAPI's `Dependant` of the endpoint of a route.
+
+    Fallback: `None`, as for a route of Starlette. The doctor then sees the endpoint alone.
+    """
+    return getattr(route, "dependant", None)
+
+
+def dependencies_of(dependant: Any) -> list[Any]:
+    """Return the dependencies of a `Dependant`, as further ones, in the order of the signature. Fallback: none."""
+    return list(getattr(dependant, "dependencies", None) or ())
+
+
+def route_dependencies(route: Any) -> list[Any]:
+    """Return the dependencies of a route, those of `dependencies=` first. Fallback: none."""
+    return dependencies_of(dependant_of(route))
+
+
+def call_of(dependant: Any) -> Any:
+    """Return the function or object that FastAPI calls for a `Dependant`. Fallback: `None`."""
+    return getattr(dependant, "call", None)
+
+
+def reads_connection(dependant: Any) -> bool:
+    """Return whether a `Dependant` itself reads a parameter, a header or the connection. Fallback: `False`."""
+    return any(getattr(dependant, name, None) for name in _CONNECTION_FIELDS)
+
+
+def takes_background_tasks(dependant: Any) -> bool:
+    """Return whether a `Dependant` itself takes `BackgroundTasks`. Fallback: `False`."""
+    return getattr(dependant, "background_tasks_param_name", None) is not None
+
+
+# ── exception handlers ──
+
+
+def is_handler_of_fastapi(handler: Any) -> bool:
+    """Return whether FastAPI has registered an exception handler itself: a function of its module.
+
+    Fallback: `False`. The handler then counts as the application's own.
+    """
+    return getattr(handler, "__module__", None) == exception_handlers.__name__
+
+
+async def http_answer(error: HTTPException) -> Response:
+    """Return FastAPI's answer for an error. FastAPI's handler gets no request, because it reads none.
+
+    Fallback: if it reads one, the answer that it gives today, as JSON. Awaiting this never waits, so a cancellation
+    has no effect.
+
+    Raises:
+        TypeError: The detail cannot be encoded as JSON.
+        ValueError: The detail cannot be encoded as JSON.
+    """
+    try:
+        return await exception_handlers.http_exception_handler(None, error)  # type: ignore[arg-type]
+    except AttributeError:
+        return JSONResponse({"detail": error.detail}, error.status_code, error.headers)

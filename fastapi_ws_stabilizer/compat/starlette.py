@@ -1,16 +1,22 @@
-"""Private parts of Starlette that the package relies on.
+"""Private parts of Starlette, and of the server behind its `WebSocket`, that the package relies on.
 
-Supported: Starlette 0.37.2 and newer. Each function names its fallback: what is missing on a version that does not have
-the part. `tests/unit/compat/test_starlette.py` runs on the lowest and on the newest version.
+Supported: Starlette 0.37.2 and newer; uvicorn 0.30 and newer with each of its WebSocket protocols; hypercorn 0.17 and
+newer. Each function names its fallback: what is missing on a version, or behind a server, that does not have the part.
+`tests/unit/compat/test_starlette.py` runs on the lowest and on the newest version of Starlette and uvicorn, and
+`tests/live` runs hypercorn.
+
+`StableWebSocketProtocol` uses more of uvicorn: see `servers/uvicorn/compat.py`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, Final
 
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketState
 
@@ -23,14 +29,25 @@ _MAX_LIFESPANS: Final = 32
 _MAX_MIDDLEWARE: Final = 32
 """Maximum number of middleware layers around a mounted app that are unwrapped."""
 
+_UNKNOWN: Final = object()
+
 
 def asgi_callables(websocket: WebSocket) -> tuple[Any, Any]:
-    """Return the ASGI `receive` and `send` of a `WebSocket`, which have no public name. There is no fallback."""
+    """Return the ASGI `receive` and `send` of a `WebSocket`, which have no public name.
+
+    There is no fallback, because no connection can be served without them: the first handshake raises.
+
+    Raises:
+        AttributeError: This version of Starlette stores them under other names.
+    """
     return websocket._receive, websocket._send
 
 
 def install_asgi_shim(websocket: WebSocket, receive: Any, send: Any) -> None:
-    """Replace the ASGI `receive` and `send` of a `WebSocket`, so that code which uses it goes through a connection."""
+    """Replace the ASGI `receive` and `send` of a `WebSocket`, so that code which uses it goes through a connection.
+
+    There is no fallback: `asgi_callables` has raised before on a version that stores them under other names.
+    """
     websocket._receive = receive
     websocket._send = send
 
@@ -100,6 +117,77 @@ def lifespan_owners(lifespan: Any) -> Iterator[Any]:
                 waiting.append(cell.cell_contents)
 
 
+def lifespan_of(app: Any) -> Any:
+    """Return the lifespan of an app. Fallback: `None`, as for `lifespan_owners`."""
+    return getattr(getattr(app, "router", None), "lifespan_context", None)
+
+
+def wrap_lifespan(app: Any, wrap: Callable[[Any], Any]) -> None:
+    """Replace the lifespan of an app with what `wrap` makes of it.
+
+    There is no fallback, because a manager that is not started serves nothing.
+
+    Raises:
+        AttributeError: This version of Starlette stores the lifespan under another name.
+    """
+    app.router.lifespan_context = wrap(app.router.lifespan_context)
+
+
+def default_app(router: Any) -> Any:
+    """Return the app that a router calls for a path without a route.
+
+    Fallback: `None`. Paths without a route are then not logged.
+    """
+    return getattr(router, "default", None)
+
+
+def routing_app(router: Any) -> Any:
+    """Return the app with which a router routes a request.
+
+    Fallback: `None`. A WebSocket whose path matches a mount of files then fails, as without this library.
+    """
+    return getattr(router, "middleware_stack", None)
+
+
+def install_router_apps(router: Any, default: Any, routing: Any = None) -> None:
+    """Replace the default app of a router, and its routing app if one is given.
+
+    Call it only if `default_app` and `routing_app` return what is replaced.
+    """
+    router.default = default
+    if routing is not None:
+        router.middleware_stack = routing
+
+
+def http_middleware(app: Any) -> Iterator[tuple[type, tuple[Any, ...], dict[str, Any]]]:
+    """Yield class, positional and keyword arguments of each HTTP middleware of an app.
+
+    Only subclasses of `BaseHTTPMiddleware` count, because other middleware may also run for WebSockets. Fallback:
+    nothing is yielded.
+    """
+    for middleware in getattr(app, "user_middleware", ()):
+        kind = getattr(middleware, "cls", None)
+        if isinstance(kind, type) and issubclass(kind, BaseHTTPMiddleware):
+            yield kind, tuple(getattr(middleware, "args", ())), dict(getattr(middleware, "kwargs", {}))
+
+
+def known_handlers(websocket: WebSocket) -> tuple[dict[Any, Any], dict[int, Any]] | None:
+    """Return Starlette's exception handlers by class and by status.
+
+    Fallback: `None`, as outside of Starlette. The application's own handlers are then not called.
+    """
+    known: tuple[dict[Any, Any], dict[int, Any]] | None = websocket.scope.get("starlette.exception_handlers")
+    return known
+
+
+def is_handler_of_starlette(handler: Any) -> bool:
+    """Return whether Starlette has registered an exception handler itself: a method of its middleware.
+
+    Fallback: `False`. The handler then counts as the application's own.
+    """
+    return isinstance(getattr(handler, "__self__", None), ExceptionMiddleware)
+
+
 def mounted_app(route: Any) -> Any:
     """Return the app of a mount without the middleware around it. Fallback: the app with its middleware."""
     app = getattr(route, "_base_app", route.app)
@@ -156,3 +244,53 @@ def _ended_class(kind: type[WebSocket]) -> type[WebSocket]:
 def replace_with_ended(websocket: WebSocket) -> None:
     """Make a `WebSocket` behave as closed, including references held by user code."""
     websocket.__class__ = _ended_class(type(websocket))
+
+
+# ── the server's protocol object, which owns the ASGI `receive` and `send` ──
+
+
+def transport_of(*protocols: Any) -> Any:
+    """Return the asyncio transport of the first protocol object that has one.
+
+    uvicorn's protocol objects have the attribute `transport`. Fallback: `None`. The connection is then closed instead
+    of aborted, and bytes in the buffer are not seen.
+    """
+    for protocol in protocols:
+        transport = getattr(protocol, "transport", None)
+        if callable(getattr(transport, "abort", None)):
+            return transport
+    return None
+
+
+def forget_task(task: Any, *protocols: Any) -> None:
+    """Remove a task from the tasks that the server waits for at shutdown.
+
+    uvicorn's protocol objects have them in the attribute `tasks`. Fallback: nothing is removed, and the server waits
+    for the task up to its own timeout.
+    """
+    for protocol in protocols:
+        tasks = getattr(protocol, "tasks", None)
+        if isinstance(tasks, set):
+            tasks.discard(task)
+
+
+def close_frame_was_received(receiver: Any, sender: Any) -> bool | None:
+    """Return whether the client has sent a close frame; `None` if the protocol objects do not know it.
+
+    uvicorn on `websockets` stores the frame as `conn.close_rcvd`. On `wsproto`, uvicorn's `conn` and hypercorn's
+    `connection` have a state. Fallback: `None`. The `websocket.disconnect` event then decides.
+
+    Args:
+        receiver: The owner of the ASGI `receive`, or `None`.
+        sender: The owner of the ASGI `send`, or `None`.
+    """
+    websockets_state = getattr(getattr(receiver, "conn", None), "close_rcvd", _UNKNOWN)
+    if websockets_state is not _UNKNOWN:
+        return websockets_state is not None
+    for wsproto in (getattr(receiver, "conn", None), getattr(sender, "connection", None)):
+        name = getattr(getattr(wsproto, "state", None), "name", None)
+        if name in ("CLOSED", "REMOTE_CLOSING"):
+            return True
+        if name in ("OPEN", "LOCAL_CLOSING"):
+            return False
+    return None

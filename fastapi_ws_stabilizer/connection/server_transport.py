@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from fastapi_ws_stabilizer.close_codes import SERVER_CODES
-from fastapi_ws_stabilizer.compat.starlette import unwrap_send
+from fastapi_ws_stabilizer.compat.starlette import close_frame_was_received, forget_task, transport_of, unwrap_send
 from fastapi_ws_stabilizer.net.tcp import (
     kernel_unacked_bytes,
     seconds_since_received,
@@ -62,7 +62,7 @@ class ServerTransport:
 
         The scope's `client` can differ, because uvicorn takes it from X-Forwarded-For.
         """
-        ask = getattr(self._transport(), "get_extra_info", None)
+        ask = getattr(transport_of(self._receiver, self._sender), "get_extra_info", None)
         try:
             name = ask("peername") if callable(ask) else None
         except Exception:  # a closed transport may raise
@@ -74,17 +74,17 @@ class ServerTransport:
     @property
     def can_abort(self) -> bool:
         """Whether the transport is accessible."""
-        return self._transport() is not None
+        return transport_of(self._receiver, self._sender) is not None
 
     @property
     def closing(self) -> bool:
         """Whether the server is closing the transport."""
-        closing = getattr(self._transport(), "is_closing", None)
+        closing = getattr(transport_of(self._receiver, self._sender), "is_closing", None)
         return callable(closing) and bool(closing())
 
     def abort(self) -> bool:
         """Abort the connection without waiting. Return `False` if the transport is not accessible or raises."""
-        transport = self._transport()
+        transport = transport_of(self._receiver, self._sender)
         if transport is None:
             return False
         try:
@@ -137,38 +137,28 @@ class ServerTransport:
 
     def _untaken_bytes(self) -> int | None:
         """Return the bytes not acknowledged by the client's TCP stack; `None` if the system does not report them."""
-        return kernel_unacked_bytes(self._transport())
+        return kernel_unacked_bytes(transport_of(self._receiver, self._sender))
 
     def forget_task(self, task: asyncio.Task[Any] | None) -> None:
         """Remove a task that does not end from the server's tasks, because uvicorn would wait for it at shutdown."""
-        for protocol in (self._receiver, self._sender):
-            tasks = getattr(protocol, "tasks", None)
-            if isinstance(tasks, set):
-                tasks.discard(task)
+        forget_task(task, self._receiver, self._sender)
 
     @property
     def unflushed_bytes(self) -> int | None:
         """Bytes in the transport's buffer; `None` where they cannot be measured."""
-        return unflushed_bytes(self._transport())
+        return unflushed_bytes(transport_of(self._receiver, self._sender))
 
     def progress(self) -> int | None:
         """Return a number that grows when the client's TCP stack accepts bytes; `None` if it cannot be measured."""
-        return send_progress(self._transport())
+        return send_progress(transport_of(self._receiver, self._sender))
 
     def unsent_bytes(self) -> int | None:
         """Return the bytes that were written but not acknowledged by the client's TCP stack; `None` if unknown."""
-        return unacked_bytes(self._transport())
+        return unacked_bytes(transport_of(self._receiver, self._sender))
 
     def seconds_since_received(self) -> float | None:
         """Return the seconds since bytes last arrived from the client; `None` where this cannot be measured."""
-        return seconds_since_received(self._transport())
-
-    def _transport(self) -> Any:
-        for protocol in (self._receiver, self._sender):  # a middleware may wrap one of them
-            transport = getattr(protocol, "transport", None)
-            if callable(getattr(transport, "abort", None)):
-                return transport
-        return None
+        return seconds_since_received(transport_of(self._receiver, self._sender))
 
     def saw_close_frame(self, event: Mapping[str, Any]) -> bool:
         """Return whether a `websocket.disconnect` event follows a close frame of the client.
@@ -178,19 +168,11 @@ class ServerTransport:
         decides. A code other than 1005, 1006 and the servers' own codes comes from a close frame. So does 1005 with a
         reason, because a lost connection has none.
         """
-        websockets_state = getattr(getattr(self._receiver, "conn", None), "close_rcvd", _UNKNOWN)
-        if websockets_state is not _UNKNOWN:
-            return websockets_state is not None
-        for wsproto in (getattr(self._receiver, "conn", None), getattr(self._sender, "connection", None)):
-            name = getattr(getattr(wsproto, "state", None), "name", None)
-            if name in ("CLOSED", "REMOTE_CLOSING"):
-                return True
-            if name in ("OPEN", "LOCAL_CLOSING"):
-                return False
+        received = close_frame_was_received(self._receiver, self._sender)
+        if received is not None:
+            return received
         code = event.get("code") or 1005
         return code not in {1005, 1006, *SERVER_CODES} or (code == 1005 and event.get("reason") is not None)
 
-
-_UNKNOWN: Final = object()
 
 _SERVERS: Final = ("uvicorn.", "hypercorn.", "fastapi_ws_stabilizer.servers.")

@@ -18,7 +18,15 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.routing import WebSocketRoute
 
 from fastapi_ws_stabilizer.auth.credentials import Credential
-from fastapi_ws_stabilizer.compat.fastapi import included_dependencies, included_router
+from fastapi_ws_stabilizer.compat.fastapi import (
+    call_of,
+    dependencies_of,
+    included_dependencies,
+    included_router,
+    reads_connection,
+    route_dependencies,
+)
+from fastapi_ws_stabilizer.compat.starlette import http_middleware
 from fastapi_ws_stabilizer.doctor.context import MAX_DEPENDENCIES, OWN_MODULES
 
 OWN_SOCKETS: Final = frozenset({"stable_socket", "socket"})
@@ -29,17 +37,6 @@ _REJECTION_WORD: Final = re.compile("authorization|unauthorized|forbidden|http_4
 _HEADERS: Final = frozenset({"authorization", "www-authenticate"})
 _CODES: Final = frozenset({401, 403, 4401, 4403, 1008})
 """Status and close codes with which code rejects a client."""
-
-_CONNECTION_FIELDS: Final = (
-    "path_params",
-    "query_params",
-    "header_params",
-    "cookie_params",
-    "request_param_name",
-    "websocket_param_name",
-    "http_connection_param_name",
-)
-"""Fields of a FastAPI dependency that name what it reads from a connection."""
 
 
 def unguarded_routes(app: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -59,8 +56,7 @@ def unguarded_routes(app: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def is_authenticated(route: WebSocketRoute) -> bool:
     """Return whether a route seems to authenticate its clients."""
-    dependencies = getattr(getattr(route, "dependant", None), "dependencies", ())
-    return any(map(authenticates, dependencies)) or _rejects(route.endpoint)
+    return any(map(authenticates, route_dependencies(route))) or _rejects(route.endpoint)
 
 
 def authenticates(dependant: Any) -> bool:
@@ -75,15 +71,15 @@ def authenticates(dependant: Any) -> bool:
         if not waiting:
             break
         one = waiting.pop()
-        waiting.extend(one.dependencies)
-        call = _without_partial(one.call)
+        waiting.extend(dependencies_of(one))
+        call = _without_partial(call_of(one))
         if str(getattr(call, "__module__", "")).startswith(OWN_MODULES):
             if getattr(call, "__name__", "") not in OWN_SOCKETS:
                 return True
         elif isinstance(call, (SecurityBase, Credential)):
             return True
         else:
-            reads = reads or any(getattr(one, name, None) for name in _CONNECTION_FIELDS)
+            reads = reads or reads_connection(one)
             rejects = rejects or _can_reject(call)
     return reads and rejects
 
@@ -126,17 +122,14 @@ def _routes(
 
 def _logins(app: Any) -> tuple[str, ...]:
     """Return the names of an app's HTTP middleware that looks like a login."""
-    found = (_login(middleware) for middleware in getattr(app, "user_middleware", ()))
+    found = (_login(*middleware) for middleware in http_middleware(app))
     return tuple(name for name in found if name is not None)
 
 
-def _login(middleware: Any) -> str | None:
-    kind = middleware.cls
-    if not (inspect.isclass(kind) and issubclass(kind, BaseHTTPMiddleware)):
-        return None  # pure ASGI middleware may also run for WebSockets
+def _login(kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     takes_dispatch = kind.__init__ is BaseHTTPMiddleware.__init__
-    positional = middleware.args[0] if middleware.args and takes_dispatch else None
-    dispatch = _without_partial(middleware.kwargs.get("dispatch") or positional or kind)
+    positional = args[0] if args and takes_dispatch else None
+    dispatch = _without_partial(kwargs.get("dispatch") or positional or kind)
     name = str(getattr(dispatch, "__name__", type(dispatch).__name__))
     return name if _LOGIN_NAME.search(name.replace("_", "")) or _rejects(dispatch) else None
 

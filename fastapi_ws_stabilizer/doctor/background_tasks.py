@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi_ws_stabilizer.compat.fastapi import takes_background_tasks
 from fastapi_ws_stabilizer.doctor.context import dependants_of
 from fastapi_ws_stabilizer.handshake.routes import websocket_routes
 
@@ -13,9 +14,5 @@ def routes_with_background_tasks(app: Any) -> tuple[str, ...]:
     return tuple(
         path
         for path, route in websocket_routes(getattr(app, "routes", ()))
-        if any(map(_takes_background_tasks, dependants_of(route)))
+        if any(map(takes_background_tasks, dependants_of(route)))
     )
-
-
-def _takes_background_tasks(dependant: Any) -> bool:
-    return getattr(dependant, "background_tasks_param_name", None) is not None

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any, Final
 
+from fastapi_ws_stabilizer.compat.fastapi import call_of, dependant_of, dependencies_of
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.doctor.network_path import NetworkPath
 from fastapi_ws_stabilizer.doctor.servers import OURS, ServerProfile
@@ -109,18 +110,19 @@ def callables_of(route: Any) -> Iterator[Callable[..., Any]]:
     """Yield the endpoint of a route and all its dependencies."""
     yield route.endpoint
     for dependant in dependants_of(route):
-        if dependant.call is not None:
-            yield dependant.call
+        if (call := call_of(dependant)) is not None:
+            yield call
 
 
 def dependants_of(route: Any) -> Iterator[Any]:
     """Yield FastAPI's `Dependant` of the endpoint of a route and of each dependency, at most `MAX_DEPENDENCIES`."""
-    waiting = [route.dependant] if hasattr(route, "dependant") else []
+    own = dependant_of(route)
+    waiting = [] if own is None else [own]
     for _ in range(MAX_DEPENDENCIES):
         if not waiting:
             break
         dependant = waiting.pop()
-        waiting.extend(dependant.dependencies)
+        waiting.extend(dependencies_of(dependant))
         yield dependant
 
 

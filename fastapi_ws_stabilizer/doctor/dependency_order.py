@@ -13,7 +13,13 @@ from typing import Any, Final
 
 from starlette.routing import WebSocketRoute
 
-from fastapi_ws_stabilizer.compat.fastapi import included_dependencies, included_router
+from fastapi_ws_stabilizer.compat.fastapi import (
+    call_of,
+    dependencies_of,
+    included_dependencies,
+    included_router,
+    route_dependencies,
+)
 from fastapi_ws_stabilizer.doctor.auth_middleware import authenticates
 from fastapi_ws_stabilizer.doctor.context import MAX_DEPENDENCIES
 from fastapi_ws_stabilizer.socket_context import identity_dependency
@@ -35,8 +41,7 @@ def _routes_in_order(routes: Iterable[Any], prefix: str, before: tuple[Any, ...]
     """Yield all WebSocket routes with their dependencies in the order in which FastAPI solves them."""
     for route in routes:
         if isinstance(route, WebSocketRoute):
-            own = getattr(getattr(route, "dependant", None), "dependencies", ())
-            whole = itertools.chain.from_iterable(map(_flattened, (*before, *own)))
+            whole = itertools.chain.from_iterable(map(_flattened, (*before, *route_dependencies(route))))
             yield prefix + route.path, list(itertools.islice(whole, MAX_DEPENDENCIES))
         elif (included := included_router(route)) is not None:
             yield from _routes_in_order(
@@ -48,7 +53,7 @@ def _routes_in_order(routes: Iterable[Any], prefix: str, before: tuple[Any, ...]
 
 def _flattened(dependant: Any) -> Iterator[Any]:
     """Yield a dependency, after all its own dependencies."""
-    for one in dependant.dependencies:
+    for one in dependencies_of(dependant):
         yield from _flattened(one)
     yield dependant
 
@@ -56,11 +61,11 @@ def _flattened(dependant: Any) -> Iterator[Any]:
 def _is_early(order: list[Any]) -> bool:
     """Return whether an identity, or an authenticating part of it, comes before the admission of its socket."""
     for socket in order:
-        call = socket.call
+        call = call_of(socket)
         if (getattr(call, "__module__", None), getattr(call, "__name__", None)) == _SOCKET:
-            admission, identity = socket.dependencies
-            calls = [one.call for one in _flattened(identity) if one is identity or authenticates(one)]
+            admission, identity = dependencies_of(socket)
+            calls = [call_of(one) for one in _flattened(identity) if one is identity or authenticates(one)]
             earlier = itertools.takewhile(functools.partial(operator.is_not, admission), order)
-            if any(one.call in calls for one in earlier):
+            if any(call_of(one) in calls for one in earlier):
                 return True
     return False

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from fastapi.routing import APIRoute
 
-from fastapi_ws_stabilizer.compat.fastapi import included_dependencies, included_router
+from fastapi_ws_stabilizer.compat.fastapi import call_of, included_dependencies, included_router, route_dependencies
 from fastapi_ws_stabilizer.doctor.auth_middleware import authenticates
 
 MODULE: Final = "fastapi_ws_stabilizer.stats.router"
@@ -25,7 +25,7 @@ def _open_routes(routes: Iterable[Any], prefix: str) -> Iterator[str]:
         if isinstance(route, APIRoute):
             is_stats = getattr(route.endpoint, "__module__", "") == MODULE and route.endpoint.__name__ == FIRST_ENDPOINT
             # The router's own dependency, which finds the manager, belongs to this library and does not count.
-            own = [one for one in route.dependant.dependencies if getattr(one.call, "__module__", "") != MODULE]
+            own = [one for one in route_dependencies(route) if getattr(call_of(one), "__module__", "") != MODULE]
             if is_stats and not any(map(authenticates, own)):
                 yield prefix + route.path
         elif (included := included_router(route)) is not None:

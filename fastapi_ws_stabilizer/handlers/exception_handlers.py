@@ -8,25 +8,17 @@ from typing import Any, Final
 
 from fastapi import HTTPException as FastAPIHTTPException
 from fastapi import WebSocket
-from fastapi import exception_handlers as of_fastapi
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.middleware.exceptions import ExceptionMiddleware
 
+from fastapi_ws_stabilizer.compat.fastapi import is_handler_of_fastapi
+from fastapi_ws_stabilizer.compat.starlette import is_handler_of_starlette, known_handlers
 from fastapi_ws_stabilizer.errors import root_cause
 from fastapi_ws_stabilizer.handlers.signatures import is_async
 
 Handler = Callable[[Any, Any], Any]
 
-_KNOWN: Final = "starlette.exception_handlers"
-
 _OF_HTTP: Final = (HTTPException, FastAPIHTTPException)
-
-
-def known_handlers(websocket: WebSocket) -> tuple[dict[Any, Any], dict[int, Any]] | None:
-    """Return Starlette's handlers by class and by status, or `None` outside of Starlette."""
-    known: tuple[dict[Any, Any], dict[int, Any]] | None = websocket.scope.get(_KNOWN)
-    return known
 
 
 def handler_of(websocket: WebSocket, error: BaseException) -> Handler | None:
@@ -67,6 +59,4 @@ async def call(handler: Handler, websocket: WebSocket, error: BaseException) -> 
 
 
 def _is_of_framework(handler: Any) -> bool:
-    if isinstance(getattr(handler, "__self__", None), ExceptionMiddleware):
-        return True
-    return getattr(handler, "__module__", None) == of_fastapi.__name__
+    return is_handler_of_starlette(handler) or is_handler_of_fastapi(handler)

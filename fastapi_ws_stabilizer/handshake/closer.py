@@ -11,7 +11,7 @@ import anyio
 from fastapi import HTTPException, WebSocketDisconnect, WebSocketException
 
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
-from fastapi_ws_stabilizer.compat.starlette import mark_open
+from fastapi_ws_stabilizer.compat.starlette import known_handlers, mark_open
 from fastapi_ws_stabilizer.compat.testclient import raises_server_exceptions
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection import current
@@ -33,7 +33,6 @@ from fastapi_ws_stabilizer.handlers.exception_handlers import (
     call,
     handler_for_endpoint,
     handler_of,
-    known_handlers,
 )
 from fastapi_ws_stabilizer.handlers.hooks import HookRegistry
 from fastapi_ws_stabilizer.handshake.admission import AdmissionController

@@ -15,7 +15,6 @@ from typing import Any, Final
 
 import starlette
 from fastapi import HTTPException, WebSocket, WebSocketException
-from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import WebSocketRequestValidationError
 from starlette.responses import Response
 from starlette.websockets import WebSocketState
@@ -23,6 +22,7 @@ from starlette.websockets import WebSocketState
 from fastapi_ws_stabilizer.auth.credentials import SUBPROTOCOL_KEY
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import CloseInfo, truncate_reason
+from fastapi_ws_stabilizer.compat.fastapi import http_answer
 from fastapi_ws_stabilizer.compat.starlette import asgi_callables, mark_handled
 from fastapi_ws_stabilizer.config import RejectPolicy
 from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
@@ -223,10 +223,10 @@ async def _answer(error: HTTPException) -> Response:
     The detail may contain text from the client.
     """
     try:
-        return await http_exception_handler(None, error)  # type: ignore[arg-type]  # FastAPI ignores the request
+        return await http_answer(error)
     except (TypeError, ValueError):
         bare = HTTPException(error.status_code, headers=error.headers)
-        return await http_exception_handler(None, bare)  # type: ignore[arg-type]
+        return await http_answer(bare)
 
 
 def _is_answered_by_app(error: HTTPException, websocket: WebSocket) -> bool:

@@ -19,7 +19,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from fastapi_ws_stabilizer.compat.fastapi import included_router
-from fastapi_ws_stabilizer.compat.starlette import mounted_app
+from fastapi_ws_stabilizer.compat.starlette import default_app, install_router_apps, mounted_app, routing_app
 from fastapi_ws_stabilizer.events import EventBus
 
 _SAMPLES: Final = {
@@ -129,8 +129,8 @@ class UnmatchedRouteLogger:
 
     def __init__(self, router: Any, events: EventBus) -> None:
         self._router = router
-        self._default = router.default
-        self._routed: Any = getattr(router, "middleware_stack", None)
+        self._default = default_app(router)
+        self._routed = routing_app(router)
         self._events = events
         self._logged: set[str] = set()
 
@@ -138,11 +138,10 @@ class UnmatchedRouteLogger:
     def watch(cls, app: Any, events: EventBus) -> None:
         """Wrap the router of an app. Nothing happens if it is wrapped already or has no default app."""
         router: Any = getattr(app, "router", None)
-        default = getattr(router, "default", None)
+        default = default_app(router)
         if callable(default) and not isinstance(default, cls):
-            watch = router.default = cls(router, events)
-            if callable(watch._routed):
-                router.middleware_stack = watch.route
+            watch = cls(router, events)
+            install_router_apps(router, watch, watch.route if callable(watch._routed) else None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Log the path of a WebSocket, and call the router's own default app."""
@@ -189,7 +188,7 @@ def _path_in(scope: Scope) -> str:
 def _is_watched(entry: RouteEntry) -> bool:
     """Return whether a mounted app has its own manager, which logs its unmatched paths."""
     router = getattr(entry.target, "router", entry.target)
-    return isinstance(getattr(router, "default", None), UnmatchedRouteLogger)
+    return isinstance(default_app(router), UnmatchedRouteLogger)
 
 
 def websocket_paths(routes: Iterable[Any]) -> Iterator[str]:

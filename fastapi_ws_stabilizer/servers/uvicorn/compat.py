@@ -1,4 +1,11 @@
-"""Private attributes of uvicorn's WebSocket protocol that `StableWebSocketProtocol` uses or replaces."""
+"""Private attributes of uvicorn's WebSocket protocol that `StableWebSocketProtocol` uses or replaces.
+
+Supported: uvicorn 0.53 and newer with `websockets` 16 and newer. Fallback for older versions from uvicorn 0.35, and for
+any version that lacks an attribute below: the class works like uvicorn's own protocol, and a warning names what is
+missing. Before uvicorn 0.35 the base class does not exist, and this module raises an `ImportError`;
+`manager.uvicorn_options()` then selects uvicorn's default. `tests/unit/compat/test_uvicorn.py` compares the lists below
+with the code of the class, and runs on the lowest and on the newest version.
+"""
 
 from __future__ import annotations
 
@@ -40,25 +47,37 @@ REQUIRED_ATTRIBUTES: Final = (
     "ping_timer",
     "pong_timer",
 )
+"""Attributes of a new protocol object."""
+
+HANDSHAKE_ATTRIBUTES: Final = ("request", "response", "scope")
+"""Attributes of the protocol object from the client's handshake on."""
+
 _OURS_OF_CONN: Final = (
     "available_extensions",
     "extensions",
     "max_message_size",
     "close_sent",
     "close_rcvd",
+    "data_to_send",
     "fail",
-    "parser_exc",
     "handshake_exc",
+    "send_close",
     "state",
     "writes",
 )
 _METHODS: Final = (
+    "connection_lost",
+    "data_received",
     "handle_cont",
     "handle_parser_exception",
     "handle_ping",
     "handle_pong",
+    "pause_writing",
+    "resume_writing",
     "run_asgi",
+    "send",
     "send_receive_event_to_app",
+    "shutdown",
     "start_keepalive",
     "stop_keepalive",
 )
@@ -127,3 +146,19 @@ def missing_internals(protocol: Any) -> bool:
     if missing:
         _warn_once(missing)
     return bool(missing)
+
+
+def lacks_handshake_internals(protocol: Any) -> bool:
+    """Return whether attributes that uvicorn sets at the handshake are missing; warn once if so."""
+    missing = tuple(name for name in HANDSHAKE_ATTRIBUTES if not hasattr(protocol, name))
+    if missing:
+        _warn_once(missing)
+    return bool(missing)
+
+
+def has_waiting_call(queue: Any, writable: Any) -> bool:
+    """Return whether a call of uvicorn's `receive` or `send` waits for this `asyncio.Queue` or `asyncio.Event`.
+
+    asyncio has no public name for their waiters. Fallback: `False`.
+    """
+    return bool(getattr(queue, "_getters", ()) or getattr(writable, "_waiters", ()))

@@ -27,7 +27,13 @@ from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.protocol import State
 
 from fastapi_ws_stabilizer.servers.direct import EXTENSION, DirectReceiver
-from fastapi_ws_stabilizer.servers.uvicorn.compat import ALWAYS_WRITABLE, ReceiverQueue, missing_internals
+from fastapi_ws_stabilizer.servers.uvicorn.compat import (
+    ALWAYS_WRITABLE,
+    ReceiverQueue,
+    has_waiting_call,
+    lacks_handshake_internals,
+    missing_internals,
+)
 from fastapi_ws_stabilizer.servers.uvicorn.deflate import DEFLATE
 from fastapi_ws_stabilizer.servers.uvicorn.paced_parser import CLOSE_GRACE, PacedParser
 from fastapi_ws_stabilizer.wire.rfc6455 import CLOSE, PING, frame_bytes
@@ -75,6 +81,7 @@ class StableWebSocketProtocol(PacedParser):
 
     def run_asgi(self) -> Coroutine[Any, Any, None]:
         """Run the application, and announce the direct transport in its scope."""
+        self.is_supported = self.is_supported and not lacks_handshake_internals(self)
         if self.is_supported:
             self.scope["extensions"][EXTENSION] = {}
         return super().run_asgi()
@@ -84,7 +91,7 @@ class StableWebSocketProtocol(PacedParser):
     @property
     def in_use(self) -> bool:
         """See `DirectTransport`."""
-        return bool(getattr(self.queue, "_getters", ()) or getattr(self.writable, "_waiters", ()))
+        return has_waiting_call(self.queue, self.writable)
 
     def refuse_compression(self) -> None:
         """See `DirectTransport`."""

@@ -116,6 +116,7 @@ async def made(app: Any = application, **options: Any) -> Any:
     config.load()
     protocol = StableWebSocketProtocol(config, ServerState(), app_state={}, _loop=asyncio.get_running_loop())
     protocol.scope = {"type": "websocket", "extensions": {}}
+    protocol.request = protocol.response = None
     return protocol
 
 
@@ -150,6 +151,16 @@ async def test_missing_uvicorn_internals_disable_direct_transport(
     assert len(caplog.records) == 1
     assert EXTENSION not in (await scope_of(protocols[0]))["extensions"]
     assert DEFLATE not in protocols[0].conn.available_extensions
+
+
+async def test_missing_handshake_internals_disable_direct_transport(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If uvicorn does not set an attribute at the handshake, no direct transport is offered, and the log names it."""
+    monkeypatch.setattr(uvicorn_internals, "HANDSHAKE_ATTRIBUTES", ("scope", "moved_at_handshake"))
+    with caplog.at_level(logging.WARNING, "fastapi_ws_stabilizer"):
+        assert EXTENSION not in (await scope_of(await made()))["extensions"]
+    assert "moved_at_handshake" in caplog.text
 
 
 @pytest.mark.parametrize("unknown", ["nothing", "one-bytearray", "REQUIRED_ATTRIBUTES", "_OURS_OF_CONN", "_METHODS"])
