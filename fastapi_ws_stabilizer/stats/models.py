@@ -50,7 +50,7 @@ class StatsSummary(BaseModel):
     endings: dict[str, int] = Field(description="Connections closed, by reason.")
 
 
-def overview_of(manager: WebSocketConnectionManager) -> StatsSummary:
+def summarize(manager: WebSocketConnectionManager) -> StatsSummary:
     """Read the totals of a manager. This visits every open connection."""
     sockets = manager.get_sockets()
     counters = manager.counters
