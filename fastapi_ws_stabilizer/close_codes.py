@@ -101,7 +101,7 @@ CLOSE_POLICIES: Final[dict[DisconnectReason, ClosePolicy]] = {
 
 @dataclass(frozen=True)
 class CloseInfo:
-    """How one connection ended.
+    """Cause, code and reason of the end of one connection.
 
     Attributes:
         cause: Why the connection closed.

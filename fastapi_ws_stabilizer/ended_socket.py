@@ -54,7 +54,7 @@ class EndedConnection(Messages):
 
     predecessors: Final = ()
     hooks_done: Final = True
-    is_finished: Final = True
+    is_closed: Final = True
     pause = None
 
     def __init__(self, connection: Connection) -> None:

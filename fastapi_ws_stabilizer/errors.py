@@ -427,16 +427,19 @@ class UnsupportedPlatformError(WebSocketStabilizerError, ValueError):
 
     Attributes:
         name: The platform's name.
-        refusal: The reason.
+        unsupported_reason: The reason.
     """
 
-    def __init__(self, name: str, refusal: str) -> None:
-        super().__init__(name, refusal)
+    def __init__(self, name: str, unsupported_reason: str) -> None:
+        super().__init__(name, unsupported_reason)
         self.name = name
-        self.refusal = refusal
+        self.unsupported_reason = unsupported_reason
 
     def __str__(self) -> str:
-        return f"{self.name} cannot hold WebSockets: {self.refusal}. Run the app where a process holds its sockets"
+        return (
+            f"{self.name} cannot hold WebSockets: {self.unsupported_reason}. "
+            "Run the app where a process holds its sockets"
+        )
 
 
 class ManagerNotFoundError(WebSocketStabilizerError, RuntimeError):

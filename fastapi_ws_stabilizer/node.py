@@ -89,8 +89,8 @@ class Node(Acceptor):
             budget=self.budget,
         )
         self.registry = self.hub.registry
-        self._seen = IdempotencyCache()
-        self.resumption = SessionLifecycle(config, events, hooks, self.hub, tokens, self.budget, self._seen)
+        self._idempotency = IdempotencyCache()
+        self.resumption = SessionLifecycle(config, events, hooks, self.hub, tokens, self.budget, self._idempotency)
         self.sessions = self.resumption.sessions
         self.connections: set[Connection] = set()
         self._closing_connections = ClosingConnections()

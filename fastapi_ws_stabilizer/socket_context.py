@@ -18,7 +18,7 @@ from fastapi_ws_stabilizer.errors import is_bug
 from fastapi_ws_stabilizer.handshake.admission import AdmissionController, Handshake
 from fastapi_ws_stabilizer.handshake.client_id import (
     Moment,
-    client_id_from,
+    client_id_from_identity,
     client_id_from_request,
     seconds_until_expiry,
 )
@@ -173,7 +173,7 @@ def identity_dependency(
             yield
 
     async def identified_socket(websocket: WebSocket, _: None, identity: Any) -> AsyncIterator[StableSocket]:
-        client_id = client_id_from(identity, key)
+        client_id = client_id_from_identity(identity, key)
         expires_in = None if expires_at is None else seconds_until_expiry(expires_at(identity))
         served = serve(
             websocket,

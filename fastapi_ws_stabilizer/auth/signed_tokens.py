@@ -79,7 +79,7 @@ class SignedTokens:
         self._ttl_ms = int(ttl * 1000)
         self._used: OrderedDict[bytes, tuple[int, int]] = OrderedDict()  # number → issued, until
         self._revoked: OrderedDict[str, int] = OrderedDict()  # client id → latest time of issue that is revoked
-        self._floor = -1
+        self._issued_after = -1
         self._latest = -1
 
     def __len__(self) -> int:
@@ -96,7 +96,7 @@ class SignedTokens:
         name = client_id.encode()
         now = _now()
         # Later than what was revoked or forgotten, even in the same millisecond or after the clock was set back.
-        issued = max(now, self._revoked.get(client_id, -1) + 1, self._floor + 1)
+        issued = max(now, self._revoked.get(client_id, -1) + 1, self._issued_after + 1)
         self._latest = max(self._latest, issued)
         body = _HEAD.pack(issued, now + self._ttl_ms, secrets.token_bytes(12), len(name)) + name
         return self.prefix + _text(body + _sign(self._keys[0], body, self.context))
@@ -153,7 +153,7 @@ class SignedTokens:
         self.check_not_revoked(claim)
         if claim.number in self._used:
             raise InvalidTokenError("used", kind=self.kind)
-        if claim.issued <= self._floor:
+        if claim.issued <= self._issued_after:
             raise TokenExpiredError(kind=self.kind)
         return claim
 
@@ -188,7 +188,7 @@ class SignedTokens:
             if moment + self._ttl_ms > now and len(self._revoked) <= MAX_REVOKED:
                 break
             # For an expired revocation this rejects only tokens from a worker with a longer ttl.
-            self._floor = max(self._floor, moment)
+            self._issued_after = max(self._issued_after, moment)
             del self._revoked[first]
 
     def _remember(self, claim: TokenClaims) -> None:
@@ -204,7 +204,7 @@ class SignedTokens:
             if until > now:
                 if len(self._used) <= MAX_USED:
                     break
-                self._floor = max(self._floor, issued)
+                self._issued_after = max(self._issued_after, issued)
             del self._used[number]
 
 

@@ -148,11 +148,11 @@ class Client(ClientEvents):
         self._unreadable = self._rejected = 0
         self._warns_unstarted = False
         # State of the session, which outlives each connection.
-        self.instance: str = secrets.token_hex(8)
+        self.instance_id: str = secrets.token_hex(8)
         self.session: str | None = None
         self.token: str | None = None
-        self.last: int = 0
-        self.dials = 0
+        self.last_seq: int = 0
+        self.attempts = 0
         self._truncated = (0, 0)  # number of the last message before a truncated one, and how often it was truncated
 
     def __repr__(self) -> str:
@@ -504,11 +504,11 @@ class Client(ClientEvents):
         message again, see `clear_truncated`.
         """
         before, times = self._truncated
-        self._truncated = (self.last, times + 1 if before == self.last else 1)
+        self._truncated = (self.last_seq, times + 1 if before == self.last_seq else 1)
         if self._truncated[1] >= MAX_TRUNCATIONS:
-            self.last += 1
+            self.last_seq += 1
             self._truncated = (0, 0)
-            self.emit("gap", Gap(False, "unfinished", self.last, self.last))
+            self.emit("gap", Gap(False, "unfinished", self.last_seq, self.last_seq))
 
     def clear_truncated(self) -> None:
         """Forget the truncated message, because the server does not send it again."""

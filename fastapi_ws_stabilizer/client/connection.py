@@ -193,15 +193,15 @@ class ClientConnection(DelayedAcks):
         transport = self._transport = await dial(await client.address(), [SUBPROTOCOL])
         if transport.subprotocol != SUBPROTOCOL:
             raise ClientClosedError(4406, f"the server does not support {SUBPROTOCOL}")
-        client.dials += 1
-        hello: dict[str, Any] = {"type": "hello", "v": VERSION, "n": client.dials, "client": client.instance}
+        client.attempts += 1
+        hello: dict[str, Any] = {"type": "hello", "v": VERSION, "n": client.attempts, "client": client.instance_id}
         hello["caps"] = [RETRY_CAP]
         if client.deflate and not transport.compresses:
             hello["caps"].append(DEFLATE_CAP)
         if credential is not None:
             hello["auth"] = credential
         if client.token is not None:
-            hello["resume"] = {"token": client.token, "seq": client.last}
+            hello["resume"] = {"token": client.token, "seq": client.last_seq}
         await transport.send(to_json(hello).decode())
         return transport
 
@@ -233,7 +233,7 @@ class ClientConnection(DelayedAcks):
         self._client.report_unreadable(UnreadableFrameError(why))
 
     def _count(self) -> None:
-        self._client.last += 1  # before the handler runs: a handler that fails does not get the message again
+        self._client.last_seq += 1  # before the handler runs: a handler that fails does not get the message again
         self._schedule_ack()
 
     def _dispatch(self, frame: dict[str, Any]) -> None:
@@ -288,13 +288,13 @@ class ClientConnection(DelayedAcks):
 
     def _receive_ping(self, frame: dict[str, Any]) -> None:
         sent = optional_int(frame, "seq")
-        if sent is not None and sent != self._client.last:
+        if sent is not None and sent != self._client.last_seq:
             self.mark_lost(4412, "sequence gap")
             return
         if sent is not None:  # the ping is ordered with the messages
             self._client.clear_truncated()
         self._reset_ack()
-        fields: dict[str, Any] = {"type": "pong", "ack": self._client.last}
+        fields: dict[str, Any] = {"type": "pong", "ack": self._client.last_seq}
         if "ts" in frame:
             fields["ts"] = frame["ts"]
         self.put(to_json(fields).decode())
@@ -325,13 +325,13 @@ class ClientConnection(DelayedAcks):
         seq, accepted = require_int(frame, "seq"), require_int(frame, "ack")
         if token is None or session is None or outcome not in ("none", "full", "gap", "lost"):
             raise ProtocolError("welcome: token, session or resume is missing or invalid")
-        before = client.last
+        before = client.last_seq
         if outcome == "full" and seq != before:
             self.mark_lost(4412, "sequence number mismatch")
             return
         if outcome == "none" and client.session is not None:  # the client has abandoned the old session
             outcome, frame = "lost", {**frame, "why": "given_up"}
-        client.session, client.token, client.last = session, token, seq
+        client.session, client.token, client.last_seq = session, token, seq
         caps = frame.get("caps")
         self._deflates = client.deflate and isinstance(caps, list) and DEFLATE_CAP in caps
         client.buffer.max_frame = optional_int(frame, "max", least=1) or client.buffer.max_frame
@@ -367,7 +367,7 @@ class ClientConnection(DelayedAcks):
 
     def _send_ack(self) -> None:
         self._reset_ack()
-        self.put(to_json({"type": "ack", "seq": self._client.last}).decode())
+        self.put(to_json({"type": "ack", "seq": self._client.last_seq}).decode())
 
     # ── writing ──
 
@@ -383,9 +383,10 @@ class ClientConnection(DelayedAcks):
         if not self._open or len(self._control) >= MAX_PENDING_CONTROL:
             return False
         frame = validate_frame(envelope("msg", data, event=event), {"event": event})
-        size, most = len(frame if isinstance(frame, bytes) else frame.encode("utf-8")), self._client.buffer.max_frame
-        if size > most:
-            raise MessageTooLargeError(size, most)
+        size = len(frame if isinstance(frame, bytes) else frame.encode("utf-8"))
+        max_bytes = self._client.buffer.max_frame
+        if size > max_bytes:
+            raise MessageTooLargeError(size, max_bytes)
         self.put(frame)
         return True
 

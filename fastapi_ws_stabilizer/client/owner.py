@@ -51,11 +51,11 @@ class Owner(Protocol):
     buffer: SendBuffer
     incoming: InboundMessages
     deflate: bool
-    instance: str
+    instance_id: str
     session: str | None
     token: str | None
-    last: int
-    dials: int
+    last_seq: int
+    attempts: int
     probe_timeout: float
 
     @property

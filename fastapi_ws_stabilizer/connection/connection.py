@@ -104,7 +104,7 @@ class Connection(Handover):
         self.protocol = None
         self.outbox = self._make_outbox(parts, numbered=numbered)
         self._closing = None
-        self._finished = LazyEvent()
+        self._closed_event = LazyEvent()
         self._hooks_done = LazyEvent()
         self.resume_outcome = ResumeOutcome.NONE
         self.predecessors = ()
@@ -269,22 +269,22 @@ class Connection(Handover):
 
     def on_flush_due(self) -> None:
         """Start the teardown task. The flush scheduler calls this soon after the close, shard by shard."""
-        if self.close_info is not None and not self._finished.is_set:
+        if self.close_info is not None and not self._closed_event.is_set:
             teardown = self._tear_down(self.close_info)
             self._parts.tasks.spawn(teardown, name=f"ws-end-{self.connection_id}", context=self.context)
 
     @property
     def waits_for_user_code(self) -> bool:
         """Whether teardown waits for the endpoint, a handler, a connect hook or the disconnect hooks."""
-        if self._finished.is_set:
+        if self._closed_event.is_set:
             return False
         in_hooks = self.close_info is not None and not self.disconnect_hooks_pending and not self._hooks_done.is_set
         return in_hooks or self.endpoint.is_running
 
     @property
-    def finished(self) -> asyncio.Future[None]:
+    def closed(self) -> asyncio.Future[None]:
         """Future that completes at the end of teardown."""
-        return self._finished.future
+        return self._closed_event.future
 
     async def wait_for_hooks(self) -> None:
         """Wait until the disconnect hooks have run. Each has a time limit. Cancelling is safe."""
@@ -383,9 +383,9 @@ class Connection(Handover):
         self._mark_closed(self.close_info or local_close(DisconnectReason.SERVER_SHUTDOWN))
 
     def _mark_closed(self, close_info: CloseInfo) -> None:
-        if self._finished.is_set:
+        if self._closed_event.is_set:
             return
-        self._finished.set()
+        self._closed_event.set()
         self._hooks_done.set()
         attempt = self.attempt
         attempt(self._parts.on_closed, self)

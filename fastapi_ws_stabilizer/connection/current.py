@@ -34,10 +34,10 @@ class Opened:
     def on_task_done(self) -> None:
         """Drop the reference as soon as the connection is closed, because the task that opened it has ended."""
         connection = self.connection
-        if connection is not None and connection.is_finished:
+        if connection is not None and connection.is_closed:
             self.connection = None
         elif connection is not None:
-            connection.finished.add_done_callback(lambda _: self.on_task_done())
+            connection.closed.add_done_callback(lambda _: self.on_task_done())
 
 
 _last_opened: contextvars.ContextVar[Opened | None] = contextvars.ContextVar("last_opened", default=None)
@@ -51,7 +51,7 @@ def bind_current(connection: Connection) -> Opened:
     """
     opened = newer = Opened(connection, _last_opened.get())
     while (previous := newer.previous) is not None:
-        if previous.connection is None or previous.connection.is_finished:
+        if previous.connection is None or previous.connection.is_closed:
             previous.connection, newer.previous = None, previous.previous
         else:
             newer = previous
@@ -59,7 +59,7 @@ def bind_current(connection: Connection) -> Opened:
     return opened
 
 
-def finished(connection: Connection) -> None:
+def unbind_current(connection: Connection) -> None:
     """Drop references to a connection after its teardown, if its endpoint has ended with it."""
     if not connection.endpoint.tracked or connection.context is None:
         return
@@ -85,7 +85,7 @@ def current_for(client_id: str) -> Connection | None:
     for opened in _chain(_last_opened.get()):
         connection = opened.connection
         if connection is not None and connection.client_id == client_id:
-            is_closed = connection.is_finished and connection.endpoint.tracked and not opened.connecting
+            is_closed = connection.is_closed and connection.endpoint.tracked and not opened.connecting
             return None if is_closed else connection
     return None
 

@@ -15,9 +15,9 @@ from fastapi_ws_stabilizer.tasks import LazyEvent, wait_for_all, wait_for_first
 class Handover(Metered):
     """Part of a connection that takes over sessions and waits for predecessors."""
 
-    __slots__ = ("_finished", "_hooks_done", "connect_hooks_started", "endpoint", "predecessors")
+    __slots__ = ("_closed_event", "_hooks_done", "connect_hooks_started", "endpoint", "predecessors")
 
-    _finished: LazyEvent
+    _closed_event: LazyEvent
     _hooks_done: LazyEvent
     predecessors: tuple[Handover, ...]
     """Older connections that still run handlers or hooks for the state that this one took over."""
@@ -31,9 +31,9 @@ class Handover(Metered):
         return self._hooks_done.is_set
 
     @property
-    def is_finished(self) -> bool:
+    def is_closed(self) -> bool:
         """Whether teardown has ended."""
-        return self._finished.is_set
+        return self._closed_event.is_set
 
     def _take_over(self, protocol: V1Protocol) -> None:
         """Attach this connection to a session: from now on it sends the session's messages and fills its inbox.
@@ -58,7 +58,7 @@ class Handover(Metered):
 
     def add_predecessor(self, previous: Handover) -> None:
         """Wait for an older connection and its own predecessors before hooks and handlers run here."""
-        self.predecessors = tuple(one for one in (*previous.predecessors, previous) if not one.is_finished)
+        self.predecessors = tuple(one for one in (*previous.predecessors, previous) if not one.is_closed)
 
     def add_hook_predecessors(self, ended: Iterable[Handover]) -> None:
         """Let hooks wait for the disconnect hooks of closing connections of the same client.

@@ -93,7 +93,7 @@ class ServerTransport:
             return False
         return True
 
-    def abort_unless_flushed(self, linger: float | None = None, most: float = 0.0) -> None:
+    def abort_unless_flushed(self, linger: float | None = None, max_linger: float = 0.0) -> None:
         """Abort the connection if its buffer is not empty after `linger` seconds.
 
         A closing transport waits until its buffer is empty. A client that reads nothing prevents that without a time
@@ -101,12 +101,17 @@ class ServerTransport:
 
         Args:
             linger: Seconds without progress before the abort; `FLUSH_GRACE` if omitted.
-            most: Maximum seconds in total for a client that accepts bytes.
+            max_linger: Maximum seconds in total for a client that accepts bytes.
         """
         if self.unflushed_bytes:
             delay = FLUSH_GRACE if linger is None else linger
             asyncio.get_running_loop().call_later(
-                delay, self._abort_if_unflushed, delay, most - delay, self.progress(), context=contextvars.Context()
+                delay,
+                self._abort_if_unflushed,
+                delay,
+                max_linger - delay,
+                self.progress(),
+                context=contextvars.Context(),
             )
 
     def _abort_if_unflushed(self, linger: float, left: float, before: int | None) -> None:

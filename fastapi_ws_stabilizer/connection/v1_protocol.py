@@ -291,7 +291,7 @@ class V1Protocol(DelayedAcks):
                 ):
                     connection.on_control_frame()
         elif kind == "auth":
-            token = optional_text(frame, "token", most=8192)
+            token = optional_text(frame, "token", max_chars=8192)
             self.credential.renewal_requested(token)
         elif kind == "hello":
             raise ProtocolError("unexpected second hello")
@@ -345,7 +345,7 @@ class V1Protocol(DelayedAcks):
         The message is not handled again in this session, but a later one with the same key is.
         """
         if message.key is not None:
-            self._idempotency.failed(self.session.client_id, message.key)
+            self._idempotency.fail(self.session.client_id, message.key)
 
     def on_no_answer(self, message: Message, code: str, text: str) -> None:
         """Handle a handler that ended without a reply. A request gets an error reply, which survives a reconnect."""
@@ -406,7 +406,7 @@ class V1Protocol(DelayedAcks):
         if message.id is not None:
             self.session.reply(message.id, answer)
         if message.key is not None:
-            self._idempotency.handled(self.session, message.key, answer if message.id is not None else None)
+            self._idempotency.complete(self.session, message.key, answer if message.id is not None else None)
 
     def on_interrupted(self, message: Message) -> None:
         """Handle a message after a lost connection has interrupted its handler, which may have done its work.
@@ -417,7 +417,7 @@ class V1Protocol(DelayedAcks):
             error = {"code": "interrupted", "message": "the connection was lost while this was handled"}
             self.session.reply(message.id, error=error)
         if message.key is not None:
-            self._idempotency.interrupted(self.session.client_id, message.key)
+            self._idempotency.interrupt(self.session.client_id, message.key)
 
     def _send_ack(self) -> None:
         self._reset_ack()

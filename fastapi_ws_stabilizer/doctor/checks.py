@@ -42,8 +42,8 @@ NO_PROXIES: Final = frozenset({"aws-nlb", "azure-load-balancer", "kubernetes"})
 
 def _advised(s: DeploymentContext, option: str) -> float | None:
     """Return the value that `WebSocketConfig.for_platform` sets for these hops."""
-    most = {name: WebSocketConfig.model_fields[name].default for name in UPPER_BOUNDED_OPTIONS}
-    return derive_options(s.network_path.hops, most).get(option)
+    upper_bounds = {name: WebSocketConfig.model_fields[name].default for name in UPPER_BOUNDED_OPTIONS}
+    return derive_options(s.network_path.hops, upper_bounds).get(option)
 
 
 # ── idle time and lifetime ──
@@ -222,12 +222,12 @@ def unauthenticated_route(s: DeploymentContext) -> Problem | None:
 def proxies_not_trusted(s: DeploymentContext) -> Problem | None:
     """Check D18."""
     limits = [
-        f"{option}={most:g}"
-        for option, most in (
+        f"{option}={limit:g}"
+        for option, limit in (
             ("max_connections_per_address", s.config.max_connections_per_address),
             ("max_connect_rate_per_address", s.config.max_connect_rate_per_address),
         )
-        if most is not None
+        if limit is not None
     ]
     if ANY_ADDRESS in s.config.trusted_proxies:
         if not limits:

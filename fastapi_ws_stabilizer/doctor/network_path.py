@@ -85,7 +85,7 @@ def path_through(
         try:
             hops.extend(resolve_hops(name))
         except UnsupportedPlatformError as error:
-            unsupported.append((error.name, error.refusal))
+            unsupported.append((error.name, error.unsupported_reason))
     given = {"idle_timeout": idle_timeout, "max_lifetime": max_lifetime, "grace": grace}
     changed = {value: seconds for value, seconds in given.items() if seconds is not None}
     if wrong := [value for value, seconds in changed.items() if not 0 < seconds < math.inf]:  # also rejects nan

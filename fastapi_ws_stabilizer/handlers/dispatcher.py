@@ -120,7 +120,7 @@ class Dispatcher:
         for handler, content in prepared:
             try:
                 call = handler(socket, content)
-                answered = await (call if timings is None else timings.handlers.around(call))
+                answered = await (call if timings is None else timings.handlers.measure(call))
                 answer = answered if answer is None else answer
             except SocketClosed:
                 # The handler tried to answer a client that has left. Its other messages are still handled.

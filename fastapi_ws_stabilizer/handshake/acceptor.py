@@ -53,7 +53,7 @@ class Acceptor(Closer, Services):
     """Mixin that opens connections: runs hooks, negotiates the session, registers, and closes duplicates."""
 
     _hello_reader: HelloReader
-    _seen: IdempotencyCache
+    _idempotency: IdempotencyCache
     _warned_about_server: bool
     sessions: SessionStore
     registry: ConnectionRegistry[Connection]
@@ -223,7 +223,7 @@ class Acceptor(Closer, Services):
         if connection.socket._metadata is not None:
             connection.socket._metadata.owner = resume_result.session
         connection.protocol = V1Protocol(
-            connection, resume_result, self._seen, functools.partial(self._start_renewal, connection)
+            connection, resume_result, self._idempotency, functools.partial(self._start_renewal, connection)
         )
         connection.credential = connection.protocol.credential
         identity_expires_in = None if expiry is None else max(0.0, expiry - monotonic())

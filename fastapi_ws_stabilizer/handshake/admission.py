@@ -295,7 +295,7 @@ class AdmissionController:
 
     def address_of(self, websocket: WebSocket) -> str:
         """Return the address of a client: as a trusted proxy reports it, else the address of the peer."""
-        return self._proxies.client_of(self._peer_of(websocket), _headers(websocket, b"x-forwarded-for"))
+        return self._proxies.client_address(self._peer_of(websocket), _headers(websocket, b"x-forwarded-for"))
 
     def _peer_of(self, websocket: WebSocket) -> str | None:
         """Return the address of the peer; without `trusted_proxies`, the address that the server reports.

@@ -42,7 +42,7 @@ def fresh_client_id() -> str:
     return uuid4().hex
 
 
-def client_id_from(identity: Any, key: Callable[[Any], object] | None) -> str:
+def client_id_from_identity(identity: Any, key: Callable[[Any], object] | None) -> str:
     """Return the client id for the result of an identity dependency.
 
     Raises:

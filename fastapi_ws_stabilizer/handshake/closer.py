@@ -108,7 +108,7 @@ class Closer:
                 # The cancellation is for the endpoint, so the close frame and the hooks still get their time. The
                 # scope is for callers such as Starlette's TestClient, which cancels again at every await.
                 with anyio.CancelScope(shield=True):
-                    await wait_for_all([connection.finished], None)
+                    await wait_for_all([connection.closed], None)
             return error
         close_info, bug = close_info_for(error), None
         if error is not None and not cancelled_by_us:
@@ -122,7 +122,7 @@ class Closer:
         with anyio.CancelScope(shield=raises):  # the TestClient cancels as soon as the test has ended
             if bug is not None:
                 await connection.report_bug("endpoint_failed", bug)
-            await wait_for_all([connection.finished], None)
+            await wait_for_all([connection.closed], None)
         if error is None:
             return None
         if raises:
@@ -211,7 +211,7 @@ class Closer:
 
     def _on_closed(self, connection: Connection) -> None:
         self.connections.discard(connection)
-        connection.attempt(current.finished, connection)
+        connection.attempt(current.unbind_current, connection)
         if connection.residual is not None:
             connection.attempt(self.budget.remove, connection.residual)
             connection.residual = None

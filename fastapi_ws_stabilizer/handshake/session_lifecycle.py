@@ -242,7 +242,7 @@ class SessionLifecycle:
             session.ended = replace(session.ended, rooms=rooms)
         self._hub.end_session(session)  # type: ignore[arg-type]
         last: Connection | None = session.previous_connection
-        if last is not None and (last.is_finished or close_info.cause is DisconnectReason.MEMORY):
+        if last is not None and (last.is_closed or close_info.cause is DisconnectReason.MEMORY):
             last.close_unread()  # otherwise the teardown of that connection does it, but memory is needed now
         elif last is not None:
             last.on_nonzero()
@@ -261,7 +261,7 @@ class SessionLifecycle:
             return
         for item in inbox.unread():
             if isinstance(item, Message) and item.key is not None:  # a repeat is then handled as a new message
-                self._idempotency.failed(session.client_id, item.key)
+                self._idempotency.fail(session.client_id, item.key)
         discarded = inbox.close(discard=True)
         self._events.counters.messages_discarded += discarded
         if discarded:

@@ -111,17 +111,17 @@ class _Uncounted(Reservation):
 class _Counter:
     """Count per key if there is a limit. Keys with a count of 0 are not stored."""
 
-    __slots__ = ("_counts", "most")
+    __slots__ = ("_counts", "limit")
 
-    def __init__(self, most: int | None) -> None:
+    def __init__(self, limit: int | None) -> None:
         self._counts: dict[str, int] = {}
-        self.most = most
+        self.limit = limit
 
     def of(self, key: str) -> int:
         return self._counts.get(key, 0)
 
     def add(self, key: str) -> None:
-        if self.most is not None:
+        if self.limit is not None:
             self._counts[key] = self.of(key) + 1
 
     def remove(self, key: str) -> None:
@@ -211,9 +211,9 @@ class ConnectionLimiter:
         if not self._enabled:
             return self._uncounted
         # The limits of one address come first, so that rejections by them do not delay the retries of other clients.
-        most = self._from_address.most
-        if most is not None and self._from_address.of(address) + self._pending_from.of(address) >= 2 * most:
-            raise self._too_many("max_connections_per_address", most)
+        limit = self._from_address.limit
+        if limit is not None and self._from_address.of(address) + self._pending_from.of(address) >= 2 * limit:
+            raise self._too_many("max_connections_per_address", limit)
         if self._rates is not None and (wait := self._rates.take(address, now)):
             raise TooManyConnectionsError("max_connect_rate_per_address", self._max_rates[1] or 0, wait)
         if self.is_full:
@@ -226,13 +226,13 @@ class ConnectionLimiter:
 
     def _confirm(self, address: str, client_id: str, replaces: Collection[Reservation]) -> None:
         same_address = any(one.address == address for one in replaces)
-        most = self._from_address.most
-        if most is not None and self._from_address.of(address) - same_address >= most:
-            raise self._too_many("max_connections_per_address", most)
+        limit = self._from_address.limit
+        if limit is not None and self._from_address.of(address) - same_address >= limit:
+            raise self._too_many("max_connections_per_address", limit)
         same_client = any(one.client_id == client_id for one in replaces)
-        most = self._of_client.most
-        if most is not None and self._of_client.of(client_id) - same_client >= most:
-            raise self._too_many("max_connections_per_client", most)
+        limit = self._of_client.limit
+        if limit is not None and self._of_client.of(client_id) - same_client >= limit:
+            raise self._too_many("max_connections_per_client", limit)
         # A replaced connection counts until it is closed. Several connections may be about to replace the same one
         # while they wait for a hook, but they come from the few reservations above the limit.
         if not replaces and self._established >= self._max:
@@ -256,21 +256,21 @@ class ConnectionLimiter:
         """Return the error for a released reservation: another client may have the slot by now."""
         if self._max != math.inf:
             return self._full()
-        by_address, by_client = self._from_address.most, self._of_client.most
+        by_address, by_client = self._from_address.limit, self._of_client.limit
         if by_address is not None:
             return self._too_many("max_connections_per_address", by_address)
         if by_client is not None:
             return self._too_many("max_connections_per_client", by_client)
-        limit = "max_connect_rate_per_address" if self._max_rates[0] is None else "max_connect_rate"
-        return ConnectionLimitExceededError(limit, self._max_rates[0] or self._max_rates[1] or 0, retry_delay())
+        option = "max_connect_rate_per_address" if self._max_rates[0] is None else "max_connect_rate"
+        return ConnectionLimitExceededError(option, self._max_rates[0] or self._max_rates[1] or 0, retry_delay())
 
     def _full(self) -> ConnectionLimitExceededError:
         wait = retry_delay() + self._retry_when_full.next_delay("", 0.0, monotonic())
         return ConnectionLimitExceededError("max_connections", int(self._max), wait)
 
     @staticmethod
-    def _too_many(limit: str, most: int) -> TooManyConnectionsError:
-        return TooManyConnectionsError(limit, most, retry_delay())
+    def _too_many(option: str, limit: int) -> TooManyConnectionsError:
+        return TooManyConnectionsError(option, limit, retry_delay())
 
 
 def retry_delay() -> float:

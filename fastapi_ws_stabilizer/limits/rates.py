@@ -44,10 +44,10 @@ class TokenBucket:
     The caller passes the rate to each call, which keeps a bucket small. Time that goes backwards changes nothing.
     """
 
-    __slots__ = ("_at", "_missing")
+    __slots__ = ("_at", "_deficit")
 
     def __init__(self) -> None:
-        self._missing = 0.0  # tokens missing from a full bucket; more than `burst` is a debt
+        self._deficit = 0.0  # tokens missing from a full bucket; more than `burst` is a debt
         self._at = -math.inf
 
     def take(self, rate: Rate, cost: float, now: float) -> float:
@@ -62,23 +62,23 @@ class TokenBucket:
             0.0 if they were taken. Otherwise nothing is taken, and the result is the seconds until there are enough;
                 `math.inf` if the cost is above the burst.
         """
-        self._flow(rate, now)
+        self._refill(rate, now)
         if cost > rate.burst:
             return math.inf
-        missing = self._missing + cost - rate.burst
-        if missing > rate.per_second * MIN_WAIT:
-            return missing / rate.per_second
-        self._missing += cost
+        deficit = self._deficit + cost - rate.burst
+        if deficit > rate.per_second * MIN_WAIT:
+            return deficit / rate.per_second
+        self._deficit += cost
         return 0.0
 
     def is_full(self, rate: Rate, now: float) -> bool:
         """Whether it equals a new bucket."""
-        self._flow(rate, now)
-        return self._missing <= 0
+        self._refill(rate, now)
+        return self._deficit <= 0
 
-    def _flow(self, rate: Rate, now: float) -> None:
+    def _refill(self, rate: Rate, now: float) -> None:
         if now > self._at:
-            self._missing = max(0.0, self._missing - (now - self._at) * rate.per_second)
+            self._deficit = max(0.0, self._deficit - (now - self._at) * rate.per_second)
             self._at = now
 
 

@@ -45,12 +45,12 @@ def deep_size(value: Any) -> int:
     return size_and_count(value, MAX_OBJECTS)[0]
 
 
-def size_and_count(value: Any, most: int) -> tuple[int, int]:
+def size_and_count(value: Any, max_objects: int) -> tuple[int, int]:
     """Return the bytes that a value holds and the number of measured objects.
 
-    It measures the value itself, and no more than `most` objects.
+    It measures the value itself, and no more than `max_objects` objects.
     """
-    steps = iter_size(value, most)
+    steps = iter_size(value, max_objects)
     while True:
         try:
             next(steps)
@@ -59,12 +59,12 @@ def size_and_count(value: Any, most: int) -> tuple[int, int]:
             return size, count
 
 
-def iter_size(value: Any, most: int) -> Generator[None, None, tuple[int, int]]:
+def iter_size(value: Any, max_objects: int) -> Generator[None, None, tuple[int, int]]:
     """Measure in steps; return what `size_and_count` returns."""
     seen: set[int] = set()
     pending = [value]
     size = 0
-    while pending and (len(seen) < most or not seen):
+    while pending and (len(seen) < max_objects or not seen):
         item = pending.pop()
         if id(item) in seen:
             continue

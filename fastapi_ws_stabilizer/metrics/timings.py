@@ -41,7 +41,7 @@ class Histogram:
         self._counts[bisect_left(self.bounds, seconds)] += 1
         self.total += seconds
 
-    async def around(self, awaitable: Awaitable[T]) -> T:
+    async def measure(self, awaitable: Awaitable[T]) -> T:
         """Await an awaitable, count its duration, and return its result. A failure counts too.
 
         Cancelling cancels the awaitable.

@@ -75,7 +75,7 @@ class OriginPolicy:
         self._required = required
         self._any = self._null = False
         self._exact: set[_Origin] = set()
-        self._below: list[tuple[str, str, int | None]] = []  # scheme, suffix with its leading dot, port
+        self._wildcards: list[tuple[str, str, int | None]] = []  # scheme, suffix with its leading dot, port
         self._patterns: list[re.Pattern[str]] = []
         for entry in allowed or ():
             self._add(entry)
@@ -112,7 +112,7 @@ class OriginPolicy:
         if origin in self._exact:
             return True
         scheme, (host, port) = origin
-        if any(scheme == s and host.endswith(suffix) and port == p for s, suffix, p in self._below):
+        if any(scheme == s and host.endswith(suffix) and port == p for s, suffix, p in self._wildcards):
             return True
         return self._matches(str(origin))
 
@@ -130,7 +130,7 @@ class OriginPolicy:
         else:
             wild, origin = _parse_entry(entry)
             if wild:
-                self._below.append((origin.scheme, f".{origin.host_port.host}", origin.host_port.port))
+                self._wildcards.append((origin.scheme, f".{origin.host_port.host}", origin.host_port.port))
             else:
                 self._exact.add(origin)
 

@@ -61,7 +61,7 @@ class TrustedProxies:
             return self._unix
         return peer in self._texts or self._has(_address(peer))
 
-    def client_of(self, peer: str | None, forwarded_for: Sequence[str]) -> str:
+    def client_address(self, peer: str | None, forwarded_for: Sequence[str]) -> str:
         """Return the address of the client of a connection.
 
         X-Forwarded-For counts only if the peer is trusted. It is read from the right, because each proxy appends the

@@ -93,14 +93,14 @@ def resolve_hops(*names: str | Platform) -> tuple[Platform, ...]:
     return tuple(path)
 
 
-def derive_options(path: Iterable[Platform], most: Mapping[str, float]) -> dict[str, float]:
+def derive_options(path: Iterable[Platform], upper_bounds: Mapping[str, float]) -> dict[str, float]:
     """Return the options that fit the smallest values of a path.
 
     Options for which no hop has a value are omitted.
 
     Args:
         path: The hops; their order does not matter.
-        most: Maximum values of the options `UPPER_BOUNDED_OPTIONS`.
+        upper_bounds: Maximum values of the options `UPPER_BOUNDED_OPTIONS`.
     """
     hops = tuple(path)
     idle_timeout = _smallest(hop.idle_timeout for hop in hops)
@@ -108,14 +108,14 @@ def derive_options(path: Iterable[Platform], most: Mapping[str, float]) -> dict[
     grace = _smallest(hop.grace for hop in hops)
     options: dict[str, float] = {}
     if idle_timeout is not None:
-        options["heartbeat_interval"] = min(most["heartbeat_interval"], idle_timeout * PART_OF_IDLE)
+        options["heartbeat_interval"] = min(upper_bounds["heartbeat_interval"], idle_timeout * PART_OF_IDLE)
     if max_lifetime is not None:
         options["max_lifetime"] = max_lifetime - min(MAX_EARLY, max_lifetime * PART_OF_LIFETIME)
     if grace is not None:
-        options["drain_window"] = min(most["drain_window"], round(grace * PART_OF_GRACE, 1))
+        options["drain_window"] = min(upper_bounds["drain_window"], round(grace * PART_OF_GRACE, 1))
         left = math.floor((grace - margin(grace) - SERVER_LEAST) * 10) / 10
         drain_timeout = min(round(grace * PART_OF_GRACE_FOR_ALL, 1), left)
-        options["drain_timeout"] = min(most["drain_timeout"], max(0.1, drain_timeout))
+        options["drain_timeout"] = min(upper_bounds["drain_timeout"], max(0.1, drain_timeout))
     return options
 
 

@@ -60,7 +60,7 @@ class IdempotencyRecord:
             return
         self._waiting.append((session, message.id))
 
-    def done(self, answer: Any) -> None:
+    def complete(self, answer: Any) -> None:
         """Store the answer of the handled message and send it to waiting requests."""
         self._done = True
         try:
@@ -71,19 +71,19 @@ class IdempotencyRecord:
         for session, request_id in self._waiting_requests():
             self._reply(session, request_id)
 
-    def interrupted(self) -> None:
+    def interrupt(self) -> None:
         """Mark the message as at least partly handled, but without an answer."""
         self._done = True
         self._answer = _NO_ANSWER
         for session, request_id in self._waiting_requests():
             self._reply(session, request_id)
 
-    def forgotten(self) -> None:
+    def expire(self) -> None:
         """Reject waiting requests, because the key is forgotten while its message may still be handled."""
         for session, request_id in self._waiting_requests():
             session.reply(request_id, error=_IN_PROGRESS)
 
-    def failed(self) -> None:
+    def fail(self) -> None:
         """Reject waiting requests, because the message was not handled."""
         for session, request_id in self._waiting_requests():
             session.reply(
@@ -142,27 +142,27 @@ class IdempotencyCache:
             first = next(iter(keys))
             record = keys[first]
             self._forget(client_id, first)
-            record.forgotten()
+            record.expire()
         self._forget_old()
 
-    def handled(self, session: Session, key: str, answer: Any) -> None:
+    def complete(self, session: Session, key: str, answer: Any) -> None:
         """Store the answer of a key's handled message."""
         record = self._keys_of(session.client_id).get(key)
         if record is not None:
-            record.done(answer)
+            record.complete(answer)
 
-    def interrupted(self, client_id: str, key: str) -> None:
+    def interrupt(self, client_id: str, key: str) -> None:
         """Mark a key's message as at least partly handled, but without an answer."""
         record = self._keys_of(client_id).get(key)
         if record is not None:
-            record.interrupted()
+            record.interrupt()
 
-    def failed(self, client_id: str, key: str) -> None:
+    def fail(self, client_id: str, key: str) -> None:
         """Forget a key, because its message was not handled. The next message with the key is handled."""
         record = self._keys_of(client_id).get(key)
         if record is not None:
             self._forget(client_id, key)
-            record.failed()
+            record.fail()
 
     def _keys_of(self, client_id: str) -> OrderedDict[str, IdempotencyRecord]:
         return self._clients.get(client_id) or OrderedDict()

@@ -70,12 +70,12 @@ async def close_all(connections: Iterable[Connection], timeout: float) -> Shutdo
             closed_here.append(connection)
         if loop_budget.exceeded():
             await loop_budget.yield_to_loop()
-    await wait_for_all([connection.finished for connection in connections], timeout)
-    late = [connection for connection in connections if not connection.is_finished]
+    await wait_for_all([connection.closed for connection in connections], timeout)
+    late = [connection for connection in connections if not connection.is_closed]
     for connection in late:
         connection.abort()
         connection.endpoint.cancel()
-    closed = sum(1 for connection in closed_here if connection.is_finished)
+    closed = sum(1 for connection in closed_here if connection.is_closed)
     return ShutdownReport(closed, len(late), monotonic() - started, forced_count=len(late))
 
 
@@ -116,9 +116,9 @@ class Drain:
         """
         others = [connection for connection in connections if connection not in own_connections]
         closing = [connection.closing for connection in own_connections]
-        await wait_for_all([*(connection.finished for connection in others), *closing], self._remaining_seconds)
+        await wait_for_all([*(connection.closed for connection in others), *closing], self._remaining_seconds)
         await wait_for_all([connection.outbox.done for connection in own_connections], self._remaining_seconds)
-        closed = sum(connection.is_finished for connection in others)
+        closed = sum(connection.is_closed for connection in others)
         return ShutdownReport(closed, 0, monotonic() - self._started, resumable_count=self._resumable())
 
     def cancel(self) -> None:
@@ -155,8 +155,8 @@ class Drain:
         report = ShutdownReport()
         if not self._cancelled:
             report = await close_all(connections, self._remaining_seconds)
-        report.closed_count += sum(connection.is_finished for connection in closed)
-        report.forced_count += sum(connection.is_finished for connection in forced)  # close_all counted the others
+        report.closed_count += sum(connection.is_closed for connection in closed)
+        report.forced_count += sum(connection.is_closed for connection in forced)  # close_all counted the others
         report.resumable_count = self._resumable()
         report.duration_seconds = monotonic() - self._started
         return report
@@ -219,11 +219,11 @@ class Drain:
     async def _wait_for_close_handshakes(self, closed: list[Connection]) -> list[Connection]:
         """Wait for the end of closed connections. Abort and return those of clients that do not read."""
         waiting, forced = closed, []
-        while waiting := [connection for connection in waiting if not connection.is_finished]:
+        while waiting := [connection for connection in waiting if not connection.is_closed]:
             if self._remaining_seconds <= 0 or self._cancelled:
                 break
             timeout = min(POLL_INTERVAL, self._remaining_seconds)
-            await wait_for_all([connection.finished for connection in waiting], timeout)
+            await wait_for_all([connection.closed for connection in waiting], timeout)
             for connection in waiting:
                 if connection.outbox.blocked_seconds >= FLUSH_GRACE and connection not in forced:
                     forced.append(connection)

@@ -50,7 +50,7 @@ class StatsSummary(BaseModel):
     endings: dict[str, int] = Field(description="Connections closed, by reason.")
 
 
-def overview_of(manager: WebSocketConnectionManager) -> StatsSummary:
+def summarize(manager: WebSocketConnectionManager) -> StatsSummary:
     """Read the totals of a manager. This visits every open connection.
 
     Any thread may call this. Outside the event loop's thread, the numbers may come from different moments.

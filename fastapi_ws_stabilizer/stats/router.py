@@ -18,7 +18,7 @@ from fastapi_ws_stabilizer.dependencies import find_manager
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.shutdown.drain import ShutdownReport
 from fastapi_ws_stabilizer.socket import StableSocket
-from fastapi_ws_stabilizer.stats.models import StatsSummary, overview_of
+from fastapi_ws_stabilizer.stats.models import StatsSummary, summarize
 
 EXPORTER: Final = "fastapi_ws_stabilizer.stats.prometheus"
 
@@ -69,7 +69,7 @@ stats_router: APIRouter = APIRouter(tags=["websocket stats"])
 @stats_router.get("/", summary="Totals")
 async def overview(manager: Manager) -> StatsSummary:
     """Return the current totals of the manager, and its counters since it was created."""
-    return overview_of(manager)
+    return summarize(manager)
 
 
 @stats_router.get("/connections", summary="Open connections")

@@ -35,10 +35,10 @@ def inflate(packed: bytes, limit: int) -> bytes:
     return data
 
 
-def inflated_start(packed: bytes, most: int) -> bytes:
+def inflated_start(packed: bytes, max_bytes: int) -> bytes:
     """Return the first bytes of a separately compressed message, or `b""` if it is invalid."""
     try:
-        return zlib.decompressobj(wbits=-zlib.MAX_WBITS).decompress(packed, most)
+        return zlib.decompressobj(wbits=-zlib.MAX_WBITS).decompress(packed, max_bytes)
     except zlib.error:
         return b""
 

@@ -22,9 +22,9 @@ _CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 allowed, because some emoji contain invisible joiners."""
 
 
-def sendable(text: object, most: int) -> str:
-    """Return at most `most` characters of a text. Lone surrogates become question marks."""
-    return str(text)[:most].encode("utf-8", "replace").decode("utf-8")
+def sendable(text: object, max_chars: int) -> str:
+    """Return at most `max_chars` characters of a text. Lone surrogates become question marks."""
+    return str(text)[:max_chars].encode("utf-8", "replace").decode("utf-8")
 
 
 def is_name(text: str) -> bool:

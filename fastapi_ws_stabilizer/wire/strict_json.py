@@ -156,14 +156,14 @@ def _is_shallow(text: bytes) -> bool:
     return False
 
 
-def _is_plain(value: Any, most: int) -> bool:
-    """Return whether an object or a list is within the limits, judged by at most `most` values."""
+def _is_plain(value: Any, max_values: int) -> bool:
+    """Return whether an object or a list is within the limits, judged by at most `max_values` values."""
     if value.__class__ is not dict and value.__class__ is not list:
         return False
     containers: list[Any] = [value]
     for container in containers:
-        most -= len(container)
-        if most < 0 or len(containers) > MAX_DEPTH:
+        max_values -= len(container)
+        if max_values < 0 or len(containers) > MAX_DEPTH:
             return False
         for one in container.values() if container.__class__ is dict else container:
             kind = one.__class__

@@ -150,7 +150,7 @@ async def test_large_message_to_python_client_arrives_on_slow_link(serve: Serve,
             await asyncio.to_thread(server.post, f"/broadcast?count=1&size={size}")
             message = await asyncio.wait_for(anext(client), 8)
             assert len(message.data) == size
-            assert client.dials == 1
+            assert client.attempts == 1
 
 
 @pytest.mark.parametrize("kind", UVICORN)
@@ -160,7 +160,7 @@ async def test_large_message_of_python_client_arrives_on_slow_link(serve: Serve,
     async with slow_link(server.port, 200_000, upload=True) as port:
         async with connect(f"ws://127.0.0.1:{port}/idle/slow", compression=None, probe_timeout=0.5) as client:
             await asyncio.wait_for(client.send("x" * 800_000), 8)
-            assert client.dials == 1
+            assert client.attempts == 1
 
 
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
@@ -174,10 +174,10 @@ async def test_message_interrupted_twice_is_skipped_and_reported(serve: Serve, k
             await asyncio.to_thread(server.post, "/broadcast?count=1&size=2000000")
             await asyncio.to_thread(server.post, "/send/ann?text=behind")
             for _ in range(2):
-                dials = client.dials
+                dials = client.attempts
                 await asyncio.sleep(0.5)  # a part has arrived, and the rest takes 10 s
                 client.reconnect()
-                await until(lambda dials=dials: client.dials > dials and client.state == "open")
+                await until(lambda dials=dials: client.attempts > dials and client.state == "open")
             message = await asyncio.wait_for(anext(client), 5)
     assert message.data == "behind"
     assert gaps == [Gap(False, "unfinished", 1, 1)]

@@ -68,7 +68,7 @@ async def test_law_1_old_connection_teardown_spares_newer_one(manager_with: Any)
     old = await manager.connect("ann", await old_server.accepted())
     new = await manager.connect("ann", await new_server.accepted())
     old_server.feed_disconnect(1001)
-    await with_deadline(old._connection.finished)
+    await with_deadline(old._connection.closed)
     await with_deadline(old.close())
     assert manager.get_sockets("ann") == [new]
     assert new.close_info is None
@@ -121,7 +121,7 @@ async def test_law_4_every_local_close_sends_its_table_code(bench: Any) -> None:
         b = bench()
         connection, _ = await b.open()
         connection.close(reason)
-        await with_deadline(connection.finished)
+        await with_deadline(connection.closed)
         assert b.server.close_frames == [(CLOSE_POLICIES[reason].code, CLOSE_POLICIES[reason].reason)]
 
 
@@ -131,7 +131,7 @@ async def test_law_4_normal_disconnect_logs_nothing_above_info(bench: Any) -> No
         b = bench()
         connection, _ = await b.open()
         b.server.feed_disconnect(code)
-        await with_deadline(connection.finished)
+        await with_deadline(connection.closed)
         assert max(report.level for report in b.heard.all) <= logging.INFO
 
 
@@ -150,7 +150,7 @@ async def test_law_5_unsent_and_unread_messages_are_reported(bench: Any) -> None
     await eventually(lambda: len(connection.inbox) == 1)
     connection.close(DisconnectReason.APPLICATION)
     connection.abort()
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert b.events.counters.messages_received == 1
     assert b.events.counters.messages_sent == 0
     assert b.events.counters.messages_discarded == 3
@@ -429,7 +429,7 @@ async def test_closed_connection_leaves_no_entry(manager_with: Any) -> None:
     sockets[4]._connection.close(DisconnectReason.HEARTBEAT_TIMEOUT)
     sockets[5]._connection.on_send_stalled()
     for socket in sockets:
-        await with_deadline(asyncio.shield(socket._connection.finished))
+        await with_deadline(asyncio.shield(socket._connection.closed))
     node = manager._node
     await eventually(lambda: len(node._tasks) == 0)
     assert manager.get_connection_count() == 0

@@ -230,9 +230,9 @@ def test_unsupported_platform_is_rejected_with_reason(name: str) -> None:
         with pytest.raises(UnsupportedPlatformError) as caught:
             WebSocketConfig.for_platform(*path)
         assert caught.value.name == name
-        assert caught.value.refusal == PLATFORMS[name].unsupported_reason
+        assert caught.value.unsupported_reason == PLATFORMS[name].unsupported_reason
         assert name in str(caught.value)
-        assert caught.value.refusal in str(caught.value)
+        assert caught.value.unsupported_reason in str(caught.value)
 
 
 def test_unsupported_platforms_match_documentation() -> None:

@@ -233,7 +233,7 @@ def test_room_outlives_loop_it_was_created_on() -> None:
         await server.until(lambda: server.data == ["hi"])
         there = [len(room) for room in rooms]
         await rooms[0].disconnect()
-        await with_deadline(ann._connection.finished)
+        await with_deadline(ann._connection.closed)
         return there
 
     assert [run(once()), run(once())] == [[1], [1, 1]]

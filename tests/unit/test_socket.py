@@ -308,7 +308,7 @@ async def test_cancelled_close_still_closes(bench: Any) -> None:
     closing.cancel()
     await settle()
     b.server.release()
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert closing.cancelled()
     assert b.server.close_frames == [(1000, "")]
 
@@ -320,5 +320,5 @@ async def test_close_of_stalled_client_returns_after_send_timeout(bench: Any) ->
     b.server.block()
     await socket.send("stuck")
     await with_deadline(socket.close())
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert b.server.close_frames == []

@@ -66,8 +66,8 @@ class WholeMessageDeflate(PerMessageDeflate):
         data = b""
         while True:
             # One byte more than the limit reveals an excess; 0 would mean no limit.
-            most = 0 if max_size is None else max_size - len(data) + 1
-            inflated: bytes = self.inflater.decompress(compressed, most)
+            max_bytes = 0 if max_size is None else max_size - len(data) + 1
+            inflated: bytes = self.inflater.decompress(compressed, max_bytes)
             data += inflated
             if max_size is not None and len(data) > max_size:
                 raise PayloadTooBig(None, max_size)

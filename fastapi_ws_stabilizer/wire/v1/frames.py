@@ -193,9 +193,9 @@ def deflated(text: str) -> bytes | None:
     return packed if len(packed) < len(payload) else None
 
 
-def is_longer(raw: str | bytes, most: int) -> bool:
-    """Return whether a frame has more than `most` bytes. Text counts as UTF-8."""
-    return len(raw) > most or (isinstance(raw, str) and len(raw.encode("utf-8", "replace")) > most)
+def is_longer(raw: str | bytes, max_bytes: int) -> bool:
+    """Return whether a frame has more than `max_bytes` bytes. Text counts as UTF-8."""
+    return len(raw) > max_bytes or (isinstance(raw, str) and len(raw.encode("utf-8", "replace")) > max_bytes)
 
 
 def _parse_binary(raw: bytes) -> dict[str, Any]:
@@ -248,15 +248,15 @@ def optional_int(frame: dict[str, Any], name: str, *, least: int = 0) -> int | N
     return None if frame.get(name) is None else require_int(frame, name, least=least)
 
 
-def optional_text(frame: dict[str, Any], name: str, most: int = MAX_NAME_CHARS) -> str | None:
+def optional_text(frame: dict[str, Any], name: str, max_chars: int = MAX_NAME_CHARS) -> str | None:
     """Return an optional text field; `None` if it is missing.
 
     Raises:
         ProtocolError: The field is not a string, or is too long.
     """
     value = frame.get(name)
-    if value is not None and not (isinstance(value, str) and len(value) <= most):
-        raise ProtocolError(f"{frame.get('type')}: {name} must be a string of at most {most} characters")
+    if value is not None and not (isinstance(value, str) and len(value) <= max_chars):
+        raise ProtocolError(f"{frame.get('type')}: {name} must be a string of at most {max_chars} characters")
     return value
 
 

@@ -296,7 +296,7 @@ def test_invalid_tokens_use_no_memory() -> None:
             tokens.consume(token_of(bogus))
     assert len(tokens) == 0
     assert len(tokens._used) == len(tokens._revoked) == 0
-    assert vars(tokens).keys() == {"_keys", "_ttl_ms", "_used", "_revoked", "_floor", "_latest"}
+    assert vars(tokens).keys() == {"_keys", "_ttl_ms", "_used", "_revoked", "_issued_after", "_latest"}
 
 
 def test_oversized_token_is_rejected_undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -489,7 +489,7 @@ def test_repeated_revocation_uses_one_entry(clock: WallClock, monkeypatch: pytes
         tokens.revoke(client_id)
         clock.now += 1
     assert list(tokens._revoked) == ["bob", "ann"]
-    assert tokens._floor == -1
+    assert tokens._issued_after == -1
 
 
 async def test_logs_and_reprs_contain_no_token_or_secret(caplog: pytest.LogCaptureFixture) -> None:

@@ -47,7 +47,7 @@ async def test_client_is_open_after_hello_and_welcome() -> None:
     """The first frame has the number of the attempt and the instance, and the welcome is acknowledged at once."""
     async with Scene() as scene:
         hello = scene.link.hello
-        assert hello == {"type": "hello", "v": 1, "n": 1, "client": scene.client.instance, "caps": ["retry"]}
+        assert hello == {"type": "hello", "v": 1, "n": 1, "client": scene.client.instance_id, "caps": ["retry"]}
         assert scene.offers == [("ws://server/ws", [SUBPROTOCOL])]
         assert scene.client.state == "connecting"
         await scene.opened(seq=5)
@@ -142,7 +142,7 @@ async def test_messages_wait_for_welcome() -> None:
         assert [frame["type"] for frame in scene.link.sent] == ["hello"]
         await scene.opened()
         assert [frame["type"] for frame in scene.link.sent] == ["hello", "ack", "msg"]
-        assert scene.client.last == 0
+        assert scene.client.last_seq == 0
 
 
 @virtually
@@ -314,7 +314,7 @@ async def test_full_resume_at_wrong_number_is_rejected() -> None:
         await link.welcome("full", seq=7)
         assert link.closed is not None
         assert link.closed[0] == 4412
-        assert scene.client.last == 1
+        assert scene.client.last_seq == 1
 
 
 @virtually
@@ -496,7 +496,7 @@ async def test_received_volatile_message_is_not_acked() -> None:
         await scene.opened()
         await scene.link.say({"type": "msg", "volatile": True, "data": 1}, {"type": "ping", "seq": 0})
         assert (await anext(scene.client)).data == 1
-        assert scene.client.last == 0
+        assert scene.client.last_seq == 0
         assert scene.link.of("pong") == [{"type": "pong", "ack": 0}]
 
 
@@ -637,7 +637,7 @@ async def test_request_returns_answer_or_raises_error() -> None:
         assert await first == 3
         with pytest.raises(RequestError, match="no: never"):
             await second
-        assert scene.client.last == 3
+        assert scene.client.last_seq == 3
 
 
 @virtually
@@ -679,7 +679,7 @@ async def test_late_answer_is_ignored() -> None:
         with pytest.raises(RequestTimeoutError):
             await scene.client.request("slow", timeout=1.0)
         await scene.link.say({"type": "reply", "re": "c1", "data": 3})
-        assert (scene.client.state, scene.client.last) == ("open", 1)
+        assert (scene.client.state, scene.client.last_seq) == ("open", 1)
 
 
 @virtually
@@ -1112,7 +1112,7 @@ async def test_message_interrupted_twice_becomes_gap() -> None:
         assert third.hello["resume"]["seq"] == 2
         await third.welcome("full", seq=2)
         await third.say({"type": "msg", "data": "third"})
-        assert scene.client.last == 3
+        assert scene.client.last_seq == 3
         assert scene.of("gap") == [Gap(False, "unfinished", 2, 2)]
 
 
@@ -1135,7 +1135,7 @@ async def test_interrupted_volatile_message_skips_no_number(between: str) -> Non
             else:
                 await asyncio.sleep(1.1)
         await scene.link.say({"type": "msg", "data": "second"})
-        assert (scene.client.last, scene.of("gap")) == (2, [])
+        assert (scene.client.last_seq, scene.of("gap")) == (2, [])
 
 
 @virtually
@@ -1186,7 +1186,7 @@ async def test_unread_messages_do_not_count_as_interrupted(monkeypatch: pytest.M
     async with Scene() as scene:
         for dial in range(1, 4):
             link = await scene.redialled(dial)
-            await link.welcome("none" if dial == 1 else "full", seq=scene.client.last)
+            await link.welcome("none" if dial == 1 else "full", seq=scene.client.last_seq)
             if dial == 1:
                 reader = SlowReader(scene, monkeypatch)
                 await reader.send_to_handler(3)
@@ -1328,7 +1328,7 @@ async def test_frames_of_old_connection_are_ignored() -> None:
         await scene.link.welcome("full")
         await old.say({"type": "msg", "data": 1}, {"type": "ping", "seq": 99})
         await old.closes(4410)
-        assert (scene.client.state, scene.client.last, len(scene.links)) == ("open", 0, 2)
+        assert (scene.client.state, scene.client.last_seq, len(scene.links)) == ("open", 0, 2)
 
 
 # ── drain ──

@@ -53,7 +53,7 @@ async def test_first_close_info_wins(bench: Any) -> None:
     connection.on_connection_lost(OSError("gone"))
     connection.on_peer_close(remote_close(1001, None, close_frame=True))
     b.server.feed_disconnect(1001)
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert connection.close_info.cause is DisconnectReason.HEARTBEAT_TIMEOUT
     assert b.server.close_frames == [(4408, "heartbeat timeout")]
     assert b.left == [connection]
@@ -66,7 +66,7 @@ async def test_close_event_has_cause_code_reason_and_duration(bench: Any) -> Non
     b = bench()
     connection, _ = await b.open()
     b.server.feed_disconnect(4000, "see you")
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     (report,) = b.heard.of("connection_ended")
     fields = dict(report.fields)
     assert fields.pop("seconds") >= 0
@@ -99,7 +99,7 @@ async def test_close_policy_decides_flush_or_discard(bench: Any, reason: Disconn
     for number in range(3):
         assert connection.enqueue(encode(str(number)))
     connection.close(reason)
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert b.server.data == (["0", "1", "2"] if flushed else [])
     assert len(b.server.close_frames) == 1
     assert b.events.counters.messages_discarded == (0 if flushed else 3)
@@ -112,7 +112,7 @@ async def test_messages_received_before_disconnect_can_be_read(bench: Any) -> No
     connection, _ = await b.open()
     b.server.feed_text("1", "2")
     b.server.feed_disconnect(1001)
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert [await connection.receive(), await connection.receive()] == ["1", "2"]
     with pytest.raises(SocketClosed) as caught:
         await connection.receive()
@@ -126,7 +126,7 @@ async def test_local_close_counts_unread_messages(bench: Any) -> None:
     b.server.feed_text("1", "2")
     await eventually(lambda: len(connection.inbox) == 2)
     connection.close(DisconnectReason.APPLICATION)
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert b.events.counters.messages_discarded == 2
     assert b.heard.of("messages_discarded")[0].fields["count"] == 2
 
@@ -148,7 +148,7 @@ async def test_close_wakes_senders_and_readers_at_once(bench: Any) -> None:
         with pytest.raises(SocketClosed):
             await with_deadline(task)
     assert await with_deadline(waiter) == connection.close_info
-    assert not connection.finished.done()
+    assert not connection.closed.done()
 
 
 async def test_full_outbox_disconnects_slow_consumer(bench: Any) -> None:
@@ -168,7 +168,7 @@ async def test_full_outbox_disconnects_slow_consumer(bench: Any) -> None:
     assert connection.close_info.cause is DisconnectReason.SLOW_CONSUMER
     assert not connection.enqueue(encode("4"))
     b.server.release()
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert b.server.close_frames == [(4507, "slow consumer")]
 
 
@@ -179,7 +179,7 @@ async def test_stalled_send_closes_and_aborts_transport(bench: Any) -> None:
     connection, _ = await b.open()
     b.server.block()
     connection.enqueue(encode("stuck"))
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert connection.close_info.cause is DisconnectReason.SLOW_CONSUMER
     assert aborted
     (report,) = b.heard.of("send_stuck")
@@ -212,7 +212,7 @@ async def test_stalled_close_frame_does_not_block_teardown(bench: Any) -> None:
     connection, _ = await b.open()
     b.server.block()
     connection.close(DisconnectReason.APPLICATION)
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert aborted
     assert b.heard.of("send_stuck") == []
 
@@ -225,7 +225,7 @@ async def test_failed_send_waits_for_disconnect_event(bench: Any) -> None:
     connection.enqueue(encode("late"))
     await b.server.until(lambda: len(b.server.offered) == 2)
     b.server.feed_disconnect(1001, "going away")
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert (connection.close_info.cause, connection.close_info.code) == (DisconnectReason.CLIENT_CLOSE, 1001)
 
 
@@ -236,7 +236,7 @@ async def test_failed_send_without_event_is_lost_connection(bench: Any, monkeypa
     connection, _ = await b.open()
     b.server.fail(OSError("broken pipe"))
     connection.enqueue(encode("late"))
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert (connection.close_info.cause, connection.close_info.code) == (DisconnectReason.NETWORK_LOST, 1006)
     assert b.task_failures == []
 
@@ -250,7 +250,7 @@ async def test_failed_flush_counts_unsent_messages(bench: Any, monkeypatch: pyte
     for number in range(3):
         connection.enqueue(encode(str(number)))
     connection.close(DisconnectReason.SERVER_SHUTDOWN)
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert b.events.counters.messages_sent == 0
     assert b.events.counters.messages_discarded == 3
     assert (len(connection.outbox), connection.outbox.held_bytes) == (0, 0)
@@ -265,7 +265,7 @@ async def test_message_and_disconnect_in_one_iteration_close_at_once(bench: Any)
     connection.enqueue(encode("too late"))
     connection.on_peer_close(remote_close(1001, None, close_frame=True))
     await asyncio.wait_for(socket.close(), 1.0)
-    await asyncio.wait_for(asyncio.shield(connection.finished), 1.0)
+    await asyncio.wait_for(asyncio.shield(connection.closed), 1.0)
     assert b.events.counters.messages_discarded == 1
 
 
@@ -341,7 +341,7 @@ async def test_websocket_close_closes_connection(bench: Any) -> None:
     connection, _ = await b.open()
     await b.server.websocket.send_text("last")
     await b.server.websocket.close(4001, "bye")
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert connection.close_info.cause is DisconnectReason.APPLICATION
     assert b.server.data == ["last"]
     assert b.server.close_frames == [(4001, "bye")]
@@ -353,7 +353,7 @@ async def test_websocket_close_after_close_is_silent(bench: Any, code: int) -> N
     b = bench()
     connection, _ = await b.open()
     b.server.feed_disconnect(1006)
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     await b.server.websocket.close(code)
     assert connection.close_info.code == 1006
     assert b.server.close_frames == []
@@ -364,7 +364,7 @@ async def test_websocket_send_after_close_raises_disconnect(bench: Any) -> None:
     b = bench()
     connection, _ = await b.open()
     b.server.feed_disconnect(1001)
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     with pytest.raises(WebSocketDisconnect):
         await b.server.websocket.send_text("late")
 
@@ -388,7 +388,7 @@ async def test_disconnect_hooks_run_once_with_cause(bench: Any) -> None:
     connection.close(DisconnectReason.REPLACED)
     connection.close(DisconnectReason.APPLICATION)
     b.server.feed_disconnect()
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert b.disconnected == [DisconnectReason.REPLACED]
 
 
@@ -397,7 +397,7 @@ async def test_disconnect_hooks_require_connect_hooks(bench: Any) -> None:
     b = bench()
     connection, _ = await b.open()
     connection.close(DisconnectReason.REPLACED)
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert b.disconnected == []
 
 
@@ -415,7 +415,7 @@ async def test_disconnect_hooks_wait_for_running_handlers(bench: Any) -> None:
             pass
         await settle()
         assert b.disconnected == []
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert b.disconnected == [DisconnectReason.CLIENT_CLOSE]
 
 
@@ -438,7 +438,7 @@ async def test_endpoint_is_cancelled_after_disconnect_grace(bench: Any) -> None:
     await settle()
     assert events == []
     await with_deadline(task)
-    await with_deadline(b.connection.finished)
+    await with_deadline(b.connection.closed)
     assert events == ["cancelled, ours: True"]
     assert len(b.heard.of("endpoint_cancelled")) == 1
 
@@ -452,7 +452,7 @@ async def test_endpoint_returning_within_grace_is_not_cancelled(bench: Any) -> N
         await b.connection.wait_closing()
         await asyncio.sleep(0)
         b.connection.endpoint.mark_returned()
-        await b.connection.finished
+        await b.connection.closed
         return "finished"
 
     task = asyncio.ensure_future(endpoint())
@@ -486,7 +486,7 @@ async def test_busy_handler_is_cancelled_after_disconnect_grace(bench: Any) -> N
     await eventually(lambda: b.heard.of("connection_opened"))
     b.server.feed_disconnect()
     await with_deadline(task)
-    await with_deadline(b.connection.finished)
+    await with_deadline(b.connection.closed)
     assert order == ["cancelled", "hook"]
 
 
@@ -505,7 +505,7 @@ async def test_disconnect_hooks_share_endpoint_context(bench: Any) -> None:
     variable.reset(token)
     connection.disconnect_hooks_pending = True
     connection.close(DisconnectReason.APPLICATION)
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert seen == ["endpoint"]
 
 
@@ -519,7 +519,7 @@ async def test_closed_connection_leaves_no_task_or_timer(bench: Any) -> None:
     socket.create_task(asyncio.Event().wait())
     await socket.send("hi")
     await socket.close()
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     await eventually(lambda: len(b.tasks) == 0)
     assert asyncio.all_tasks() == {asyncio.current_task()}
     assert len([timer for timer in loop._scheduled if not timer.cancelled()]) == before  # type: ignore[attr-defined]
@@ -537,7 +537,7 @@ async def test_connection_task_is_cancelled_on_close(bench: Any) -> None:
     assert named.get_name() == "ticker"
     assert connection.connection_id in unnamed.get_name()
     b.server.feed_disconnect()
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert named.cancelled()
     assert unnamed.cancelled()
     assert b.task_failures == []
@@ -553,7 +553,7 @@ async def test_connection_task_error_is_reported_and_closes_1011(bench: Any) -> 
         raise error
 
     socket.create_task(fail())
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert b.server.close_frames == [(1011, "internal error")]
     assert [report.error for report in b.heard.of("tied_task_failed")] == [error]
     assert b.failed == [error]
@@ -583,7 +583,7 @@ async def test_socket_closed_in_connection_task_is_no_bug(bench: Any) -> None:
 
     socket.create_task(work())
     b.server.feed_disconnect()
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert b.failed == []
     assert max(report.level for report in b.heard.all) < logging.ERROR
 
@@ -595,7 +595,7 @@ async def test_create_task_after_close_raises(bench: Any) -> None:
     connection.close(DisconnectReason.APPLICATION)
     with pytest.raises(SocketClosed):
         socket.create_task(asyncio.Event().wait())
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert b.task_failures == []
 
 
@@ -631,6 +631,6 @@ async def test_random_closes_during_sends_finish_every_connection(bench: Any) ->
             socket.create_task(send())
         await settle(number % 5)
         endings[number % len(endings)](b)
-        await with_deadline(connection.finished)
+        await with_deadline(connection.closed)
         assert b.task_failures == []
         assert b.failed == []

@@ -401,8 +401,8 @@ async def test_failing_server_close_does_not_block_teardown(linked: Any, reason:
 
     b.server.close = refuse
     b.connection.close(reason)
-    await asyncio.wait({b.connection.finished}, timeout=5)
-    assert b.connection.is_finished
+    await asyncio.wait({b.connection.closed}, timeout=5)
+    assert b.connection.is_closed
 
 
 async def test_full_transport_with_empty_queue_is_watched(linked: Any) -> None:

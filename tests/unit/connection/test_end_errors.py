@@ -22,7 +22,7 @@ async def ended(bench: Any, **options: Any) -> Any:
     b = bench(**options)
     await b.open()
     b.connection.close(DisconnectReason.APPLICATION)
-    await with_deadline(b.connection.finished)
+    await with_deadline(b.connection.closed)
     return b
 
 
@@ -173,7 +173,7 @@ async def test_closed_websocket_reads_unread_then_raises_disconnect(bench: Any) 
     await b.open()
     b.server.feed_text("1", "2")
     b.server.feed_disconnect(1001)
-    await with_deadline(b.connection.finished)
+    await with_deadline(b.connection.closed)
     websocket = b.connection.websocket
     assert isinstance(websocket, WebSocket)
     assert websocket.client_state is WebSocketState.CONNECTED
@@ -199,6 +199,6 @@ async def test_closed_websocket_keeps_application_class(bench: Any) -> None:
     await b.open(accept=False)
     b.connection.open()
     b.connection.close(DisconnectReason.APPLICATION)
-    await with_deadline(b.connection.finished)
+    await with_deadline(b.connection.closed)
     assert isinstance(b.connection.websocket, Own)
     assert b.connection.websocket.client_state is WebSocketState.DISCONNECTED

@@ -99,7 +99,7 @@ async def test_message_over_max_size_closes_1009_undelivered(bench: Any, message
         b.server.feed_text(message)
     else:
         b.server.feed_bytes(message)
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert b.server.close_frames == [(1009, "message over 10 bytes")]
     assert connection.close_info.cause is DisconnectReason.MESSAGE_TOO_BIG
     assert b.events.counters.messages_received == 0
@@ -153,7 +153,7 @@ async def test_connection_can_close_during_read_pause(bench: Any) -> None:
     b.server.feed_text("1", "2")
     await eventually(lambda: connection.reading_paused)
     connection.close(DisconnectReason.SERVER_SHUTDOWN)
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert await connection.receive() == "1"
     assert b.server.close_frames == [(1012, "server shutdown")]
 
@@ -198,7 +198,7 @@ async def test_close_during_read_pause_counts_discarded_messages(bench: Any, cod
     if handled:
         assert await with_deadline(connection.receive()) == "1"
     connection.endpoint.mark_returned()
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert b.events.counters.messages_discarded + handled == b.events.counters.messages_received == 3
 
 
@@ -207,7 +207,7 @@ async def test_inbox_overflow_close_closes_with_1013(bench: Any) -> None:
     b = bench(inbox_max_messages=2, inbox_overflow="close")
     connection, _ = await b.open()
     b.server.feed_text("1", "2", "3")
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert b.server.close_frames == [(1013, "inbox full")]
     assert b.events.counters.messages_discarded == 3
 
@@ -240,7 +240,7 @@ async def test_disconnect_event_decides_close_info(
     b = bench()
     connection, _ = await b.open()
     b.server.feed_disconnect(code, reason)
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert (connection.close_info.cause, connection.close_info.code) == (expected, seen)
     assert connection.close_info.by_peer
     assert b.server.close_frames == []
@@ -251,7 +251,7 @@ async def test_failing_receive_is_lost_connection(bench: Any) -> None:
     b = bench()
     connection, _ = await b.open()
     b.server.feed(RuntimeError("stream closed"))
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert (connection.close_info.cause, connection.close_info.code) == (DisconnectReason.NETWORK_LOST, 1006)
     assert b.heard.of("connection_lost")[0].fields["cause"] == "RuntimeError('stream closed')"
     assert max(report.level for report in b.heard.all) < 30
@@ -274,7 +274,7 @@ async def test_pump_bug_is_reported_and_closes_connection(bench: Any, monkeypatc
     connection, _ = await b.open()
     monkeypatch.setattr(type(connection.inbox), "put", lambda self, message: 1 / 0)
     b.server.feed_text("hello")
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert connection.close_info.cause is DisconnectReason.NETWORK_LOST
     assert [type(report.error) for report in b.heard.of("internal_task_failed")] == [ZeroDivisionError]
 
@@ -328,7 +328,7 @@ async def test_pump_closes_hanging_endpoint_after_pause_timeout(bench: Any, monk
     b.server.feed_text("first")
     await with_deadline(connection.receive())
     b.server.feed_text("1", "2")
-    await with_deadline(connection.finished)
+    await with_deadline(connection.closed)
     assert b.server.close_frames == [(1013, "messages are not read")]
 
 

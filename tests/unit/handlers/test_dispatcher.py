@@ -176,7 +176,7 @@ async def test_bad_messages_over_limit_close_with_1008(bench: Any) -> None:
     run = Run(b, handlers)
     b.server.feed_text("1", "2", "3", "4")
     await with_deadline(run.task)
-    await with_deadline(b.connection.finished)
+    await with_deadline(b.connection.closed)
     assert [reply["code"] for reply in b.server.json] == ["no_type", "no_type"]
     assert b.server.close_frames == [(1008, "too many bad messages")]
     assert b.connection.close_info.cause is DisconnectReason.POLICY

@@ -15,7 +15,7 @@ from fastapi import HTTPException
 from fastapi_ws_stabilizer.handshake import client_id as identity_module
 from fastapi_ws_stabilizer.handshake.client_id import (
     MAX_TERM,
-    client_id_from,
+    client_id_from_identity,
     client_id_from_request,
     fresh_client_id,
     seconds_until_expiry,
@@ -80,12 +80,12 @@ def test_fresh_client_ids_are_unique() -> None:
 )
 def test_simple_identity_is_its_own_client_id(identity: Any, expected: str) -> None:
     """Identities of type `str`, `int` and `UUID` need no key."""
-    assert client_id_from(identity, None) == expected
+    assert client_id_from_identity(identity, None) == expected
 
 
 def test_key_selects_client_id_from_identity() -> None:
     """With a key any object can be the identity."""
-    assert client_id_from(SimpleNamespace(id=7), lambda user: user.id) == "7"
+    assert client_id_from_identity(SimpleNamespace(id=7), lambda user: user.id) == "7"
 
 
 INVALID_NAMES = ["\ud800", "a\nb", "x" * 257, "\x1b[2J", "a\u2028b", 10**300]
@@ -96,7 +96,7 @@ def test_invalid_identity_name_is_rejected_with_401(identity: Any) -> None:
     """A client id from a credential follows the rules of all client ids, with or without a key; else it gets 401."""
     for value, key in ((identity, None), (SimpleNamespace(id=identity), lambda user: user.id)):
         with pytest.raises(HTTPException) as rejected:
-            client_id_from(value, key)
+            client_id_from_identity(value, key)
         assert (rejected.value.status_code, "at most 256 characters" in rejected.value.detail) == (401, True)
 
 
@@ -104,14 +104,14 @@ def test_invalid_identity_name_is_rejected_with_401(identity: Any) -> None:
 def test_unsupported_identity_raises_type_error(identity: Any) -> None:
     """An identity without a key is a non-empty `str`, an `int` or a `UUID`, and any other value raises."""
     with pytest.raises(TypeError, match=r"key=lambda identity: identity\.id"):
-        client_id_from(identity, None)
+        client_id_from_identity(identity, None)
 
 
 @pytest.mark.parametrize("chosen", [None, True, "", object()], ids=["None", "True", "empty", "object"])
 def test_unsupported_key_result_raises_type_error(chosen: Any) -> None:
     """The result of a key is checked like an identity."""
     with pytest.raises(TypeError, match=r"the key of manager\.socket_for"):
-        client_id_from("ann", lambda _: chosen)
+        client_id_from_identity("ann", lambda _: chosen)
 
 
 # ── expiry ──

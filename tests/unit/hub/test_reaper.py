@@ -74,7 +74,7 @@ async def test_reconnects_after_max_lifetime_lose_no_message() -> None:
             await client.send(number, event="note")
             await asyncio.sleep(1)
         assert world.notes == list(range(200))
-        assert 8 <= client.dials <= 14
+        assert 8 <= client.attempts <= 14
         assert set(world.outcomes[1:]) == {"full"}
         assert world.gaps == []
 
@@ -83,7 +83,7 @@ async def test_reconnects_after_max_lifetime_lose_no_message() -> None:
 async def test_client_closing_after_drain_has_cause_lifetime() -> None:
     """A client that closes because of `max_lifetime` has the cause `lifetime` in hooks and counters."""
     async with World(max_lifetime=20) as world, world.client() as client:
-        while client.dials < 3:
+        while client.attempts < 3:
             await asyncio.sleep(1)
         gone = [event for event in world.events if event.startswith("disconnect")]
         assert gone[:2] == ["disconnect ann lifetime"] * 2

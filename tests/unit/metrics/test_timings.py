@@ -46,9 +46,9 @@ async def test_failed_or_cancelled_call_is_timed(error: BaseException | None, mo
 
     one = Histogram(BOUNDS)
     if error is None:
-        assert await one.around(work()) == "done"
+        assert await one.measure(work()) == "done"
     else:
         with pytest.raises(type(error)):
-            await one.around(work())
+            await one.measure(work())
     assert list(one.buckets()) == [(0.1, 0), (0.5, 1), (2.0, 1), (math.inf, 1)]
     assert one.total == pytest.approx(0.3)

@@ -131,7 +131,7 @@ def test_trusted_proxies_as_string_raise() -> None:
 @pytest.mark.parametrize("trusted", [[], ["10.0.0.0/8"], ["unix"]], ids=str)
 def test_forwarded_for_of_untrusted_peer_is_ignored(trusted: list[str]) -> None:
     """X-Forwarded-For of an untrusted peer is ignored."""
-    assert TrustedProxies(trusted).client_of("203.0.113.9", ["192.0.2.1"]) == "203.0.113.9"
+    assert TrustedProxies(trusted).client_address("203.0.113.9", ["192.0.2.1"]) == "203.0.113.9"
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,8 @@ def test_forwarded_for_of_untrusted_peer_is_ignored(trusted: list[str]) -> None:
 )
 def test_peer_is_client_without_proxies(peer: str | None, client: str) -> None:
     """A peer that forwards nothing is the client, with its address normalized."""
-    assert TrustedProxies([]).client_of(peer, ["192.0.2.1"]) == client
-    assert TrustedProxies(["*"]).client_of(peer, []) == client
+    assert TrustedProxies([]).client_address(peer, ["192.0.2.1"]) == client
+    assert TrustedProxies(["*"]).client_address(peer, []) == client
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_peer_is_client_without_proxies(peer: str | None, client: str) -> None:
 )
 def test_rightmost_untrusted_address_is_client(forwarded_for: list[str], client: str) -> None:
     """The rightmost untrusted address over all headers is the client; if all are trusted, the leftmost is."""
-    assert TrustedProxies(["10.0.0.0/8"]).client_of("10.0.0.7", forwarded_for) == client
+    assert TrustedProxies(["10.0.0.0/8"]).client_address("10.0.0.7", forwarded_for) == client
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_rightmost_untrusted_address_is_client(forwarded_for: list[str], client:
 )
 def test_port_and_brackets_are_removed_from_address(entry: str, client: str) -> None:
     """Ports and brackets are removed from an address."""
-    assert TrustedProxies(["unix"]).client_of(None, [f"192.0.2.1, {entry}"]) == client
+    assert TrustedProxies(["unix"]).client_address(None, [f"192.0.2.1, {entry}"]) == client
 
 
 @pytest.mark.parametrize(
@@ -220,14 +220,14 @@ def test_port_and_brackets_are_removed_from_address(entry: str, client: str) -> 
 def test_invalid_forwarded_entry_ends_search(garbage: str) -> None:
     """An invalid entry ends the search: the last proxy before it is the client, and entries left of it do not count."""
     proxies = TrustedProxies(["10.0.0.0/8"])
-    assert proxies.client_of("10.0.0.7", [f"192.0.2.1, {garbage}, 10.0.0.8"]) == "10.0.0.8"
-    assert proxies.client_of("10.0.0.7", ["192.0.2.1", garbage]) == "10.0.0.7"
-    assert TrustedProxies(["unix"]).client_of(None, ["192.0.2.1", garbage]) == "unix"
+    assert proxies.client_address("10.0.0.7", [f"192.0.2.1, {garbage}, 10.0.0.8"]) == "10.0.0.8"
+    assert proxies.client_address("10.0.0.7", ["192.0.2.1", garbage]) == "10.0.0.7"
+    assert TrustedProxies(["unix"]).client_address(None, ["192.0.2.1", garbage]) == "unix"
 
 
 def test_asterisk_makes_leftmost_address_client() -> None:
     """With `"*"` the leftmost address is the client."""
-    assert TrustedProxies(["*"]).client_of("203.0.113.9", ["192.0.2.1, 10.0.0.8", "10.0.0.9"]) == "192.0.2.1"
+    assert TrustedProxies(["*"]).client_address("203.0.113.9", ["192.0.2.1, 10.0.0.8", "10.0.0.9"]) == "192.0.2.1"
 
 
 @pytest.mark.parametrize("split", [lambda hops: [", ".join(hops)], list], ids=["one header", "many headers"])
@@ -235,17 +235,17 @@ def test_forwarded_entries_are_searched_up_to_max_hops(split: object) -> None:
     """At most MAX_HOPS entries are read from the right, empty ones included."""
     proxies = TrustedProxies(["10.0.0.0/8"])
     hops = [f"10.0.1.{number}" for number in range(MAX_HOPS)]
-    assert proxies.client_of("10.0.0.7", split(["203.0.113.9", *hops[1:]])) == "203.0.113.9"  # type: ignore[operator]
-    assert proxies.client_of("10.0.0.7", split(["203.0.113.9", *hops])) == "10.0.1.0"  # type: ignore[operator]
+    assert proxies.client_address("10.0.0.7", split(["203.0.113.9", *hops[1:]])) == "203.0.113.9"  # type: ignore[operator]
+    assert proxies.client_address("10.0.0.7", split(["203.0.113.9", *hops])) == "10.0.1.0"  # type: ignore[operator]
     empty = ["203.0.113.9", *[""] * MAX_HOPS]
-    assert proxies.client_of("10.0.0.7", split(empty)) == "10.0.0.7"  # type: ignore[operator]
-    assert proxies.client_of("10.0.0.7", split(["203.0.113.9"] * 500_000)) == "203.0.113.9"  # type: ignore[operator]
+    assert proxies.client_address("10.0.0.7", split(empty)) == "10.0.0.7"  # type: ignore[operator]
+    assert proxies.client_address("10.0.0.7", split(["203.0.113.9"] * 500_000)) == "203.0.113.9"  # type: ignore[operator]
 
 
 @given(st.text(max_size=50), st.lists(st.text("10.:,[] afx%", max_size=30), max_size=3))
 def test_any_forwarded_header_yields_address_or_peer(peer: str, forwarded_for: Sequence[str]) -> None:
     """Any header gives an address or the peer, and raises nothing."""
-    client = TrustedProxies(["*"]).client_of(peer, forwarded_for)
+    client = TrustedProxies(["*"]).client_address(peer, forwarded_for)
     assert client in (peer, "unix") or str(ipaddress.ip_address(client)) == client
 
 

@@ -268,7 +268,7 @@ async def test_client_closed_4410_does_not_reconnect() -> None:
         with pytest.raises(ClientClosedError) as caught:
             await with_deadline(asking)
         await asyncio.sleep(60)
-        assert (caught.value.code, client.state, client.dials) == (4410, "closed", 1)
+        assert (caught.value.code, client.state, client.attempts) == (4410, "closed", 1)
 
 
 @virtually
@@ -416,7 +416,7 @@ async def test_credential_renewal_does_not_reconnect() -> None:
         given = iter(range(100))
         async with world.client(auth=lambda: f"credential {next(given)}") as client:
             await asyncio.sleep(35)
-            assert client.dials == 1
+            assert client.attempts == 1
             assert shown == [f"credential {number}" for number in range(5)]
 
 

@@ -184,7 +184,7 @@ async def test_two_clients_with_one_id_do_not_reconnect_forever() -> None:
         for client in clients:
             client.start()
         await asyncio.sleep(600)
-        assert sum(client.dials for client in clients) == 2
+        assert sum(client.attempts for client in clients) == 2
 
 
 @virtually

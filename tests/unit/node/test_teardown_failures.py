@@ -313,10 +313,10 @@ async def play(bomb: Bomb, kind: str, end: Callable[[Line], None], *, complete: 
         bomb.armed = True
         end(line)
         hits_later = bomb.armed
-        await asyncio.wait({connection.finished}, timeout=60)
+        await asyncio.wait({connection.closed}, timeout=60)
         bomb.armed = False
         await asyncio.wait({line.task}, timeout=60)
-        assert connection.is_finished, "the teardown did not reach its last step"
+        assert connection.is_closed, "the teardown did not reach its last step"
         assert line.task.done(), "the endpoint did not end"
         assert hits_later or bomb.hit
         assert [event for event in stage.events if event.startswith("disconnect ann")] == [

@@ -48,7 +48,7 @@ def test_repeated_request_gets_stored_answer() -> None:
     """A repeated request gets the stored answer, in any session."""
     seen, first, second = IdempotencyCache(), session_of(), session_of()
     seen.begin("ann", "k")
-    seen.handled(first, "k", {"sum": 3})
+    seen.complete(first, "k", {"sum": 3})
     known = seen.look("ann", "k")
     assert known is not None
     known.answer(second, AGAIN)
@@ -65,7 +65,7 @@ def test_repeat_during_handling_waits_for_same_answer() -> None:
     assert known is not None
     known.answer(session, AGAIN)
     assert replies(session) == []
-    seen.handled(session_of(), "k", 5)
+    seen.complete(session_of(), "k", 5)
     assert replies(session) == [{"type": "reply", "re": "c7", "data": 5}]
 
 
@@ -76,7 +76,7 @@ def test_message_without_id_gets_no_answer() -> None:
     known = seen.look("ann", "k")
     assert known is not None
     known.answer(session, Message(None, key="k"))
-    seen.handled(session, "k", 5)
+    seen.complete(session, "k", 5)
     known.answer(session, Message(None, key="k"))
     assert replies(session) == []
 
@@ -86,7 +86,7 @@ def test_repeat_of_unstorable_answer_gets_error(answer: object) -> None:
     """Answers that are too large, or cannot be JSON, are not stored; a repeat gets an error."""
     seen, session = IdempotencyCache(), session_of()
     seen.begin("ann", "k")
-    seen.handled(session, "k", answer)
+    seen.complete(session, "k", answer)
     known = seen.look("ann", "k")
     assert known is not None
     known.answer(session, AGAIN)
@@ -97,7 +97,7 @@ def test_answer_at_size_limit_is_stored() -> None:
     """The limit applies to the JSON of an answer, and is inclusive."""
     seen, session = IdempotencyCache(), session_of()
     seen.begin("ann", "k")
-    seen.handled(session, "k", "x" * (MAX_ANSWER_BYTES - 2))
+    seen.complete(session, "k", "x" * (MAX_ANSWER_BYTES - 2))
     known = seen.look("ann", "k")
     assert known is not None
     known.answer(session, AGAIN)
@@ -108,10 +108,10 @@ def test_key_of_failed_message_is_reusable() -> None:
     """The key of a message that failed is new again."""
     seen = IdempotencyCache()
     seen.begin("ann", "k")
-    seen.failed("ann", "k")
-    seen.failed("ann", "k")
+    seen.fail("ann", "k")
+    seen.fail("ann", "k")
     assert seen.look("ann", "k") is None
-    seen.handled(session_of(), "k", 1)
+    seen.complete(session_of(), "k", 1)
     assert len(seen) == 0
 
 
@@ -122,7 +122,7 @@ def test_repeat_of_failing_request_gets_error() -> None:
     known = seen.look("ann", "k")
     assert known is not None
     known.answer(session, AGAIN)
-    seen.failed("ann", "k")
+    seen.fail("ann", "k")
     assert [reply["error"]["code"] for reply in replies(session)] == ["not_handled"]
 
 

@@ -90,7 +90,7 @@ async def test_connections_are_closed_concurrently(bench: Any) -> None:
     await good.open()
     stalled.server.block()
     closing = asyncio.ensure_future(close_all([stalled.connection, good.connection], 5.0))
-    await with_deadline(good.connection.finished)
+    await with_deadline(good.connection.closed)
     assert good.server.close_frames == [(1012, "server shutdown")]
     assert not closing.done()
     stalled.server.release()
