@@ -45,7 +45,7 @@ from tests.support.wire_client import (
     request,
 )
 
-SECRET = "a-secret-that-nobody-guesses"
+SECRET = "a-secret-of-32-characters-or-more"
 PING = '{"type":"ping"}'
 
 

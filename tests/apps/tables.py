@@ -30,7 +30,7 @@ new_session = async_sessionmaker(engine)
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
     async with engine.begin() as connection:
-        await connection.execute(text("CREATE TABLE lines (room TEXT, who TEXT, line TEXT)"))
+        await connection.execute(text("CREATE TABLE lines (room TEXT, client TEXT, line TEXT)"))
     async with manager.lifespan(app) as state:
         yield state
     await engine.dispose()
@@ -73,8 +73,8 @@ async def say(ws: StableSocket, message: Say, database: AsyncSession) -> None:
     if message.room not in ws.rooms:
         await ws.send({"type": "refused"})
         return
-    values = {"room": message.room, "who": ws.client_id, "line": message.line}
-    await database.execute(text("INSERT INTO lines VALUES (:room, :who, :line)"), values)
+    values = {"room": message.room, "client": ws.client_id, "line": message.line}
+    await database.execute(text("INSERT INTO lines VALUES (:room, :client, :line)"), values)
     if message.line == "fail":
         raise RuntimeError("rolled back")
     await manager.room(message.room).send({"type": "said", "who": ws.client_id, "line": message.line})
@@ -88,13 +88,13 @@ async def typing(ws: StableSocket, message: Join) -> None:
 
 
 @manager.on_join
-async def came(room: Room, who: Presence) -> None:
-    await room.send({"type": "came", "who": who.client_id}, exclude=who.client_id, history=False)
+async def came(room: Room, presence: Presence) -> None:
+    await room.send({"type": "came", "who": presence.client_id}, exclude=presence.client_id, history=False)
 
 
 @manager.on_leave
-async def went(room: Room, who: Presence) -> None:
-    await room.send({"type": "went", "who": who.client_id}, history=False)
+async def went(room: Room, presence: Presence) -> None:
+    await room.send({"type": "went", "who": presence.client_id}, history=False)
 
 
 @app.post("/rooms/{name}/kick/{client_id}")

@@ -158,7 +158,7 @@ def test_ticker_pushes_and_http_route_reaches_client() -> None:
         with client.websocket_connect("/both/bob") as bob:
             bob.send_text("hello")
             assert {heard(bob)["type"] for _ in range(2)} == {"tick", "echo"}
-        assert client.post("/notify/nobody", json={}).status_code == 404
+        assert client.post("/notify/unknown", json={}).status_code == 404
 
 
 def test_other_threads_broadcast_and_disconnect() -> None:

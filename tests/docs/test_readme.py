@@ -46,6 +46,12 @@ def test_readme_has_at_most_200_lines() -> None:
     assert len(README.splitlines()) <= MAX_LINES
 
 
+def test_introduction_has_two_short_sentences() -> None:
+    """The text between the title and the picture is two sentences of at most 25 words."""
+    sentences = re.split(r"(?<=\.)\s", README.split("\n![")[0].split("\n", 1)[1].strip())
+    assert [len(sentence.split()) <= 25 for sentence in sentences] == [True, True]
+
+
 def test_recipes_are_short() -> None:
     """The README has four recipes, and each is short."""
     assert len(RECIPES) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import logging
 import re
@@ -17,10 +18,12 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 import fastapi_ws_stabilizer
+import fastapi_ws_stabilizer.auth
 import fastapi_ws_stabilizer.client
 from fastapi_ws_stabilizer import (
     DisconnectReason,
     Event,
+    Room,
     StableSocket,
     StableSocketDep,
     WebSocketConfig,
@@ -31,6 +34,8 @@ from fastapi_ws_stabilizer import (
 from fastapi_ws_stabilizer.client import ClientError
 from fastapi_ws_stabilizer.close_codes import CLOSE_POLICIES
 from fastapi_ws_stabilizer.doctor.servers import SERVERS
+from fastapi_ws_stabilizer.from_thread import FromThread
+from fastapi_ws_stabilizer.stats import prometheus
 from tests.docs.pages import PAGES, ROOT, cells, name_of, prose, rendered, table, tables
 from tools import reference
 
@@ -39,6 +44,7 @@ CLOSE_CODES = "docs/reference/close-codes.md"
 ERRORS_PAGE = "docs/reference/errors.md"
 LOG_EVENTS = "docs/reference/log-events.md"
 CLI = ROOT / "docs/reference/cli.md"
+API = ROOT / "docs/reference/api.md"
 
 OPTIONS = table(CONFIGURATION, "| Option | Type | Default |", build=True)
 VALUES = table(CONFIGURATION, "| Option | Value | Enum member |", build=True)
@@ -94,6 +100,68 @@ def test_every_generated_cell_has_text() -> None:
         assert [row for row in rows if not row[-1].endswith(".")] == []
     attributes = table(ERRORS_PAGE, "| Error | Attribute |", build=True)
     assert [row for row in attributes if not row[-1].endswith(".")] == []
+
+
+# ── signatures ──
+
+
+def owners_of(section: str) -> tuple[Any, ...]:
+    """Return the modules and classes whose members a section of the page of the API has."""
+    return {
+        "`WebSocketConnectionManager(config=None)`": (WebSocketConnectionManager, FromThread),
+        "`StableSocket`": (StableSocket,),
+        "`Room`": (Room,),
+        "The client": (fastapi_ws_stabilizer.client.Client, fastapi_ws_stabilizer.client),
+    }.get(section, (fastapi_ws_stabilizer, fastapi_ws_stabilizer.auth, prometheus))
+
+
+def parameters_of(function: Any) -> list[tuple[str, str, Any]]:
+    """Return name, kind and default of each parameter but `self`; those before a `/` count as positional."""
+    parameters = [one for one in inspect.signature(function).parameters.values() if one.name != "self"]
+    return [
+        (one.name, one.kind.description.replace("positional-only", "positional or keyword"), one.default)
+        for one in parameters
+    ]
+
+
+def shown_signatures() -> list[tuple[str, str, str]]:
+    """Return the section, name and parameters of each signature in a heading or a first column of the page."""
+    shown = []
+    for section in re.split(r"^## ", API.read_text(), flags=re.MULTILINE)[1:]:
+        title, *lines = section.splitlines()
+        first_cells = [cells(line)[0] for line in lines if line.startswith("|")]
+        for code in re.findall(r"`([^`]+)`", " ".join((title, *first_cells))):
+            call = re.fullmatch(r"(?:await )?([\w.]+)\((.*)\)", code)
+            if call and call[1] not in ("len", "bool") and call[2] != "...":
+                shown.append((title, call[1], call[2]))
+    return shown
+
+
+@pytest.mark.parametrize(("section", "name", "arguments"), shown_signatures())
+def test_signature_of_api_page_is_that_of_code(section: str, name: str, arguments: str) -> None:
+    """Names, order and defaults are those of the code. `...` or `**options` stands for the parameters after it."""
+    path = name.removeprefix("fastapi_ws_stabilizer.").split(".")
+    owner = next(owner for owner in (*owners_of(section), fastapi_ws_stabilizer) if hasattr(owner, path[0]))
+    actual = parameters_of(functools.reduce(getattr, path, owner))
+    shown = parameters_of(eval(f"lambda {arguments.replace(', ...', ', **options')}: None"))
+    if shown and shown[-1][0] == "options":
+        shown.pop()
+        actual = actual[: len(shown)]
+    assert shown == actual
+
+
+def test_api_page_has_signatures_of_every_section() -> None:
+    """The search for signatures finds those of each class."""
+    assert {(section, name) for section, name, _ in shown_signatures()} >= {
+        ("Dependencies", "Credential"),
+        ("`WebSocketConnectionManager(config=None)`", "WebSocketConnectionManager"),
+        ("`WebSocketConnectionManager(config=None)`", "broadcast"),
+        ("`StableSocket`", "send_json"),
+        ("`Room`", "set_presence"),
+        ("The client", "Client"),
+        ("Metrics", "MetricsCollector"),
+        ("Configuration", "WebSocketConfig.for_platform"),
+    }
 
 
 # ── options ──

@@ -1,4 +1,4 @@
-"""SIGTERM on servers that do not wait for a drain. docs/deploy/going-away.md quotes the results."""
+"""SIGTERM on servers that do not wait for a drain. docs/deploy/drain.md quotes the results."""
 
 from __future__ import annotations
 

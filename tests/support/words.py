@@ -1,4 +1,4 @@
-"""Words that the project does not use: metaphors in names, and pronouns for clients and users in prose.
+"""Words that the project does not use in names and prose: metaphors, and pronouns for clients and users.
 
     python -m tests.support.words fastapi_ws_stabilizer/hub docs
 
@@ -12,8 +12,9 @@ import io
 import re
 import subprocess
 import sys
+import textwrap
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -30,18 +31,23 @@ PRONOUNS: Final = (
     *("who", "whoever", "nobody", "somebody", "everybody", "everyone", "someone", "anybody"),
     *("meanwhile", "dearer"),
 )
-"""Never in prose: the subject is the server, the client, the connection, the handler, your code."""
+"""Never in a name. In prose neither: the subject is the server, the client, the connection, the handler, your code."""
 
 ALLOWED: Final = re.compile(
-    r"(?<![a-z])in[ _-]place(?![a-z])|\bfront[ _-]?door\b|\btraverser_visitor\b|\"lobby\"", re.IGNORECASE
+    r"(?<![a-z])in[ _-]place(?![a-z])|\bfront[ _-]?door\b|\btraverser_visitor\b|\\?\"lobby\\?\""
+    r"|\bplace-items\b|\bmessage\.who\b|\"who\"(?=:)",
+    re.IGNORECASE,
 )
-"""Plain English, names of products and libraries, and the name of a room in an example of JSON."""
+"""Plain English, names of products, libraries and CSS, the name of a room, and a key of the examples' JSON."""
 
-_METAPHOR: Final = re.compile(rf"(?<![a-z])({'|'.join(METAPHORS)}|thrown_out)(?![a-z])")
-_PROSE: Final = re.compile(rf"\b({'|'.join((*METAPHORS, *PRONOUNS))}|thrown out)\b", re.IGNORECASE)
-_WORDS: Final = (*METAPHORS, *PRONOUNS, "thrown")
-_LOWER, _TITLE = "|".join(_WORDS), "|".join(word.title() for word in _WORDS)
-_ANY: Final = re.compile(rf"(?<![A-Za-z])(?:{_LOWER}|{_LOWER.upper()})(?![a-z])|(?:{_TITLE})(?![a-z])")
+VALUES: Final = frozenset({"lobby", "who"})
+"""Words that a string may have as its value: the name of a room, and a key of the examples' messages."""
+
+_WORDS: Final = (*METAPHORS, *PRONOUNS)
+_NAME: Final = re.compile(rf"(?<![a-z])({'|'.join(_WORDS)}|thrown_out)(?![a-z])")
+_PROSE: Final = re.compile(rf"\b({'|'.join(_WORDS)}|thrown out)\b", re.IGNORECASE)
+_LOWER, _TITLE = "|".join((*_WORDS, "thrown")), "|".join(word.title() for word in (*_WORDS, "thrown"))
+_ANY: Final = re.compile(rf"(?:(?<![A-Za-z])|(?<=\\n))(?:{_LOWER}|{_LOWER.upper()})(?![a-z])|(?:{_TITLE})(?![a-z])")
 _HUMP: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
@@ -50,7 +56,7 @@ class Finding(NamedTuple):
 
     Attributes:
         path: The file, from the root of the project.
-        line: Its line.
+        line: Its line, or 0 if the word is in the path itself.
         word: The word.
         text: The line itself.
     """
@@ -62,14 +68,24 @@ class Finding(NamedTuple):
 
 
 def findings(path: Path) -> list[Finding]:
-    """Return the words that are left in one file, by line."""
+    """Return the words that are left in one file and in its path, by line."""
+    name = path.relative_to(ROOT).as_posix()
+    found = [Finding(name, 0, word, name) for word in _in_name(name.replace("-", "_"))]
+    read = _READERS.get(path.suffix)
+    if read is None:
+        return found
     text = path.read_text()
     if not _ANY.search(text):  # most files: reading their tokens takes a hundred times as long
-        return []
-    read = _in_python if path.suffix == ".py" else _in_markdown
+        return found
     lines = text.splitlines()
-    name = path.relative_to(ROOT).as_posix()
-    return [Finding(name, line, word.lower(), lines[line - 1].strip()) for line, word in sorted(read(path, text))]
+    return found + [
+        Finding(name, line, word.lower(), lines[line - 1].strip()) for line, word in sorted(read(path, text))
+    ]
+
+
+def _in_name(name: str) -> Iterator[str]:
+    for match in _NAME.finditer(ALLOWED.sub("", _HUMP.sub("_", name)).lower()):
+        yield match[1]
 
 
 def _in_prose(text: str, first: int) -> Iterator[tuple[int, str]]:
@@ -79,38 +95,72 @@ def _in_prose(text: str, first: int) -> Iterator[tuple[int, str]]:
 
 
 def _in_python(path: Path, text: str) -> Iterator[tuple[int, str]]:
-    said = _texts_of_users(path, text)
+    yield from _in_tokens(text)
+    yield from _in_strings(path, text)
+
+
+def _in_tokens(text: str) -> Iterator[tuple[int, str]]:
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.NAME:
-            for match in _METAPHOR.finditer(ALLOWED.sub("", _HUMP.sub("_", token.string)).lower()):
-                yield token.start[0], match[1]
+            for word in _in_name(token.string):
+                yield token.start[0], word
         elif token.type == tokenize.COMMENT:
             yield from _in_prose(token.string, token.start[0])
-    for first, string in said:
-        yield from _in_prose(string, first)
 
 
-def _texts_of_users(path: Path, text: str) -> Iterator[tuple[int, str]]:
-    """Yield the docstrings of a module, and in the package the other texts too: errors, log lines, close reasons."""
-    everything = "fastapi_ws_stabilizer" in path.parts
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            yield node.lineno, node.value.value
-        elif everything and isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
-            yield node.lineno, node.value.replace("\n", " ")
+def _in_strings(path: Path, text: str) -> Iterator[tuple[int, str]]:
+    """Yield from docstrings and all other strings: errors, log lines, close reasons, ids of parameters, test data."""
+    in_package = "fastapi_ws_stabilizer" in path.parts
+    docstrings = set()
+    for node in ast.walk(ast.parse(text)):  # a docstring's expression comes before its string
+        if isinstance(node, ast.Expr):
+            docstrings.add(node.value)
+        if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+            continue
+        if node in docstrings:
+            yield from _in_prose(node.value, node.lineno)
+            continue
+        one_line = node.value.replace("\n", " ")
+        values = VALUES if " " not in one_line else frozenset() if in_package else frozenset({"lobby"})
+        for line, word in _in_prose(one_line.replace("_", " "), node.lineno):
+            if word.lower() not in values:
+                yield line, word
+
+
+def _in_markup(_: Path, text: str) -> Iterator[tuple[int, str]]:
+    """Yield from every line as it is: names, strings, comments and text of JavaScript, HTML or JSON."""
+    for number, line in enumerate(text.splitlines(), 1):
+        for match in _PROSE.finditer(_HUMP.sub(" ", ALLOWED.sub("", line)).replace("_", " ")):
+            yield number, match[1]
 
 
 def _in_markdown(_: Path, text: str) -> Iterator[tuple[int, str]]:
-    fenced = False
+    language: str | None = None
+    code: list[str] = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.lstrip().startswith("```"):
-            fenced = not fenced
-        elif not fenced:
+            if language == "python":
+                first = number - len(code) - 1
+                block = _in_tokens(textwrap.dedent("\n".join((*code, ""))))
+                yield from ((first + below, word) for below, word in block)
+            language, code = (line.strip().strip("`"), []) if language is None else (None, [])
+        elif language is not None:
+            code.append(line)
+        else:
             yield from _in_prose(re.sub(r"\]\([^)]*\)", "]", line), number)
 
 
+_READERS: Final[Mapping[str, Callable[[Path, str], Iterator[tuple[int, str]]]]] = {
+    ".py": _in_python,
+    ".md": _in_markdown,
+    ".js": _in_markup,
+    ".html": _in_markup,
+    ".json": _in_markup,
+}
+
+
 def files(*roots: str) -> list[Path]:
-    """Return the Python files and pages of the project below some folders, or the files themselves."""
+    """Return the files of the project below some folders, or the files themselves."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *roots],
         cwd=ROOT,
@@ -118,7 +168,7 @@ def files(*roots: str) -> list[Path]:
         text=True,
         check=True,
     )
-    found = [ROOT / name for name in listed.stdout.splitlines() if name.endswith((".py", ".md"))]
+    found = [ROOT / name for name in listed.stdout.splitlines()]
     return [path for path in found if path.is_file() and path.name not in ("words.py", "test_words.py", "style.md")]
 
 

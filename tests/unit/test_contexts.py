@@ -17,7 +17,7 @@ from fastapi_ws_stabilizer.socket import StableSocket
 from tests.support.fake_websocket import FakeServer, eventually, with_deadline
 from tests.unit.test_manager import Client
 
-tenant: contextvars.ContextVar[Any] = contextvars.ContextVar("tenant", default="nobody")
+tenant: contextvars.ContextVar[Any] = contextvars.ContextVar("tenant", default="none")
 
 
 class Tenant:

@@ -94,16 +94,16 @@ def test_throttled_event_is_emitted_once_per_minute(monkeypatch: pytest.MonkeyPa
     clock, events = Clock(monkeypatch), EventBus()
     heard: list[Event] = []
     events.subscribe(heard.append)
-    assert events.emit_throttled("refused", logging.WARNING, "full", who="ann")
-    assert not events.emit_throttled("refused", logging.WARNING, "full", who="bob")
+    assert events.emit_throttled("refused", logging.WARNING, "full", client="ann")
+    assert not events.emit_throttled("refused", logging.WARNING, "full", client="bob")
     clock.now += THROTTLE_INTERVAL
-    assert events.emit_throttled("refused", logging.WARNING, "full", who="cid")
-    assert events.emit_throttled("refused", logging.INFO, "late", who="dan")
+    assert events.emit_throttled("refused", logging.WARNING, "full", client="cid")
+    assert events.emit_throttled("refused", logging.INFO, "late", client="dan")
     assert heard == [
-        Event("refused", logging.WARNING, {"who": "ann"}),
-        Event("refused", logging.DEBUG, {"who": "bob"}),
-        Event("refused", logging.WARNING, {"who": "cid", "more": 1}),
-        Event("refused", logging.INFO, {"who": "dan"}),
+        Event("refused", logging.WARNING, {"client": "ann"}),
+        Event("refused", logging.DEBUG, {"client": "bob"}),
+        Event("refused", logging.WARNING, {"client": "cid", "more": 1}),
+        Event("refused", logging.INFO, {"client": "dan"}),
     ]
 
 

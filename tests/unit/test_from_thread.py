@@ -166,11 +166,11 @@ async def test_message_from_thread_with_history_false_is_not_stored(manager_with
     await ann.connected()
     await bob.connected()
     await manager.get_sockets("ann")[0].join("lobby")
-    await in_a_thread(lambda: manager.from_thread.broadcast("kept", room="lobby"))
-    await in_a_thread(lambda: manager.from_thread.broadcast("not kept", room="lobby", history=False))
+    await in_a_thread(lambda: manager.from_thread.broadcast("stored", room="lobby"))
+    await in_a_thread(lambda: manager.from_thread.broadcast("not stored", room="lobby", history=False))
     await manager.get_sockets("bob")[0].join("lobby", history=10)
     await bob.server.until(lambda: bob.server.data)
-    assert bob.server.data == ["kept"]
+    assert bob.server.data == ["stored"]
     await ann.disconnect()
     await bob.disconnect()
 

@@ -812,7 +812,7 @@ async def test_disconnect_of_unknown_client_id_raises(manager_with: Any, clients
     """An unknown client id raises `ConnectionNotFoundError`; an invalid code raises and closes nothing."""
     manager, _ = manager_with()
     with pytest.raises(ConnectionNotFoundError):
-        await manager.disconnect("nobody")
+        await manager.disconnect("unknown")
     (client,) = await clients_of(manager, "ann")
     with pytest.raises(ValueError, match="1006"):
         await manager.disconnect("ann", 1006)
@@ -829,7 +829,7 @@ async def test_handle_pong_counts_as_liveness(manager_with: Any, clients_of: Any
     await manager.handle_pong("ann")
     assert (liveness.has_ponged, liveness.awaiting_since) == (True, None)
     assert client.socket.rtt is not None
-    await manager.handle_pong("nobody")
+    await manager.handle_pong("unknown")
     await client.disconnect()
 
 
@@ -911,7 +911,7 @@ async def test_broadcast_to_slow_client_does_not_raise(manager_with: Any, client
 async def test_send_to_unknown_client_returns_false(manager_with: Any, clients_of: Any) -> None:
     """`send_to_client` returns whether the message was queued, and does not raise for an unknown client."""
     manager, _ = manager_with()
-    assert not await manager.send_to_client("nobody", "hi")
+    assert not await manager.send_to_client("unknown", "hi")
     (client,) = await clients_of(manager, "ann")
     assert await manager.send_to_client("ann", b"data")
     assert await manager.send_to_client("ann", ["list"])
@@ -932,9 +932,9 @@ async def test_user_data_is_accessible_by_client_id(manager_with: Any, clients_o
     assert client.socket.user_data == {"name": "Ann", "nothing": None}
     assert await manager.get_user_data("ann", "name") == "Ann"
     assert await manager.get_user_data("ann", "age") is None
-    assert await manager.get_user_data("nobody", "name") is None
+    assert await manager.get_user_data("unknown", "name") is None
     with pytest.raises(ConnectionNotFoundError):
-        await manager.set_user_data("nobody", "name", "x")
+        await manager.set_user_data("unknown", "name", "x")
     await client.disconnect()
 
 

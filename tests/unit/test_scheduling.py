@@ -190,19 +190,19 @@ def test_each_flush_request_runs_exactly_once(workers: list[tuple[int, int, Any]
             patch.setattr(scheduling_module, "CHECK_INTERVAL", 2)
             scheduler = FlushScheduler(num_shards, EventBus())
             log: list[str] = []
-            everyone = [
+            callers = [
                 Again(scheduler, shard % num_shards, again, log, clock if long else None, error)
                 for shard, again, error in workers
             ]
-            for number, worker in enumerate(everyone):
+            for number, worker in enumerate(callers):
                 soon(scheduler, worker.shard, worker)
                 if number % 7 == 6:
                     await asyncio.sleep(0)
             for _ in range(200):
                 await asyncio.sleep(0)
                 assert len({id(shard) for shard in scheduler._ready}) == len(scheduler._ready)
-            assert [worker.times for worker in everyone] == [1 + worker.again for worker in everyone]
-            assert len(log) == sum(worker.times for worker in everyone)
+            assert [worker.times for worker in callers] == [1 + worker.again for worker in callers]
+            assert len(log) == sum(worker.times for worker in callers)
             assert not scheduler._scheduled
 
     run(play())

@@ -247,7 +247,7 @@ async def test_only_joined_client_or_socket_is_in_room(manager_with: Any) -> Non
     await bob.join("attic")
     room = manager.room("lobby")
     assert [target in room for target in (tab, "ann")] == [True, True]
-    assert [target in room for target in (other, bob, "bob", "nobody", None, 7)] == [False] * 6
+    assert [target in room for target in (other, bob, "bob", "unknown", None, 7)] == [False] * 6
 
 
 # ── queued broadcasts ──
@@ -350,7 +350,7 @@ async def test_cancelled_queued_broadcast_reaches_no_client(manager_with: Any) -
 async def test_each_broadcast_is_counted_once(manager_with: Any) -> None:
     """Each broadcast that has started counts once, also without recipients."""
     manager, _ = manager_with()
-    await manager.broadcast("nobody")
+    await manager.broadcast("no recipient")
     await connected(manager, "ann")
     await manager.broadcast("ann")
     await manager.room("nowhere").send("x")

@@ -13,7 +13,7 @@ import pytest
 
 from fastapi_ws_stabilizer.cli import main
 
-SECRET = "drained-by-nobody-else"
+SECRET = "drained-by-the-owner-only"
 REPORT = {"closed_count": 3, "failed_count": 0, "duration_seconds": 0.1}
 
 Answered = Callable[[bytes], tuple[str, list[bytes]]]

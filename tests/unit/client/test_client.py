@@ -818,7 +818,7 @@ async def test_gap_event_names_missing_numbers() -> None:
         await scene.opened()
         await scene.link.say({"type": "msg", "data": 1})
         await scene.link.closes(1006)
-        sent = scene.client.send("kept")
+        sent = scene.client.send("text")
         await (await scene.redialled()).welcome("gap", why="overflow", seq=9)
         assert scene.of("gap") == [Gap(session_lost=False, why="overflow", first=2, last=9)]
         assert scene.of("open") == ["none", "gap"]

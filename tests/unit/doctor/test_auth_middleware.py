@@ -143,7 +143,7 @@ def test_login_middleware_is_recognised(middleware: Middleware, name: str) -> No
         Middleware(BaseHTTPMiddleware, timing),
         *map(Middleware, (AuthInAsgi, GZipMiddleware)),
     ],
-    ids=["Timing", "timing", "timing by place", "AuthInAsgi", "GZipMiddleware"],
+    ids=["Timing", "timing", "timing by position", "AuthInAsgi", "GZipMiddleware"],
 )
 def test_other_middleware_is_not_recognised(middleware: Middleware) -> None:
     """Middleware without such a sign, and ASGI middleware, is no login."""
@@ -309,7 +309,7 @@ def test_dependency_that_checks_and_rejects_is_guard(dependency: Any) -> None:
 
     async def beside(ws: StableSocketDep, checked: Any = Depends(dependency)) -> None: ...
 
-    beside.__annotations__ = {"ws": StableSocketDep, "who": Any}  # annotations of this module are strings
+    beside.__annotations__ = {"ws": StableSocketDep, "checked": Any}  # annotations of this module are strings
     app = app_with(Middleware(CheckToken), endpoint=beside)
     app.add_api_websocket_route("/before", stable, dependencies=[Depends(dependency)])
     router = APIRouter()

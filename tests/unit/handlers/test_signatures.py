@@ -331,7 +331,7 @@ def test_unbound_method_raises_with_hint() -> None:
         ("leave", {"who": Presence, "room": Room}),
         ("connect", {"room": Room}),
         ("join", {"who": inspect.Parameter.empty, "room": inspect.Parameter.empty}),
-        ("join", {"somebody": inspect.Parameter.empty, "room": inspect.Parameter.empty}),
+        ("join", {"person": inspect.Parameter.empty, "room": inspect.Parameter.empty}),
         ("leave", {"presence": inspect.Parameter.empty}),
         ("leave", {"ws": inspect.Parameter.empty}),
         ("disconnect", {"why": inspect.Parameter.empty, "ws": inspect.Parameter.empty}),

@@ -185,8 +185,8 @@ def test_room_end_is_remembered_for_max_age(clock: Clock) -> None:
     say(history, "attic", "x")
     assert len(history) == 1
     clock.now += 2
-    say(history, "lobby", "for the first who joins")
-    assert last(history, "lobby") == ["for the first who joins"]
+    say(history, "lobby", "for the first member")
+    assert last(history, "lobby") == ["for the first member"]
     history.end("cellar")
     clock.now += 61
     say(history, "attic", "y")

@@ -25,8 +25,8 @@ def test_connection_is_found_by_connection_and_client_id() -> None:
 def test_lookup_of_unknown_id_returns_nothing() -> None:
     """Looking up an unknown id is not an error."""
     registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
-    assert registry.get("nobody") is None
-    assert registry.of_client("nobody") == []
+    assert registry.get("unknown") is None
+    assert registry.of_client("unknown") == []
     assert list(registry) == []
 
 

@@ -328,11 +328,11 @@ async def test_context_set_by_on_auth_reaches_handlers() -> None:
         async def auth(ws: StableSocket, credential: str | None) -> None:
             user.set("ann!")
 
-        @stage.manager.on_message("who")
-        async def who(ws: StableSocket) -> None:
+        @stage.manager.on_message("user")
+        async def get_user(ws: StableSocket) -> None:
             stage.notes.append(user.get())
 
-        await (await Peer(stage).dial()).message("who", 1)
+        await (await Peer(stage).dial()).message("user", 1)
         assert stage.notes == ["ann!"]
 
 

@@ -128,9 +128,9 @@ async def test_full_resume_replays_exactly_missed_messages() -> None:
     before, token, _ = harness.connect()
     say(before.session, 2)
     harness.lose(before.session)
-    before.session.offer(encode("meanwhile"))
+    before.session.offer(encode("detached"))
     _, _, connection = harness.connect(2, token, 1)
-    assert connection.texts == ["welcome", '{"type":"msg","data":1}', '{"type":"msg","data":"meanwhile"}']
+    assert connection.texts == ["welcome", '{"type":"msg","data":1}', '{"type":"msg","data":"detached"}']
     assert harness.sessions.detached_count == 0
 
 
@@ -149,7 +149,7 @@ async def test_unknown_token_is_lost_session() -> None:
     """`lost/unknown`: a session that does not exist, and a secret that is not the session's."""
     harness = StoreHarness()
     session, token, _ = harness.connect()
-    for number, bogus in enumerate(("", ".", "nobody.x", f"{session.session.connection_id}.x", token + "x"), 2):
+    for number, bogus in enumerate(("", ".", "unknown.x", f"{session.session.connection_id}.x", token + "x"), 2):
         assert harness.outcome(number, bogus, 5) == (LOST, "unknown", 0)
     assert harness.heard.of("session_lost")[0].fields["why"] == "unknown"
     assert harness.events.counters.sessions_lost == 5

@@ -105,7 +105,7 @@ def test_metrics_count_connections_and_close_causes() -> None:
         with client.websocket_connect("/ws/ann") as ann:
             ann.send_text("hi")
             ann.receive_text()
-            manager.get_sockets()[0].user_data["kept"] = "x" * 10_000
+            manager.get_sockets()[0].user_data["text"] = "x" * 10_000
             with pytest.raises(WebSocketDisconnect), client.websocket_connect("/ws/bob"):
                 pass
             during = scraped(client)
@@ -139,7 +139,7 @@ def test_handlers_and_round_trips_are_timed() -> None:
         ann.send_json({"type": "say"})
         answers = [ann.receive_text(), ann.receive_text()]
         assert set(answers) == {"said", '{"type":"ping"}'}
-        ann.send_json({"type": "nobody knows"})
+        ann.send_json({"type": "no handler"})
         ann.send_text("pong")
         ann.send_json({"type": "say"})
         while ann.receive_text() != "said":

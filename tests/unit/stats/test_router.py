@@ -17,7 +17,7 @@ from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.stats import stats_router
 from tests.support.fake_websocket import FakeServer, eventually
 
-SECRET = "a-secret-that-nobody-guesses"
+SECRET = "a-secret-of-32-characters-or-more"
 
 
 def make(manager: WebSocketConnectionManager, **kwargs: Any) -> FastAPI:
@@ -72,8 +72,8 @@ def test_connections_are_listed_in_pages(client: TestClient) -> None:
         assert [one["client_id"] for one in page["connections"]] == ["b"]
         of_client = client.get("/ws-stats/connections", params={"client_id": "c"}).json()
         assert of_client["total"] == 1
-        nobody = client.get("/ws-stats/connections", params={"client_id": "nobody"}).json()
-        assert nobody == {"total": 0, "offset": 0, "connections": []}
+        unknown = client.get("/ws-stats/connections", params={"client_id": "unknown"}).json()
+        assert unknown == {"total": 0, "offset": 0, "connections": []}
 
 
 @pytest.mark.parametrize("name", ["\ud800", "a\nb", "x" * 3000], ids=["surrogate", "line break", "long"])
@@ -278,11 +278,11 @@ async def test_stats_show_rejections_evictions_and_memory() -> None:
         WebSocketConfig(max_connections=2, max_total_memory=50_000, max_message_rate=1, heartbeat_type="off")
     )
     ann, bob, carl = FakeServer(), FakeServer(), FakeServer()
-    (await manager.connect("ann", await ann.accepted())).user_data["kept"] = "x" * 30_000
+    (await manager.connect("ann", await ann.accepted())).user_data["text"] = "x" * 30_000
     second = await manager.connect("bob", await bob.accepted())
     with pytest.raises(ConnectionLimitExceededError):
         await manager.connect("carl", await carl.accepted())
-    second.user_data["kept"] = "x" * 40_000
+    second.user_data["text"] = "x" * 40_000
     bob.feed_text("one", "two")
     await eventually(lambda: manager.counters.messages_refused)
     async for client in _http(make(manager)):

@@ -145,7 +145,7 @@ AROUND = {
     "few values": '{"text":"' + "x" * 400 + '","x":[{"y":VALUE}]}',
     "first of many": '{"x":VALUE,"many":[' + many("{}", 300) + "]}",
     "last of many": "[" + many('{"a":1,"b":"see"}', 300) + ',{"y":VALUE}]',
-    "many texts": "[" + many('"hello there everyone"', 300) + ",VALUE]",
+    "many texts": "[" + many('"hello to each client"', 300) + ",VALUE]",
     "many numbers": "[" + many("1234567", 3000) + ",VALUE]",
     "alone": "VALUE",
     "spread": "[ VALUE , " + many("1", 300) + " ]",

@@ -365,8 +365,8 @@ def test_error_after_close_reaches_earlier_dependency(by_hand: bool) -> None:
 
 
 REFUSALS = {
-    "identity": ("/who", {}, 401, {"detail": "log in"}),
-    "origin": ("/who", {"origin": "https://evil.example"}, 403, {"detail": "origin not allowed"}),
+    "identity": ("/identity", {}, 401, {"detail": "log in"}),
+    "origin": ("/identity", {"origin": "https://evil.example"}, 403, {"detail": "origin not allowed"}),
     "full": ("/path/bob", {}, 503, {"detail": "the server is full"}),
     "shut down": ("/path/bob", {}, 503, {"detail": "server shutdown"}),
 }
@@ -382,8 +382,8 @@ def test_rejection_has_status_and_body_under_test_client(what: str) -> None:
     async def reject_identity() -> None:
         raise HTTPException(401, "log in")
 
-    @app.websocket("/who")
-    async def who(ws: StableSocket = Depends(manager.socket_for(reject_identity))) -> None:
+    @app.websocket("/identity")
+    async def by_identity(ws: StableSocket = Depends(manager.socket_for(reject_identity))) -> None:
         raise AssertionError("every client is rejected")
 
     @app.websocket("/path/{client_id}")
@@ -417,8 +417,8 @@ def test_app_handler_answers_rejection(kind: Any) -> None:
     async def reject_identity() -> None:
         raise TeapotError(418, "short")
 
-    @app.websocket("/who")
-    async def who(ws: StableSocket = Depends(manager.socket_for(reject_identity))) -> None:
+    @app.websocket("/identity")
+    async def by_identity(ws: StableSocket = Depends(manager.socket_for(reject_identity))) -> None:
         raise AssertionError("every client is rejected")
 
     @app.exception_handler(kind)
@@ -428,7 +428,7 @@ def test_app_handler_answers_rejection(kind: Any) -> None:
     with (
         TestClient(app) as client,
         pytest.raises(WebSocketDenialResponse) as denied,
-        client.websocket_connect("/who"),
+        client.websocket_connect("/identity"),
     ):
         pass
     text = '{"detail":"short"}' if OLD_STARLETTE else "short and stout"
