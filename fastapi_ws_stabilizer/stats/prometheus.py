@@ -16,7 +16,7 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.metrics.timings import Histogram
-from fastapi_ws_stabilizer.stats.models import StatsSummary, overview_of
+from fastapi_ws_stabilizer.stats.models import StatsSummary, summarize
 
 
 class MetricsCollector(Collector):
@@ -57,7 +57,7 @@ class MetricsCollector(Collector):
         Any thread may call this. Outside the event loop's thread, the numbers may come from different moments.
         """
         manager = self._manager
-        summary = overview_of(manager)
+        summary = summarize(manager)
         for name, field in StatsSummary.model_fields.items():
             documentation, value = field.description or "", getattr(summary, name)
             if name in _GAUGES:
