@@ -152,7 +152,7 @@ SAFE = {
         "on_closing",
         "on_closed",
         "on_session_end",
-        "finished",
+        "unbind_current",
         "save",
         "mark_disconnected",
     ),
