@@ -141,6 +141,15 @@ def test_no_two_pages_have_the_same_table() -> None:
     assert pairs == [(CLOSE_CODES, PROTOCOL)]
 
 
+def test_each_term_is_explained_once() -> None:
+    """One page has a glossary, and each of its terms once."""
+    headers = ("| Term |", "| Word |")
+    found = {(name_of(page), rows[0]) for page in PAGES for rows in tables(prose(page)) if rows[0].startswith(headers)}
+    assert found == {("docs/index.md", "| Term | Meaning |")}
+    terms = [term for row in table("docs/index.md", "| Term | Meaning |") for term in row[0].split(", ")]
+    assert len(terms) == len(set(terms))
+
+
 def test_every_generated_cell_has_text() -> None:
     """Each option, value, cause and error has a meaning that ends like a sentence."""
     for rows in (OPTIONS, VALUES, REASONS, ERRORS, CLIENT_ERRORS, EVENTS):
