@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.auth.signed_tokens import PREFIX
 from tests.fuzz.targets.tokens import tokens
+
+pytestmark = pytest.mark.generated
 
 _TEXTS = st.text(max_size=40) | st.text(st.sampled_from("AZaz09-_=+/."), max_size=120).map(PREFIX.__add__)
 _CHANGES = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 160), st.integers(0, 255)), max_size=4).map(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,6 +10,8 @@ from fastapi_ws_stabilizer.servers.uvicorn.deflate import WholeMessageDeflate
 from tests.fuzz import strategies
 from tests.fuzz.targets import conversations as protocol
 from tests.fuzz.targets import frames, negotiation
+
+pytestmark = pytest.mark.generated
 
 _FRAMES = strategies.v1_frames().map(str.encode)
 

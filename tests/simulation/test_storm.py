@@ -15,6 +15,8 @@ from fastapi_ws_stabilizer.sessions.session import Session
 from tests.simulation.storm import SCENARIOS, Outcome, Scenario, Storm
 from tests.support.virtual_time import run_virtually
 
+pytestmark = pytest.mark.generated
+
 SEEDS = range(1, 16)
 MANY_SEEDS = range(1, 501)
 MUTATION_SEEDS = range(1, 101)
