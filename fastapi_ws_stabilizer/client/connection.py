@@ -72,7 +72,7 @@ MAX_PENDING_CONTROL: Final = 64
 """Maximum number of queued control frames."""
 
 
-class ClientConnection(DelayedAcks):
+class ClientConnection:
     """One connection. It is never reopened, and it ignores frames that arrive after it was lost.
 
     Args:
@@ -85,10 +85,7 @@ class ClientConnection(DelayedAcks):
         rtt: Last measured round trip in seconds.
     """
 
-    ack_delay = ACK_WITHIN
-
     def __init__(self, client: Owner, tasks: TaskSet, connect_timeout: float, stable_after: float) -> None:
-        super().__init__()
         self._client = client
         self._tasks = tasks
         self._connect_timeout = connect_timeout
@@ -101,6 +98,7 @@ class ClientConnection(DelayedAcks):
         self._wakeup: asyncio.Future[None] | None = None
         self._idle: asyncio.Future[None] | None = None
         self._timers = NamedTimers()
+        self._acks = DelayedAcks(ACK_WITHIN)
         self._received_at = monotonic()
         self._reading_paused = False  # whether the client has stopped reading
         self._whole_bytes = 0  # bytes received when the last complete frame was read
@@ -123,7 +121,7 @@ class ClientConnection(DelayedAcks):
             return self._lost.result()
         finally:
             self._timers.stop_all()
-            self._reset_ack()
+            self._acks.reset()
             self.mark_lost(1006, "cancelled")
             for task in tasks:
                 task.cancel()
@@ -234,7 +232,7 @@ class ClientConnection(DelayedAcks):
 
     def _count(self) -> None:
         self._client.last_seq += 1  # before the handler runs: a handler that fails does not get the message again
-        self._schedule_ack()
+        self._acks.schedule(self._send_ack)
 
     def _dispatch(self, frame: dict[str, Any]) -> None:
         kind = frame["type"]
@@ -293,7 +291,7 @@ class ClientConnection(DelayedAcks):
             return
         if sent is not None:  # the ping is ordered with the messages
             self._client.clear_truncated()
-        self._reset_ack()
+        self._acks.reset()
         fields: dict[str, Any] = {"type": "pong", "ack": self._client.last_seq}
         if "ts" in frame:
             fields["ts"] = frame["ts"]
@@ -366,7 +364,7 @@ class ClientConnection(DelayedAcks):
     # ── acknowledging ──
 
     def _send_ack(self) -> None:
-        self._reset_ack()
+        self._acks.reset()
         self.put(to_json({"type": "ack", "seq": self._client.last_seq}).decode())
 
     # ── writing ──
