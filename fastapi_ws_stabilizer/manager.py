@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from fastapi import HTTPException, WebSocket
 from starlette.requests import HTTPConnection
 
-from fastapi_ws_stabilizer.auth.signed_tokens import ReconnectTokens
-from fastapi_ws_stabilizer.auth.tickets import Tickets
+from fastapi_ws_stabilizer.auth.signed_tokens import RECONNECT_TOKEN, TICKET, SignedTokens
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, DisconnectReason, check_close_code
 from fastapi_ws_stabilizer.compat.starlette import wrap_lifespan
@@ -118,8 +117,8 @@ class WebSocketConnectionManager(EventDecorators):
         self._shut = False
         self._started_at = 0.0
         secrets = [secret.get_secret_value().encode() for secret in self.config.reconnect_secret or ()]
-        self._tokens = ReconnectTokens(secrets, self.config.reconnect_token_ttl.total_seconds())
-        self._tickets = Tickets(secrets, self.config.ticket_ttl)
+        self._tokens = SignedTokens(RECONNECT_TOKEN, secrets, self.config.reconnect_token_ttl.total_seconds())
+        self._tickets = SignedTokens(TICKET, secrets, self.config.ticket_ttl)
         self._reported_workers = False
         self._reported_findings: set[str] = set()
         self._app: Any = None
@@ -779,7 +778,7 @@ class WebSocketConnectionManager(EventDecorators):
         if ticket is None:
             raise HTTPException(401, "no ticket: send one as ?ticket=")
         try:
-            return self._tickets.redeem(ticket)
+            return self._tickets.consume(ticket).client_id
         except (InvalidTokenError, TokenExpiredError) as error:
             self.events.emit("ticket_refused", logging.INFO, why=getattr(error, "problem", "expired"))
             raise HTTPException(401, error.reason) from error

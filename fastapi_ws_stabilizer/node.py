@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
-from fastapi_ws_stabilizer.auth.signed_tokens import ReconnectTokens
+from fastapi_ws_stabilizer.auth.signed_tokens import SignedTokens
 from fastapi_ws_stabilizer.close_codes import CloseInfo
 from fastapi_ws_stabilizer.config import MemoryEvictionPolicy, RejectPolicy, WebSocketConfig
 from fastapi_ws_stabilizer.connection import current as own
@@ -60,7 +60,7 @@ class Node(Acceptor):
         events: EventBus,
         hooks: HookRegistry,
         dispatcher: Dispatcher,
-        tokens: ReconnectTokens,
+        tokens: SignedTokens,
         loop: asyncio.AbstractEventLoop | None = None,
         before_token: Callable[[], None] = lambda: None,
     ) -> None:

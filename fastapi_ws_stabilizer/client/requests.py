@@ -54,8 +54,8 @@ class PendingRequests:
             if message.done.done():
                 _fail(future, SessionLostError())
 
-    def give_up(self, error: ClientError) -> None:
-        """Fail all requests."""
+    def close(self, error: ClientError) -> None:
+        """Fail all requests, because the client is closed."""
         for future, _ in self._open.values():
             _fail(future, error)
         self._open.clear()

@@ -124,6 +124,7 @@ class SendBuffer:
 
     Attributes:
         max_frame: Largest frame that the server accepts, in bytes.
+        ready: Event that is set when there may be something to send. The writer of the connection waits for it.
     """
 
     def __init__(self, max_messages: int, max_bytes: int, overflow: Literal["reject", "drop_oldest"]) -> None:
@@ -131,6 +132,8 @@ class SendBuffer:
         self._max_bytes = max_bytes
         self._drop_oldest = overflow == "drop_oldest"
         self.max_frame = NO_LIMIT
+        self.ready = asyncio.Event()
+        self._closed: ClientError | None = None
         self._next = 1
         self._sent: deque[PendingMessage] = deque()  # sent on this or an earlier connection, with a number
         self._to_resend: deque[PendingMessage] = deque()  # the part of them that this connection has not sent yet
@@ -155,9 +158,12 @@ class SendBuffer:
         """Add a message.
 
         Raises:
+            ClientClosedError: The client is closed.
             MessageTooLargeError: The message is larger than the server accepts.
             BufferFullError: The buffer is full.
         """
+        if self._closed is not None:
+            raise self._closed
         if message.size + SEQ_BYTES > self.max_frame:
             raise MessageTooLargeError(message.size, self.max_frame)
         while len(self) >= self._max_messages or (len(self) and self._bytes + message.size > self._max_bytes):
@@ -166,6 +172,7 @@ class SendBuffer:
             self._fail_message(self._unsent.popleft(), BufferFullError())
         self._unsent.append(message)
         self._bytes += message.size
+        self.ready.set()
 
     def cancel(self, message: PendingMessage) -> bool:
         """Remove an unsent message; return `False` if it was sent."""
@@ -212,6 +219,7 @@ class SendBuffer:
             self._window = min(self._window + 1, MAX_WINDOW)
             self._accepted.append((message.seq, message.event))
             message.accept()
+        self.ready.set()  # the window may have grown
 
     def retry_from(self, seq: int) -> bool:
         """Send a message and all later ones again, because the server has rejected it for some time.
@@ -276,8 +284,9 @@ class SendBuffer:
             self._fail_message(message, SessionLostError())
         return failed
 
-    def fail_all(self, error: ClientError) -> None:
-        """Fail all messages, because nothing more is sent."""
+    def close(self, error: ClientError) -> None:
+        """Fail all messages, and reject further ones with the same error."""
+        self._closed = error
         for message in (*self._sent, *self._unsent):
             message.fail(error)
         self._sent.clear()

@@ -106,7 +106,7 @@ class V1Connection(Protocol):
         """Emit an event about this connection."""
 
 
-class V1Protocol(DelayedAcks):
+class V1Protocol:
     """Server side of `stabilizer.v1.json` for one connection.
 
     Args:
@@ -125,6 +125,7 @@ class V1Protocol(DelayedAcks):
     __slots__ = (
         "_ack_request",
         "_acknowledged",
+        "_acks",
         "_connection",
         "_idempotency",
         "_rejected_seq",
@@ -134,8 +135,6 @@ class V1Protocol(DelayedAcks):
         "session",
     )
 
-    ack_delay = ACK_WITHIN
-
     def __init__(
         self,
         connection: V1Connection,
@@ -143,7 +142,6 @@ class V1Protocol(DelayedAcks):
         idempotency: IdempotencyCache,
         on_renewal: Callable[[str | None], None],
     ) -> None:
-        super().__init__()
         self.session: Session = resume_result.session
         self.resume_result = resume_result
         self._connection = connection
@@ -153,6 +151,7 @@ class V1Protocol(DelayedAcks):
         # Number of the message that the client must send again; 0 for none, -1 if the client cannot do that.
         self._rejected_seq = 0 if resume_result.retries else -1
         self._acknowledged = -1  # the highest number that the client acknowledged on this connection
+        self._acks = DelayedAcks(ACK_WITHIN)
         self._ack_request: asyncio.Handle | None = None
         self.credential = CredentialExpiry(connection, on_renewal)
 
@@ -183,7 +182,7 @@ class V1Protocol(DelayedAcks):
 
     def close(self) -> None:
         """Cancel timers when the connection closes."""
-        self._reset_ack()
+        self._acks.reset()
         if self._ack_request is not None:
             self._ack_request.cancel()
 
@@ -255,7 +254,7 @@ class V1Protocol(DelayedAcks):
         if seq == next_one:
             return True
         if seq < next_one:  # sent again, because the acknowledgement did not reach the client
-            self._schedule_ack()
+            self._acks.schedule(self._send_ack)
             self._connection.on_control_frame()
         elif self._rejected_seq == next_one:  # sent before the rejection arrived; the client sends it again later
             self._connection.on_early_message(raw)
@@ -266,7 +265,7 @@ class V1Protocol(DelayedAcks):
     def _accept(self, seq: int) -> None:
         """Mark a message as accepted, regardless of what its handler does."""
         self.session.accepted = seq
-        self._schedule_ack()
+        self._acks.schedule(self._send_ack)
 
     def _handle_control(self, kind: str, frame: dict[str, Any], raw: str | bytes) -> None:
         session, connection = self.session, self._connection
@@ -276,7 +275,7 @@ class V1Protocol(DelayedAcks):
             self._acknowledge(seq := require_int(frame, "seq"))
             self._count_ack(seq)
         elif kind == "ping":
-            self._reset_ack()
+            self._acks.reset()
             connection.answer(control_frame("pong", ts=ping_timestamp(frame), ack=session.accepted))
         elif kind == "pong":
             if not connection.liveness.on_pong(monotonic()):
@@ -420,7 +419,7 @@ class V1Protocol(DelayedAcks):
             self._idempotency.interrupt(self.session.client_id, message.key)
 
     def _send_ack(self) -> None:
-        self._reset_ack()
+        self._acks.reset()
         if self._connection.close_info is None and self.is_current:
             self._connection.answer(control_frame("ack", seq=self.session.accepted))
 

@@ -173,7 +173,7 @@ class Dispatcher:
     def _reject(self, connection: Connection, problem: InvalidMessageError, message: Message | None) -> None:
         self._events.counters.bad_messages += 1
         connection.bad_messages += 1
-        connection.emit("bad_message", logging.INFO, code=problem.code)
+        connection.emit_throttled("bad_message", logging.INFO, problem.code, code=problem.code)
         exceeded = self._max_bad is not None and connection.bad_messages > self._max_bad
         if not exceeded or message is not None:  # an accepted message always gets an answer
             self._answer_error(connection, message, problem.code, problem.message)

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from fastapi import WebSocket
 
-from fastapi_ws_stabilizer.auth.signed_tokens import ReconnectTokens, TokenClaims, looks_like_token
+from fastapi_ws_stabilizer.auth.signed_tokens import SignedTokens, TokenClaims, looks_like_token
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, ends_session, is_terminal
 from fastapi_ws_stabilizer.config import DuplicatePolicy, WebSocketConfig
@@ -75,7 +75,7 @@ class SessionLifecycle:
         events: EventBus,
         hooks: HookRegistry,
         hub: Hub[Connection],
-        tokens: ReconnectTokens,
+        tokens: SignedTokens,
         budget: MemoryBudget,
         seen: IdempotencyCache,
     ) -> None:

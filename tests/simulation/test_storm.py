@@ -129,7 +129,7 @@ def test_missing_deduplication_breaks_promise(monkeypatch: pytest.MonkeyPatch) -
 
     def always(self: V1Protocol, seq: int) -> bool:
         self.session.accepted = max(self.session.accepted, seq)
-        self._schedule_ack()
+        self._acks.schedule(self._send_ack)
         return True
 
     monkeypatch.setattr(V1Protocol, "_is_next", always)

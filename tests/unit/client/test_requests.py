@@ -64,7 +64,7 @@ async def test_lost_session_fails_accepted_requests() -> None:
     assert not unsent.done()
 
 
-async def test_fail_all_fails_every_pending_request() -> None:
+async def test_close_fails_every_pending_request() -> None:
     """On close no request stays pending, and a cancelled one is left alone."""
     requests = PendingRequests()
     future, _ = opened(requests, "c1")
@@ -73,7 +73,7 @@ async def test_fail_all_fails_every_pending_request() -> None:
     requests.forget("c2")
     requests.forget("c2")
     cancelled.cancel()
-    requests.give_up(ClientClosedError(1000))
+    requests.close(ClientClosedError(1000))
     assert isinstance(future.exception(), ClientClosedError)
     assert not forgotten.done()
     assert len(requests) == 0

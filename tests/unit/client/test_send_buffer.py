@@ -252,13 +252,13 @@ async def test_only_unsent_message_can_be_cancelled() -> None:
     assert sent(out) == [(2, "c")]
 
 
-async def test_fail_all_fails_every_buffered_message() -> None:
+async def test_close_fails_every_buffered_message() -> None:
     """On close every future fails, and the buffer is empty."""
     out = buffer()
     messages = put(out, "a", "b", "c")
     out.pop_next()
     out.resume(0)
-    out.fail_all(ClientClosedError(1000))
+    out.close(ClientClosedError(1000))
     assert all(isinstance(message.done.exception(), ClientClosedError) for message in messages)
     assert (len(out), out.pop_next(), out.oldest_sent) == (0, None, None)
 
@@ -271,7 +271,7 @@ async def test_cancelled_future_is_not_resolved() -> None:
     second.done.cancel()
     sent(out)
     out.acknowledge(1)
-    out.fail_all(ClientClosedError(1000))
+    out.close(ClientClosedError(1000))
 
 
 async def test_unencodable_message_raises_in_caller() -> None:

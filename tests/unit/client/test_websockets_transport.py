@@ -18,7 +18,7 @@ from websockets.asyncio.server import ServerConnection, serve
 
 from fastapi_ws_stabilizer.client import websockets_transport as over_websockets
 from fastapi_ws_stabilizer.client.backoff import ReconnectAction, action_for
-from fastapi_ws_stabilizer.client.errors import ClientClosedError
+from fastapi_ws_stabilizer.client.errors import ClientClosedError, HttpRejection
 from fastapi_ws_stabilizer.client.transport import TransportClosedError, UnreadableMessageError
 from fastapi_ws_stabilizer.client.websockets_transport import connector
 from fastapi_ws_stabilizer.clock import monotonic
@@ -170,6 +170,33 @@ async def test_rejected_handshake_becomes_close_code(
             await with_deadline(connector(NO_PROXY)(url, [SUBPROTOCOL]))
     assert caught.value.code == code
     assert re.fullmatch(reason, caught.value.reason), "the client chooses the fraction of a second"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "shown"),
+    [
+        (403, b'{"detail":"no such room"}', '{"detail":"no such room"}'),
+        (500, b"<html>\r\n  <h1>Oops</h1>\n\x00\x1b[31m</html>", "<html> <h1>Oops</h1> [31m</html>"),
+        (503, "ü".encode() * 1000, "ü" * 199 + "…"),
+        (429, b"\xff\xfe", "\ufffd\ufffd"),
+        (404, b"", ""),
+    ],
+)
+async def test_rejection_has_status_and_start_of_body(status: int, body: bytes, shown: str) -> None:
+    """The error of a rejected handshake has the status, and one line of at most 200 characters of the body."""
+
+    def refuse(connection: ServerConnection, _: object) -> Any:
+        response = connection.respond(http.HTTPStatus(status), "")
+        del response.headers["Content-Length"]
+        response.headers["Content-Length"] = str(len(body))
+        response.body = body
+        return response
+
+    async with served(echo, process_request=refuse) as url:
+        with pytest.raises(TransportClosedError) as caught:
+            await with_deadline(connector(NO_PROXY)(url, [SUBPROTOCOL]))
+    assert caught.value.rejection == HttpRejection(status, shown)
+    assert shown not in caught.value.reason or not shown
 
 
 async def test_unreachable_server_is_lost_connection() -> None:
