@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any
+import contextvars
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
+from fastapi_ws_stabilizer.connection.inbox import Inbox
 from fastapi_ws_stabilizer.connection.pump import (
     Pumped,
     begin_pause,
@@ -20,13 +22,43 @@ from fastapi_ws_stabilizer.connection.pump import (
 from fastapi_ws_stabilizer.servers.direct import DirectTransport
 from fastapi_ws_stabilizer.wire.v1.frames import Message
 
+VIOLATION_GRACE: Final = 1.0
+"""Maximum seconds in which the endpoint can read and answer the messages that came before a protocol violation."""
+
+
+class _PendingFailure:
+    """Failure of a connection that waits until the endpoint has read all messages, for `VIOLATION_GRACE` at most.
+
+    The inbox calls it after each read, and when it closes.
+    """
+
+    __slots__ = ("_fail", "_inbox", "_timer")
+
+    def __init__(self, inbox: Inbox, fail: Callable[[], None], context: contextvars.Context) -> None:
+        self._inbox = inbox
+        self._fail: Callable[[], None] | None = fail
+        self._timer = asyncio.get_running_loop().call_later(VIOLATION_GRACE, self._fail_now, context=context)
+        inbox.notify_when_room(self)
+
+    def __call__(self) -> None:
+        if self._fail is None:
+            return
+        if len(self._inbox):
+            self._inbox.notify_when_room(self)
+        else:  # not at once, because the reader has not answered the last message yet
+            self._timer.cancel()
+            asyncio.get_running_loop().call_soon(self._fail_now)
+
+    def _fail_now(self) -> None:
+        fail, self._fail = self._fail, None
+        if fail is not None:
+            fail()
+
 
 class DirectReader:
     """The `DirectReceiver` of one connection. The server's protocol calls it from the event loop.
 
-    When the inbox is full, the transport stops reading and TCP slows the client down. Messages that were parsed along
-    with the one that filled the inbox are still accepted. Their size is at most one read of the server, or a few
-    kilobytes of a compressed read.
+    When the inbox is full, the transport stops reading and TCP slows the client down.
     """
 
     __slots__ = ("_connection", "_direct", "_outbox", "_reads", "_since", "_timer")
@@ -63,6 +95,8 @@ class DirectReader:
             inbox.put(item, item.size if isinstance(item, Message) else None)
             if full and connection.pause is None:
                 self._pause()
+                if connection.watches_input:  # reading has stopped, so no later message would find the limit exceeded
+                    connection.on_message()
         except Exception as error:  # a bug in this package; the server would close the connection without a report
             connection.events.emit_exception("internal_task_failed", error, task="ws-link")
             connection.on_connection_lost(error)
@@ -77,6 +111,14 @@ class DirectReader:
         self._connection.liveness.awaiting_since = None
         if not self._connection.liveness.on_pong_frame(payload, monotonic()):
             self._connection.on_control_frame()
+
+    def violation_received(self, fail: Callable[[], None]) -> None:
+        """Call `fail` once the endpoint has read all messages, at the latest after `VIOLATION_GRACE` seconds."""
+        inbox = self._connection.inbox
+        if len(inbox) and inbox.has_reader and self._connection.close_info is None:
+            _PendingFailure(inbox, fail, self._outbox._limits.context)
+        else:
+            fail()
 
     def connection_lost(self, event: Mapping[str, Any]) -> None:
         """Start teardown after the server has lost the connection."""

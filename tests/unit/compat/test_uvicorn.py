@@ -84,7 +84,8 @@ def test_installed_uvicorn_has_websocket_library() -> None:
 # ── the lists of attributes ──
 
 FOLDER = Path(fastapi_ws_stabilizer.__file__).parent / "servers/uvicorn"
-CLASSES = ("PacedParser", "StableWebSocketProtocol")
+PROTOCOL = ("self", "protocol", "self._protocol")
+"""What the protocol object is called in its own class, and in the class of the parser that it owns."""
 
 
 def listed() -> dict[str, set[str]]:
@@ -97,7 +98,7 @@ def listed() -> dict[str, set[str]]:
 
 
 def used_attributes(*sources: str) -> tuple[set[str], set[str]]:
-    """Return what classes use of their base and of its `conn`: attributes of `self` that they do not define."""
+    """Return the attributes of uvicorn's class and of its `conn` that classes use and do not define."""
     of_self: set[str] = set()
     of_conn: set[str] = set()
     own: set[str] = set()
@@ -109,7 +110,7 @@ def used_attributes(*sources: str) -> tuple[set[str], set[str]]:
             elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 own.add(node.name)
             elif isinstance(node, ast.Attribute):
-                of_self |= {node.attr} if ast.unparse(node.value) == "self" else set()
+                of_self |= {node.attr} if ast.unparse(node.value) in PROTOCOL else set()
                 of_conn |= {node.attr} if ast.unparse(node.value) == "self.conn" else set()
     of_super = {
         node.attr
@@ -140,8 +141,9 @@ class Example(Base):
     def method(self):
         super().of_base()
         self.method(self.own, self.conn.of_conn)
+        self._protocol.of_owned()
 """
-    assert used_attributes(source) == ({"inherited", "of_base", "conn"}, {"of_conn"})
+    assert used_attributes(source) == ({"inherited", "of_base", "conn", "_protocol", "of_owned"}, {"of_conn"})
 
 
 def test_uvicorn_without_base_class_is_named_in_error() -> None:
