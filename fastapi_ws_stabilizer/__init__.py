@@ -26,7 +26,7 @@ from fastapi_ws_stabilizer.config import (
     RejectPolicy,
     WebSocketConfig,
 )
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
+from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
 from fastapi_ws_stabilizer.dependencies import StableSocketDep, stable_socket
 from fastapi_ws_stabilizer.doctor.findings import Finding
 from fastapi_ws_stabilizer.errors import (

@@ -13,7 +13,7 @@ from fastapi_ws_stabilizer.config import MemoryEvictionPolicy, RejectPolicy, Web
 from fastapi_ws_stabilizer.connection import current as own
 from fastapi_ws_stabilizer.connection.closing import ClosingConnections
 from fastapi_ws_stabilizer.connection.connection import Connection
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
+from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
 from fastapi_ws_stabilizer.connection.resources import SharedResources
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handlers.dispatcher import Dispatcher

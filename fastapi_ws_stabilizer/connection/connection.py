@@ -31,6 +31,7 @@ from fastapi_ws_stabilizer.compat.starlette import (
     replace_with_ended,
 )
 from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType
+from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
 from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
 from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
 from fastapi_ws_stabilizer.connection.direct_reader import DirectReader
@@ -117,7 +118,6 @@ class Connection(Handover):
         self.limit_reported = False
         self.disconnect_hooks_pending = False
         self.bad_messages = 0
-        self.dropped_messages = 0
         self.used = False
         self._sequenced_count = 0
         self._parts = parts
@@ -131,6 +131,27 @@ class Connection(Handover):
         self.credential: CredentialExpiry | None = None
         self._controls = None
         self._abort_timer: asyncio.TimerHandle | None = None
+
+    def _make_outbox(self, parts: SharedResources, *, numbered: bool) -> AsgiOutbox | DirectOutbox:
+        limits = parts.numbered_limits if numbered else parts.outbox_limits
+        if self._direct is not None:
+            return DirectOutbox(
+                self,
+                limits,
+                parts.scheduler,
+                self.shard,
+                direct=self._direct,
+                min_bytes=self.config.compression_min_bytes,
+            )
+        return AsgiOutbox(
+            self,
+            limits,
+            parts.scheduler,
+            self.shard,
+            send=self.server_transport.send,
+            inline=self.server_transport.is_direct,
+            writers=parts.writers,
+        )
 
     # ── open ──
 
@@ -248,9 +269,9 @@ class Connection(Handover):
 
     def _close_outbox(self, close_info: CloseInfo) -> None:
         if close_info.by_peer:
-            self._discarded(self.outbox.discard())
+            self.on_discarded(self.outbox.discard())
         else:
-            self._discarded(self.outbox.finish(close_info.code, close_info.reason, flush=close_info.policy.flush))
+            self.on_discarded(self.outbox.finish(close_info.code, close_info.reason, flush=close_info.policy.flush))
 
     def close_unread(self) -> None:
         """Close the inbox and discard unread messages."""

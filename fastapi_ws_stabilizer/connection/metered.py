@@ -81,7 +81,7 @@ class Metered(Messages):
     def discard_residual(self) -> None:
         """Discard unread and unsent messages of a closed connection, but not its close frame."""
         self.close_unread()
-        self._discarded(self.outbox.discard_queued())
+        self.on_discarded(self.outbox.discard_queued())
 
     # ── rate limits ──
 

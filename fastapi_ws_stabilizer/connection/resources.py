@@ -10,7 +10,7 @@ from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason
 from fastapi_ws_stabilizer.config import OutboxOverflow, WebSocketConfig
 from fastapi_ws_stabilizer.connection.asgi_outbox import WriterPool
 from fastapi_ws_stabilizer.connection.inbox import InboxLimits
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
+from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
 from fastapi_ws_stabilizer.connection.send_queue import OutboxLimits
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.limits.inbound import InboundRateLimiter

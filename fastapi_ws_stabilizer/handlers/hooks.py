@@ -13,7 +13,7 @@ from fastapi import WebSocketDisconnect
 from starlette.concurrency import run_in_threadpool
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
+from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
 from fastapi_ws_stabilizer.errors import BroadcastFailedError, root_cause
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handlers.signatures import Signature, is_async

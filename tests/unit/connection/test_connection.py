@@ -198,7 +198,7 @@ async def test_send_waiting_on_closing_transport_is_aborted(bench: Any, monkeypa
     b.server.block()
     connection.enqueue(encode("waiting"))
     await b.server.until(lambda: len(b.server.offered) == 2)
-    await eventually(lambda: connection.outbox._watch is not None)
+    await eventually(lambda: connection.outbox._stall is not None)
     assert aborted == []
     closing.append(True)
     await eventually(lambda: aborted)
