@@ -66,10 +66,10 @@ from fastapi_ws_stabilizer.hub.presence import Presence
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.observability.logs import JsonFormatter, StructuredLogger, configure_logging, get_logger
 from fastapi_ws_stabilizer.room import Room
-from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
 from fastapi_ws_stabilizer.shutdown.drain import ShutdownReport
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.stats import stats_router
+from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
 
 __version__ = "0.1.0"
 

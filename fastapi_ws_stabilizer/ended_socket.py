@@ -10,9 +10,10 @@ from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxLimits
 from fastapi_ws_stabilizer.connection.messages import Messages
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
-from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
+from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
+from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
 
 
 class _NoOutbox:

@@ -45,8 +45,8 @@ from fastapi_ws_stabilizer.connection.resources import SharedResources
 from fastapi_ws_stabilizer.connection.server_transport import FLUSH_GRACE, ServerTransport
 from fastapi_ws_stabilizer.errors import NotOpenError, close_info_for, is_bug
 from fastapi_ws_stabilizer.limits.connections import Reservation
-from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
 from fastapi_ws_stabilizer.tasks import LazyEvent, TaskSet, copied, start, wait_for_all
+from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
 
 _MAX_FLUSH: Final = 6
 """Maximum duration of an outbox flush that makes progress, in multiples of `send_timeout`."""

@@ -19,9 +19,9 @@ from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handlers.signatures import Signature, is_async
 from fastapi_ws_stabilizer.hub.presence import Presence
 from fastapi_ws_stabilizer.room import Room
-from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.tasks import TaskSet
+from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
 
 HOOK_SIGNATURES: Final = {
     "handshake": ("the socket",),

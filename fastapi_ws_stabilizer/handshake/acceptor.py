@@ -42,11 +42,12 @@ from fastapi_ws_stabilizer.limits.connections import Reservation
 from fastapi_ws_stabilizer.servers.direct import has_direct_transport
 from fastapi_ws_stabilizer.sessions.detached import DetachedState
 from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
-from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
+from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import SessionStore
 from fastapi_ws_stabilizer.socket import Services, StableSocket
 from fastapi_ws_stabilizer.tasks import copied
 from fastapi_ws_stabilizer.wire.handshake import HEADERS_KEY, check_headers
+from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
 
 
 class Acceptor(Closer, Services):

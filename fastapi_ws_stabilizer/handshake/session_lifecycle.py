@@ -38,11 +38,12 @@ from fastapi_ws_stabilizer.memory.metered_dict import MeteredDict
 from fastapi_ws_stabilizer.sessions.detached import MAX_EXPECTED, DetachedState, DetachedStateStore, key_of_connection
 from fastapi_ws_stabilizer.sessions.ended_sessions import EndedSessions
 from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
-from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
+from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import SessionStore
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from fastapi_ws_stabilizer.wire.v1.frames import Message
+from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
 
 _proven: contextvars.ContextVar[TokenClaims | None] = contextvars.ContextVar("proven_claim", default=None)
 """Content of the token that the current task has verified with the manager."""

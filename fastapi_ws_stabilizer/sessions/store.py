@@ -18,8 +18,8 @@ from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.sessions.ended_sessions import EndedSessions
 from fastapi_ws_stabilizer.sessions.replay_buffer import ReplayLimits
-from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
-from fastapi_ws_stabilizer.wire.v1.hello import Hello
+from fastapi_ws_stabilizer.sessions.session import Session
+from fastapi_ws_stabilizer.wire.v1.hello import Hello, ResumeOutcome
 
 AT_ONCE: Final = 256
 """Sessions that the timer ends before it yields to the event loop."""

@@ -23,12 +23,12 @@ from fastapi_ws_stabilizer.connection.v1_protocol import V1Protocol
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.queueing import EnqueueResult
 from fastapi_ws_stabilizer.sessions.idempotency import MAX_KEYS_PER_CLIENT, IdempotencyCache
-from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
+from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import MAX_DETACHED_PER_CLIENT, SessionStore, StaleAttemptError
 from fastapi_ws_stabilizer.wire.deflate import deflate_stream
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage, encode
 from fastapi_ws_stabilizer.wire.v1.frames import Message, ProtocolError, parse
-from fastapi_ws_stabilizer.wire.v1.hello import parse_hello
+from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome, parse_hello
 from tests.fuzz import virtual
 from tests.fuzz.choices import text_of
 from tests.fuzz.strict_json import strict_json
