@@ -54,7 +54,7 @@ class Metered(Messages):
 
     def evict(self) -> None:
         """Close the connection because the memory limit of the server is reached."""
-        self._parts.on_evicted(self)
+        self._parts.listener.on_evicted(self)  # type: ignore[arg-type]  # every instance is a `Connection`
         retry = math.ceil(retry_delay() * 1000)
         self.close(DisconnectReason.MEMORY, reason=f"out of memory; retry={retry}")
 

@@ -265,7 +265,7 @@ class SendingHalf(abc.ABC):
             return
         self.events.counters.slow_clients[state] += 1
         self.emit("slow_client", logging.INFO, how=state.value, queued_messages=len(self.outbox))
-        self._parts.on_slow(self.socket, state)
+        self._parts.listener.on_slow(self, state)  # type: ignore[arg-type]  # every instance is a `Connection`
         if state is SlowConsumer.DISCONNECTED:
             if self.protocol is None:
                 self.events.counters.messages_discarded += 1  # the message that did not fit

@@ -97,9 +97,8 @@ class _Stage:
             CONFIG,
             self.events,
             next_shard=lambda: 0,
-            began=lambda _: None,
-            ended=lambda session, how: self.ended.update({session.connection_id: how}),
         )
+        self.sessions.listener = self
         self.seen = IdempotencyCache()
         self.speaker: _Speaker | None = None
         self.protocol: V1Protocol | None = None
@@ -108,6 +107,13 @@ class _Stage:
         self.token = ""
         self.clients: set[str] = set()
         self.renewals = 0
+
+    def on_session_began(self, _: Session) -> None:
+        """Do nothing."""
+
+    def on_session_ended(self, session: Session, close_info: CloseInfo) -> None:
+        """Record the close info."""
+        self.ended[session.connection_id] = close_info
 
     async def plays(self, lines: list[bytes]) -> None:
         """Execute each line, and check all invariants after it."""

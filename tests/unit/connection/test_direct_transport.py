@@ -153,7 +153,7 @@ async def test_stalled_client_lags_then_is_disconnected(linked: Any, monkeypatch
     offer(b, "a")
     await settle()
     offer(b, "b", "c")
-    assert b.slow == [SlowConsumer.LAGGING, SlowConsumer.DISCONNECTED]
+    assert b.listener.slow == [SlowConsumer.LAGGING, SlowConsumer.DISCONNECTED]
     assert b.connection.close_info.cause is DisconnectReason.SLOW_CONSUMER
     assert b.server.closed == [(4507, "slow consumer")]
 

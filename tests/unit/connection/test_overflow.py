@@ -64,21 +64,21 @@ async def test_disconnect_policy_closes_with_4507(stalled: Any) -> None:
     b = await stalled()
     assert offer(b, *"abcde")[-1] is EnqueueResult.CLOSED
     assert b.connection.close_info.cause is DisconnectReason.SLOW_CONSUMER
-    assert b.slow == [SlowConsumer.LAGGING, SlowConsumer.DISCONNECTED]
+    assert b.listener.slow == [SlowConsumer.LAGGING, SlowConsumer.DISCONNECTED]
 
 
 async def test_slowness_level_is_reported_once_until_drained(stalled: Any) -> None:
     """Lagging and dropping are reported once each, and again after the client has caught up."""
     b = await stalled(outbox_overflow="drop_newest")
     offer(b, *"abcdefgh")
-    assert b.slow == [SlowConsumer.LAGGING, SlowConsumer.DROPPING]
+    assert b.listener.slow == [SlowConsumer.LAGGING, SlowConsumer.DROPPING]
     b.server.release()
     await eventually(lambda: "client_caught_up" in b.heard.events)
     b.server.block()
     offer(b, "stuck again")
     await b.server.until(lambda: b.server.offered[-1].get("text") == "stuck again")
     offer(b, *"abcd")
-    assert b.slow == [SlowConsumer.LAGGING, SlowConsumer.DROPPING, SlowConsumer.LAGGING]
+    assert b.listener.slow == [SlowConsumer.LAGGING, SlowConsumer.DROPPING, SlowConsumer.LAGGING]
     assert b.events.counters.slow_clients == {SlowConsumer.LAGGING: 2, SlowConsumer.DROPPING: 1}
 
 

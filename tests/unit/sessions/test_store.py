@@ -46,11 +46,15 @@ class StoreHarness:
             WebSocketConfig(**options),
             self.events,
             next_shard=lambda: next(numbers),
-            began=self.began.append,
-            ended=self._end,
         )
+        self.sessions.listener = self
 
-    def _end(self, session: Session, close_info: CloseInfo) -> None:
+    def on_session_began(self, session: Session) -> None:
+        """Record the session."""
+        self.began.append(session)
+
+    def on_session_ended(self, session: Session, close_info: CloseInfo) -> None:
+        """Record the session and its close info."""
         self.ended.append(session)
         self.close_infos.append(close_info)
 
