@@ -26,7 +26,7 @@ from fastapi_ws_stabilizer.config import (
     RejectPolicy,
     WebSocketConfig,
 )
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
+from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
 from fastapi_ws_stabilizer.dependencies import StableSocketDep, stable_socket
 from fastapi_ws_stabilizer.doctor.findings import Finding
 from fastapi_ws_stabilizer.errors import (
@@ -66,10 +66,10 @@ from fastapi_ws_stabilizer.hub.presence import Presence
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.observability.logs import JsonFormatter, StructuredLogger, configure_logging, get_logger
 from fastapi_ws_stabilizer.room import Room
-from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
 from fastapi_ws_stabilizer.shutdown.drain import ShutdownReport
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.stats import stats_router
+from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
 
 __version__ = "0.1.0"
 

@@ -10,9 +10,10 @@ from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxLimits
 from fastapi_ws_stabilizer.connection.messages import Messages
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
-from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
+from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
+from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
 
 
 class _NoOutbox:
@@ -50,7 +51,7 @@ class EndedConnection(Messages):
     The socket of `on_session_end` hooks uses it, because these hooks may run minutes after the connection ended.
     """
 
-    __slots__ = ("_outcome", "_session", "opened_at")
+    __slots__ = ("_dropped_messages", "_outcome", "_session", "opened_at")
 
     predecessors: Final = ()
     hooks_done: Final = True
@@ -62,11 +63,11 @@ class EndedConnection(Messages):
         self.connection_id = connection.connection_id
         self.opened_at = connection.opened_at
         self.close_info = connection.close_info
-        self.dropped_messages = connection.dropped_messages
         self.liveness = connection.liveness
         self.opened = True
         self.protocol = None
         self.outbox = _OUTBOX
+        self._dropped_messages = connection.dropped_messages
         self.inbox = _INBOX
         self._parts = connection._parts
         self._session = connection.session
@@ -86,6 +87,11 @@ class EndedConnection(Messages):
     def recipient(self) -> Any:
         """The recipient in rooms: the session, if the connection had one."""
         return self._session or self
+
+    @property
+    def dropped_messages(self) -> int:
+        """Number of messages that were dropped because the client was a slow consumer."""
+        return self._dropped_messages
 
     @property
     def budget(self) -> MemoryBudget:

@@ -539,7 +539,7 @@ class WebSocketConnectionManager(EventDecorators):
         check_close_code(code)
         self._node.hub.check_loop()
         connections = self._node.resolve(client_id)
-        detached = [] if self._node.current_connection(client_id) else self._node.resumption.detached_of(client_id)
+        detached = [] if self._node.current_connection(client_id) else self._node.detached.of_client(client_id)
         if not connections and not detached:
             raise ConnectionNotFoundError(client_id)
         targets: list[Any] = [*connections, *detached]
@@ -808,7 +808,7 @@ class WebSocketConnectionManager(EventDecorators):
         self._tickets.revoke(client_id)
         node = self._node
         node.admission.revoke(client_id)
-        targets: list[Any] = [*node.registry.of_client(client_id), *node.resumption.detached_of(client_id)]
+        targets: list[Any] = [*node.registry.of_client(client_id), *node.detached.of_client(client_id)]
         for target in targets:
             target.close(DisconnectReason.APPLICATION, code=SESSION_ENDED, reason=reason, from_outside=True)
         node.resumption.forget(client_id)

@@ -11,10 +11,11 @@ from fastapi_ws_stabilizer.auth.signed_tokens import SignedTokens
 from fastapi_ws_stabilizer.close_codes import CloseInfo
 from fastapi_ws_stabilizer.config import MemoryEvictionPolicy, RejectPolicy, WebSocketConfig
 from fastapi_ws_stabilizer.connection import current as own
+from fastapi_ws_stabilizer.connection.client_address import ClientAddressResolver
 from fastapi_ws_stabilizer.connection.closing import ClosingConnections
 from fastapi_ws_stabilizer.connection.connection import Connection
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
-from fastapi_ws_stabilizer.connection.resources import SharedResources
+from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
+from fastapi_ws_stabilizer.connection.resources import ConnectionListener, SharedResources
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handlers.dispatcher import Dispatcher
 from fastapi_ws_stabilizer.handlers.hooks import HookRegistry
@@ -27,16 +28,19 @@ from fastapi_ws_stabilizer.hub.heartbeat import HeartbeatScheduler
 from fastapi_ws_stabilizer.hub.hub import Hub
 from fastapi_ws_stabilizer.hub.presence import Presence, PresenceList
 from fastapi_ws_stabilizer.hub.reaper import ConnectionReaper
+from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
 from fastapi_ws_stabilizer.limits.inbound import InboundRateLimiter
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.room import Room
 from fastapi_ws_stabilizer.scheduling import FlushScheduler
+from fastapi_ws_stabilizer.sessions.detached import DetachedRecipients, DetachedStateStore
 from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
+from fastapi_ws_stabilizer.sessions.store import SessionStore
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.tasks import TaskSet, copied, wait_for_all
 
 
-class Node(Acceptor):
+class Node(Acceptor, ConnectionListener):
     """Everything that one manager runs on one event loop.
 
     It opens connections, and closes each with the code that matches the end of its endpoint.
@@ -44,9 +48,11 @@ class Node(Acceptor):
     Attributes:
         budget: Memory budget of all connections and sessions.
         hub: Registry, rooms, presence and broadcast.
-        registry: Registry of the hub.
-        resumption: Lifecycle of sessions and of the detached state of plain clients.
+        registry: Registry of the open connections.
         sessions: Store of the sessions.
+        detached: The detached sessions and detached states.
+        resumption: Lifecycle of sessions and of the detached state of plain clients.
+        addresses: Resolver of client addresses.
         connections: The open connections and those in teardown.
         admission: Admission control for handshakes.
         heartbeat: Scheduler of the heartbeat.
@@ -77,29 +83,43 @@ class Node(Acceptor):
             MemoryEvictionPolicy(config.memory_eviction_policy).value,
             config.memory_check_interval,
         )
+        self.registry: ConnectionRegistry[Connection] = ConnectionRegistry(config.num_shards)
+        self.sessions = SessionStore(config, events, self.budget, next_shard=self.registry.next_shard)
+        detached_states = DetachedStateStore(
+            config.session_ttl if config.enable_reconnect else 0.0, config.max_detached_sessions
+        )
+        self.detached = DetachedRecipients(self.sessions, detached_states)
         self.hub: Hub[Connection] = Hub(
             config,
             events,
             scheduler,
             self._tasks,
+            self.registry,
             joined=functools.partial(self._presence, "join"),
             left=functools.partial(self._presence, "leave"),
             wanted=functools.partial(hooks.has, "join", "leave"),
-            detached_of=lambda client_id: self.resumption.detached_of(client_id),
+            detached_of=self.detached.of_client,
             budget=self.budget,
         )
-        self.registry = self.hub.registry
         self._idempotency = IdempotencyCache()
-        self.resumption = SessionLifecycle(config, events, hooks, self.hub, tokens, self.budget, self._idempotency)
-        self.sessions = self.resumption.sessions
+        self.resumption = SessionLifecycle(
+            config,
+            events,
+            hooks,
+            self.hub,
+            self.sessions,
+            detached_states,
+            tokens,
+            self.budget,
+            self._idempotency,
+        )
         self.connections: set[Connection] = set()
         self._closing_connections = ClosingConnections()
-        rejector = Rejector(RejectPolicy(config.reject), events)
-        self._hello_reader = HelloReader(
-            config, self.sessions, rejector, address_of=lambda websocket: self.admission.address_of(websocket)
-        )
+        self.addresses = ClientAddressResolver(config.trusted_proxies)
+        rejector = Rejector(RejectPolicy(config.reject), events, self.addresses)
+        self._hello_reader = HelloReader(config, self.sessions, rejector)
         self.admission = AdmissionController(
-            config, events, rejector, self._hello_reader, closing_connections=self._closing_connections
+            config, events, self.addresses, rejector, self._hello_reader, closing_connections=self._closing_connections
         )
         self.heartbeat = HeartbeatScheduler(config, events)
         self.reaper = ConnectionReaper(config)
@@ -107,6 +127,7 @@ class Node(Acceptor):
         self._warned_about_server = False
         self._hook_slots = asyncio.Semaphore(config.max_concurrent_cleanup)  # for presence hooks and slow-client hooks
         self._parts = SharedResources(
+            self,
             config,
             events,
             self._tasks,
@@ -119,15 +140,32 @@ class Node(Acceptor):
                 max_message_size=config.max_message_size,
             ),
             next_shard=self.registry.next_shard,
-            on_closing=self._on_closing,
-            on_evicted=self._on_evicted,
-            on_closed=self._on_closed,
-            on_disconnect=hooks.disconnect,
-            on_session_end=self.resumption.notify_session_end,
-            on_slow=self._slow,
-            on_error=hooks.error,
-            close_info_by_handler=self.close_info_by_handler,
         )
+
+    # ── listener of connections ──
+
+    def on_slow(self, connection: Connection, state: SlowConsumer) -> None:
+        """Run the hooks for a client that has become a slow consumer, without waiting for them."""
+        if self._hooks.has("slow"):
+            slow = self._run_slow_hooks(connection, state)
+            self._tasks.spawn(slow, name="ws-slow-hooks", context=copied(connection.context))
+
+    async def _run_slow_hooks(self, connection: Connection, state: SlowConsumer) -> None:
+        async with self._hook_slots:
+            await self._hooks.slow(connection.socket, state)
+
+    async def on_disconnect(self, connection: Connection) -> None:
+        """Run the disconnect hooks. A cancellation cancels the current hook."""
+        if connection.close_info is not None:
+            await self._hooks.disconnect(connection.socket, connection.close_info.cause)
+
+    async def on_session_end(self, connection: Connection) -> None:
+        """Run the session end hooks, if the session has ended with the connection."""
+        await self.resumption.notify_session_end(connection)
+
+    async def on_error(self, connection: Connection, error: BaseException) -> None:
+        """Run the error hooks with a bug in user code, after it was reported."""
+        await self._hooks.error(connection.socket, error)
 
     # ── services of sockets ──
 
@@ -154,7 +192,7 @@ class Node(Acceptor):
 
     def address_of(self, connection: Connection) -> str:
         """Return the address of the client of a connection."""
-        return self.admission.address_of(connection.websocket)
+        return self.addresses.address_of(connection.websocket)
 
     def reconnect_token(self, connection: Connection) -> str:
         """Create a reconnect token for a connection.
@@ -168,15 +206,6 @@ class Node(Acceptor):
     async def _presence(self, event: str, presence: Presence) -> None:
         async with self._hook_slots:
             await self._hooks.presence(event, Room(presence.room, lambda: self.hub, history=False), presence)
-
-    def _slow(self, socket: StableSocket, state: SlowConsumer) -> None:
-        if self._hooks.has("slow"):
-            context = copied(socket._connection.context)
-            self._tasks.spawn(self._run_slow_hooks(socket, state), name="ws-slow-hooks", context=context)
-
-    async def _run_slow_hooks(self, socket: StableSocket, state: SlowConsumer) -> None:
-        async with self._hook_slots:
-            await self._hooks.slow(socket, state)
 
     def current_connection(self, client_id: str) -> Connection | None:
         """Return the connection that the current task or its parent opened under this client id; `None` without one."""

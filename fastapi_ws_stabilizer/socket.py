@@ -28,11 +28,11 @@ from fastapi_ws_stabilizer.errors import (
 from fastapi_ws_stabilizer.hub.presence import PresenceList
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.memory.metered_dict import MeteredDict
-from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
 from fastapi_ws_stabilizer.wire.encoded import encode, encode_json
 from fastapi_ws_stabilizer.wire.handshake import ANSWERED_KEY, HEADERS_KEY
 from fastapi_ws_stabilizer.wire.strict_json import InvalidJsonError, read_json
 from fastapi_ws_stabilizer.wire.v1.frames import Message
+from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
 from fastapi_ws_stabilizer.wrong_names import OF_SOCKET, missing
 
 T = TypeVar("T")

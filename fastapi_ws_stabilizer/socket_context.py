@@ -43,7 +43,7 @@ async def reject_handshake(admission: AdmissionController, websocket: WebSocket,
         if handshake.admission is admission:
             handshake.reservation.release()  # before the answer, because the client may read it slowly
         handshake = handshake.parent
-    return await admission.rejector.reject(websocket, error, admission.address_of(websocket))
+    return await admission.rejector.reject(websocket, error)
 
 
 def current_handshake(admission: AdmissionController, websocket: WebSocket) -> Handshake | None:

@@ -31,6 +31,7 @@ from fastapi_ws_stabilizer.compat.starlette import (
     replace_with_ended,
 )
 from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType
+from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
 from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
 from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
 from fastapi_ws_stabilizer.connection.direct_reader import DirectReader
@@ -42,10 +43,10 @@ from fastapi_ws_stabilizer.connection.liveness import Liveness
 from fastapi_ws_stabilizer.connection.pump import read_pump
 from fastapi_ws_stabilizer.connection.resources import SharedResources
 from fastapi_ws_stabilizer.connection.server_transport import FLUSH_GRACE, ServerTransport
-from fastapi_ws_stabilizer.errors import NotOpenError, close_info_for, is_bug
+from fastapi_ws_stabilizer.errors import NotOpenError
 from fastapi_ws_stabilizer.limits.connections import Reservation
-from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
 from fastapi_ws_stabilizer.tasks import LazyEvent, TaskSet, copied, start, wait_for_all
+from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
 
 _MAX_FLUSH: Final = 6
 """Maximum duration of an outbox flush that makes progress, in multiples of `send_timeout`."""
@@ -117,7 +118,6 @@ class Connection(Handover):
         self.limit_reported = False
         self.disconnect_hooks_pending = False
         self.bad_messages = 0
-        self.dropped_messages = 0
         self.used = False
         self._sequenced_count = 0
         self._parts = parts
@@ -131,6 +131,27 @@ class Connection(Handover):
         self.credential: CredentialExpiry | None = None
         self._controls = None
         self._abort_timer: asyncio.TimerHandle | None = None
+
+    def _make_outbox(self, parts: SharedResources, *, numbered: bool) -> AsgiOutbox | DirectOutbox:
+        limits = parts.numbered_limits if numbered else parts.outbox_limits
+        if self._direct is not None:
+            return DirectOutbox(
+                self,
+                limits,
+                parts.scheduler,
+                self.shard,
+                direct=self._direct,
+                min_bytes=self.config.compression_min_bytes,
+            )
+        return AsgiOutbox(
+            self,
+            limits,
+            parts.scheduler,
+            self.shard,
+            send=self.server_transport.send,
+            inline=self.server_transport.is_direct,
+            writers=parts.writers,
+        )
 
     # ── open ──
 
@@ -162,7 +183,7 @@ class Connection(Handover):
     async def report_bug(self, event: str, error: BaseException) -> None:
         """Report a bug in user code once and run the error hooks, with the time limit of disconnect hooks."""
         self.events.emit_exception(event, error, client_id=self.client_id, connection_id=self.connection_id)
-        await self._parts.on_error(self.socket, error)
+        await self._parts.listener.on_error(self, error)
 
     @property
     def outcome(self) -> ResumeOutcome:
@@ -215,7 +236,7 @@ class Connection(Handover):
             close_info = replace(close_info, cause=drain_cause)
         self.close_info = close_info
         attempt = self.attempt
-        attempt(self._parts.on_closing, self)
+        attempt(self._parts.listener.on_closing, self)
         self.events.counters.endings[close_info.cause] += 1
         if self.protocol is not None:
             attempt(self.protocol.close)
@@ -248,9 +269,9 @@ class Connection(Handover):
 
     def _close_outbox(self, close_info: CloseInfo) -> None:
         if close_info.by_peer:
-            self._discarded(self.outbox.discard())
+            self.on_discarded(self.outbox.discard())
         else:
-            self._discarded(self.outbox.finish(close_info.code, close_info.reason, flush=close_info.policy.flush))
+            self.on_discarded(self.outbox.finish(close_info.code, close_info.reason, flush=close_info.policy.flush))
 
     def close_unread(self) -> None:
         """Close the inbox and discard unread messages."""
@@ -305,7 +326,7 @@ class Connection(Handover):
             await self._attempt_async(self.wait_for_predecessors)
             async with self._parts.cleanups:
                 await self._attempt_async(self.run_disconnect_hooks)
-                await self._attempt_async(self._parts.on_session_end, self)
+                await self._attempt_async(self._parts.listener.on_session_end, self)
                 self._hooks_done.set()
             await self._attempt_async(self._wait_for_endpoint, until)
             await self._attempt_async(self._wait_for_flush)
@@ -333,7 +354,7 @@ class Connection(Handover):
         """Run the disconnect hooks once, if the connect hooks have started."""
         if self.disconnect_hooks_pending and self.close_info is not None:
             self.disconnect_hooks_pending = False
-            await self._parts.on_disconnect(self.socket, self.close_info.cause)
+            await self._parts.listener.on_disconnect(self)
 
     def expedite(self) -> None:
         """Cancel the endpoint of a closing connection without waiting for the rest of its grace."""
@@ -388,7 +409,7 @@ class Connection(Handover):
         self._closed_event.set()
         self._hooks_done.set()
         attempt = self.attempt
-        attempt(self._parts.on_closed, self)
+        attempt(self._parts.listener.on_closed, self)
         if self._abort_timer is not None:
             self._abort_timer.cancel()
             self._abort_timer = None
@@ -446,10 +467,7 @@ class Connection(Handover):
 
     async def _close_by_error(self, error: BaseException) -> None:
         """Close the connection for an error of a tied task, as the application's exception handler says."""
-        close_info: CloseInfo = close_info_for(error)
-        bug = error if is_bug(error) else None
-        if self._parts.close_info_by_handler is not None:
-            close_info, bug = await self._parts.close_info_by_handler(self, error)
+        close_info, bug = await self._parts.listener.close_info_by_handler(self, error)
         self.close(close_info.cause, code=close_info.code, reason=close_info.reason)
         if bug is not None:
             await self.report_bug("tied_task_failed", bug)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from fastapi_ws_stabilizer.connection.outbox import Outbox
-from fastapi_ws_stabilizer.connection.outbox_owner import OutboxOwner
 from fastapi_ws_stabilizer.connection.send_queue import OutboxLimits
 from fastapi_ws_stabilizer.scheduling import FlushScheduler
 from fastapi_ws_stabilizer.servers.direct import DirectTransport
+from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 from fastapi_ws_stabilizer.wire.envelope import to_deflated
+
+if TYPE_CHECKING:
+    from fastapi_ws_stabilizer.connection.connection import Connection
 
 MAX_WRITE_BYTES: Final = 256 * 1024
 """Size in bytes at which the outbox stops joining frames into one write. The outbox checks for backpressure after each
@@ -25,11 +28,11 @@ class DirectOutbox(Outbox):
         min_bytes: Minimum size in bytes of a compressed message.
     """
 
-    __slots__ = ("_direct", "_min_bytes", "_paused", "_window_bits", "_write")
+    __slots__ = ("_compresses", "_direct", "_min_bytes", "_paused", "_window_bits", "_write")
 
     def __init__(
         self,
-        owner: OutboxOwner,
+        owner: Connection,
         limits: OutboxLimits,
         scheduler: FlushScheduler,
         shard: int,
@@ -44,6 +47,7 @@ class DirectOutbox(Outbox):
         # most of the cost, so this code touches as few objects as possible.
         self._paused = False
         self._window_bits = 0
+        self._compresses = False
         self._write: Callable[[bytes], None] = direct.transport.write
 
     def on_attached(self, *, compress: bool) -> None:
@@ -51,56 +55,53 @@ class DirectOutbox(Outbox):
         if self._direct.write_paused:
             self.pause_writing()
         self._window_bits = self._direct.window_bits if compress else 0
+        self._compresses = self._window_bits > 0 or self._deflates
+
+    def deflate_frames(self) -> None:
+        """Send compressed v1 frames from now on, where compression saves enough."""
+        super().deflate_frames()
+        self._compresses = True
 
     def on_flush_due(self) -> None:
         """Send what can be sent now. Hot path: nearly always exactly one frame is queued."""
         frame = self._single
-        if (
-            frame is None
-            or self._shut
-            or self._broken
-            or self._deflates
-            or self._paused
-            or self._slow
-            or self._control
-            or self._waiters
-        ):
+        if frame is None or not self.fast:
             super().on_flush_due()
             return
         self._due = False
-        self._single = self._keyed = None
-        self.held_bytes = 0
+        self._single = None
         try:
-            self._write(frame.compressed(self._window_bits, self._min_bytes) if self._window_bits else frame.framed())
+            self._write(self._compressed(frame) if self._compresses else frame.framed())
         except Exception as error:  # after any error the transport accepts no more writes
             self._failed(error, 1)
         else:
-            limits = self._limits
+            limits = self.limits
             limits.counters.messages_sent += 1
             if limits.reports_delivery:
                 self.owner.on_delivered()
+
+    def _compressed(self, frame: EncodedMessage) -> bytes:
+        """Return a frame as it is sent on the wire, compressed as the client accepts it."""
+        if self._deflates:
+            frame = to_deflated(frame)
+        return frame.compressed(self._window_bits, self._min_bytes) if self._window_bits else frame.framed()
 
     def _send_queued(self) -> None:
         """Write the queued frames in batches until the transport pauses writing."""
         while self._any:
             if self._paused:
-                self._block()
+                self.block()
                 return
             delivers = not self._control
-            frames = self._take(MAX_WRITE_BYTES)
+            frames = self._take(MAX_WRITE_BYTES) if delivers else self._take_control()
             try:
-                if self._deflates:
-                    frames = [to_deflated(frame) for frame in frames]
-                if self._window_bits:
-                    parts = [frame.compressed(self._window_bits, self._min_bytes) for frame in frames]
-                else:
-                    parts = [frame.framed() for frame in frames]
+                parts = [self._compressed(frame) if self._compresses else frame.framed() for frame in frames]
                 self._write(parts[0] if len(parts) == 1 else b"".join(parts))
             except Exception as error:
                 self._failed(error, len(frames))
                 return
-            self._limits.counters.messages_sent += len(frames)
-            if delivers and self._limits.reports_delivery:
+            self.limits.counters.messages_sent += len(frames)
+            if delivers and self.limits.reports_delivery:
                 self.owner.on_delivered()
         if not self._paused:
             self._on_drained()
@@ -128,11 +129,11 @@ class DirectOutbox(Outbox):
         """
         self._paused = True
         if not self._shut:
-            self._block()
+            self.block()
 
     def resume_writing(self) -> None:
         """Resume writing."""
         self._paused = False
-        self._unblock()
+        self.unblock()
         if not self._broken:
             self._send_queued()

@@ -161,7 +161,7 @@ class DirectReader:
 
     def _watch(self, delay: float) -> None:
         # Reading can resume and pause again in endpoint code. A cancelled timer would hold that code's context.
-        context = self._outbox._limits.context
+        context = self._outbox.limits.context
         self._timer = asyncio.get_running_loop().call_later(delay, self._check_reads, context=context)
 
     def _check_reads(self) -> None:

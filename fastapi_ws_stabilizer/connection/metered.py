@@ -54,7 +54,7 @@ class Metered(Messages):
 
     def evict(self) -> None:
         """Close the connection because the memory limit of the server is reached."""
-        self._parts.on_evicted(self)
+        self._parts.listener.on_evicted(self)  # type: ignore[arg-type]  # every instance is a `Connection`
         retry = math.ceil(retry_delay() * 1000)
         self.close(DisconnectReason.MEMORY, reason=f"out of memory; retry={retry}")
 
@@ -81,7 +81,7 @@ class Metered(Messages):
     def discard_residual(self) -> None:
         """Discard unread and unsent messages of a closed connection, but not its close frame."""
         self.close_unread()
-        self._discarded(self.outbox.discard_queued())
+        self.on_discarded(self.outbox.discard_queued())
 
     # ── rate limits ──
 

@@ -9,18 +9,35 @@ import abc
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from enum import Enum
+from typing import TYPE_CHECKING, Final
 
+from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.config import OutboxOverflow
-from fastapi_ws_stabilizer.connection.outbox_owner import OutboxOwner, SlowConsumer
 from fastapi_ws_stabilizer.connection.send_queue import OutboxLimits, SendQueue
 from fastapi_ws_stabilizer.connection.stall_watch import StallWatch
+from fastapi_ws_stabilizer.memory.budget import FRAME_OVERHEAD_BYTES
 from fastapi_ws_stabilizer.queueing import EnqueueResult
 from fastapi_ws_stabilizer.scheduling import FlushScheduler
+from fastapi_ws_stabilizer.tasks import LazyEvent
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
+
+if TYPE_CHECKING:
+    from fastapi_ws_stabilizer.connection.connection import Connection
 
 MAX_CONTROL_FRAMES: Final = 16
 """Maximum number of waiting control frames. A pong has no use once the next one is queued."""
+
+
+class SlowConsumer(str, Enum):
+    """State of a slow consumer. Each is reported once until the client has caught up."""
+
+    LAGGING = "lagging"
+    """More than half of its outbox is used, and the network accepts nothing."""
+    DROPPING = "dropping"
+    """Messages to it are dropped, as `outbox_overflow` says."""
+    DISCONNECTED = "disconnected"
+    """Its outbox was full, and the server closes the connection with 4507."""
 
 
 class PendingSend:
@@ -45,49 +62,122 @@ class PendingSend:
             self.done.set_result(queued)
 
 
-class Outbox(StallWatch, abc.ABC):
+class Outbox(abc.ABC):
     """Bounded queue with many writers, flushed at the end of each event loop iteration.
 
-    An idle outbox owns no task and no timer. Subclasses implement `_send_queued`, which sends what can be sent now and
-    then the close frame.
+    An idle outbox owns no task, no timer and no queue. It mostly holds one frame, which is sent in the next flush.
+    `SendQueue` is created for the second frame, and `StallWatch` for the first send that blocks.
+
+    Subclasses implement `_send_queued`, which sends what can be sent now and then the close frame.
+
+    Attributes:
+        owner: The connection.
+        limits: Bounds, overflow policy and counters.
+        shard_index: Position in the connection's shard, for the registry.
+        used: Whether a message was queued since `used` was reset.
+        fast: Whether nothing unusual is going on: the outbox is open, no frame waits for the client, no sender waits
+            for room, and no control frame is queued. The hot paths test only this flag. Each change of one of its
+            conditions calls `_update_fast_path`.
+        dropped_messages: Number of messages that were dropped because the client is a slow consumer.
     """
 
     __slots__ = (
+        "_broken",
         "_close",
         "_control",
         "_deflates",
+        "_done",
+        "_due",
         "_pending",
+        "_queue",
         "_scheduler",
         "_shut",
+        "_single",
         "_slow",
+        "_stall",
         "_waiters",
+        "dropped_messages",
+        "fast",
+        "limits",
+        "owner",
         "shard_index",
         "used",
     )
 
-    def __init__(self, owner: OutboxOwner, limits: OutboxLimits, scheduler: FlushScheduler, shard: int) -> None:
-        super().__init__(owner, limits)
+    def __init__(self, owner: Connection, limits: OutboxLimits, scheduler: FlushScheduler, shard: int) -> None:
+        self.owner = owner
+        self.limits = limits
         self.shard_index = 0
-        self.used = False  # whether a message was queued since `used` was reset
+        self.used = False
+        self.fast = False
+        self.dropped_messages = 0
         self._scheduler = scheduler
         self._pending = scheduler.pending(shard)
+        self._single: EncodedMessage | None = None  # the only waiting frame; there is no queue then
+        self._queue: SendQueue | None = None
         self._control: list[EncodedMessage] | None = None
-        self._shut = True
-        self._deflates = False
-        self._slow: SlowConsumer | None = None
         self._waiters: deque[PendingSend] | None = None
+        self._stall: StallWatch | None = None
+        self._slow: SlowConsumer | None = None
+        self._shut = True
+        self._broken = False  # whether the server has rejected a frame
+        self._due = False  # whether a flush is scheduled or a send is blocked
+        self._deflates = False
         self._close: tuple[int, str] | None = None
-
-    def __len__(self) -> int:
-        return super().__len__() + len(self._control or ())
+        self._done: LazyEvent | None = None  # created when code waits for it, or when it is set
 
     def open(self) -> None:
         """Accept messages from now on."""
         self._shut = False
+        self._update_fast_path()
 
     def deflate_frames(self) -> None:
         """Send compressed v1 frames from now on, where compression saves enough."""
         self._deflates = True
+
+    def _update_fast_path(self) -> None:
+        """Set `fast`. Called after each change of one of these conditions."""
+        self.fast = not (
+            self._shut
+            or self._broken
+            or self._control
+            or self._waiters
+            or self._slow
+            or (self._queue is not None and self._queue.counted)
+        )
+
+    # ── size ──
+
+    def __len__(self) -> int:
+        return self._message_count + len(self._control or ())
+
+    @property
+    def _message_count(self) -> int:
+        """Number of waiting messages, without control frames."""
+        return int(self._single is not None) if self._queue is None else len(self._queue)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the waiting messages."""
+        if self._queue is not None:
+            return self._queue.held_bytes
+        return 0 if self._single is None else self._single.size
+
+    @property
+    def counted_bytes(self) -> int:
+        """Bytes of the waiting messages including their overhead: what the memory budget counts, if it does."""
+        return self.held_bytes + FRAME_OVERHEAD_BYTES * self._message_count
+
+    @property
+    def half_full(self) -> bool:
+        """Whether more than half of a bound is used."""
+        return 2 * len(self) > self.limits.max_messages or 2 * self.held_bytes > self.limits.max_bytes
+
+    @property
+    def _any(self) -> bool:
+        """Whether any frame is queued."""
+        queue = self._queue
+        return self._single is not None or (queue is not None and bool(queue.entries)) or bool(self._control)
 
     # ── enqueueing ──
 
@@ -103,20 +193,19 @@ class Outbox(StallWatch, abc.ABC):
 
         Hot path: nearly all messages need only this method.
         """
-        if self._shut or self._counted or frame.key is not None or self._waiters:
+        if not self.fast:
             return False
         queue = self._queue
-        held = self.held_bytes + frame.size
-        if queue:
-            limits = self._limits
-            if len(queue) >= limits.soft_messages or held > limits.soft_bytes:
-                return False
-            queue.append(frame)
-        elif self._single is None:
+        if queue is None and self._single is None:
             self._single = frame
-        else:  # the second of a burst
-            return False
-        self.held_bytes = held
+        else:  # a burst
+            if queue is None:
+                queue = self._open_queue()
+            entries, held, limits = queue.entries, queue.held_bytes + frame.size, self.limits
+            if frame.key is not None or len(entries) >= limits.soft_messages or held > limits.soft_bytes:
+                return False
+            entries.append(frame)
+            queue.held_bytes = held
         self.used = True
         if not self._due:
             self._due = True
@@ -132,10 +221,9 @@ class Outbox(StallWatch, abc.ABC):
         Messages from user code must not wait for the end of the loop iteration, because that code may compute for long.
         Hot path. If no flush is scheduled (`_due`), no frame waits.
         """
-        if self._due or self._shut or self._counted or frame.key is not None or self._waiters:
+        if self._due or not self.fast:
             return False
         self._single = frame
-        self.held_bytes = frame.size
         self.used = True
         self.on_flush_due()
         return True
@@ -162,13 +250,12 @@ class Outbox(StallWatch, abc.ABC):
             return EnqueueResult.CLOSED
         if frame.key is not None and self._replace_same_key(frame):
             return EnqueueResult.SLOW if self.half_full and self.is_delayed else EnqueueResult.QUEUED
-        below_soft_limit = self._below_soft_limit(frame.size)
-        if not below_soft_limit and not self.blocked:
+        if not self._stays_below_soft_limit(frame.size) and not self.blocked:
             self._send_queued()  # the network may accept all frames at once
-            below_soft_limit = self._below_soft_limit(frame.size)
             if self._shut:
                 return EnqueueResult.CLOSED
         if self._fits(frame.size):
+            below_soft_limit = self._stays_below_soft_limit(frame.size)
             self._enqueue(frame)
             if below_soft_limit:
                 return EnqueueResult.QUEUED
@@ -176,14 +263,14 @@ class Outbox(StallWatch, abc.ABC):
                 return EnqueueResult.BACKPRESSURE
             self._set_slow(SlowConsumer.LAGGING)
             return EnqueueResult.SLOW
-        if self._limits.overflow is OutboxOverflow.DISCONNECT:
+        if self.limits.overflow is OutboxOverflow.DISCONNECT:
             self._set_slow(SlowConsumer.DISCONNECTED)
             return EnqueueResult.CLOSED
-        if self._limits.overflow is OutboxOverflow.DROP_NEWEST:
+        if self.limits.overflow is OutboxOverflow.DROP_NEWEST:
             self._drop(1)
             return EnqueueResult.DROPPED
         count = 0
-        while SendQueue.__len__(self) and not self._fits(frame.size):
+        while not self._fits(frame.size):
             self._pop()
             count += 1
         self._enqueue(frame)
@@ -207,6 +294,14 @@ class Outbox(StallWatch, abc.ABC):
             self._send_queued()
         return not self._shut and self._fits(size)
 
+    def _fits(self, size: int) -> bool:
+        """Return whether a message of `size` bytes fits. Any message fits into an empty outbox."""
+        return not self._message_count or self._open_queue().fits(size)
+
+    def _stays_below_soft_limit(self, size: int) -> bool:
+        """Return whether at most half of the bounds is used with a message of `size` bytes added."""
+        return not self._message_count or self._open_queue().stays_below_soft_limit(size)
+
     def put_control(self, frame: EncodedMessage) -> bool:
         """Queue a control frame ahead of all messages. Return `False` if too many wait or the outbox is closed."""
         control = self._control or []
@@ -214,14 +309,16 @@ class Outbox(StallWatch, abc.ABC):
             return False
         control.append(frame)
         self._control = control
+        self._update_fast_path()
         self._schedule_flush()
         return True
 
     def preload(self, frames: Iterable[EncodedMessage]) -> None:
         """Queue the first frames of a connection, regardless of the bounds. They use no room of later frames."""
+        queue = self._open_queue()
         for frame in frames:
             self._enqueue(frame)
-        self._extra = (SendQueue.__len__(self), self.held_bytes)
+        queue.allow_extra()
 
     async def put_wait(self, frame: EncodedMessage, queued: Callable[[EncodedMessage], object] | None = None) -> bool:
         """Queue a frame as soon as there is room, after earlier waiters. Return `False` if the outbox was closed.
@@ -257,28 +354,49 @@ class Outbox(StallWatch, abc.ABC):
         for index, other in enumerate(self._waiters if waiter.frame.key is not None else ()):
             if other.frame.key == waiter.frame.key:
                 self._waiters[index] = waiter
-                self.owner.on_coalesced()
+                self.limits.counters.messages_coalesced += 1
                 other.settle(True)
                 return
         self._waiters.append(waiter)
+        self._update_fast_path()
 
     def _replace_same_key(self, frame: EncodedMessage) -> bool:
         """Replace a queued or waiting frame of the same key. Return whether there was one."""
         self.used = True
+        replaced = False
         for waiter in self._waiters or ():
             if waiter.frame.key == frame.key:  # it is newer than all queued frames
                 waiter.frame = frame
-                self.owner.on_coalesced()
-                return True
-        if self._coalesce(frame):
-            self.owner.on_coalesced()
-            return True
-        return False
+                replaced = True
+                break
+        else:
+            if self._queue is not None:
+                replaced = self._queue.coalesce(frame)
+            elif self._single is not None and self._single.key == frame.key:
+                self._single = frame
+                replaced = True
+        self.limits.counters.messages_coalesced += replaced
+        return replaced
 
     def _enqueue(self, frame: EncodedMessage) -> None:
-        self._append(frame)
+        """Queue a frame, regardless of the bounds."""
+        if self._queue is None and self._single is None:
+            self._single = frame
+        else:
+            queue = self._open_queue()
+            queue.append(frame)
+            if queue.counted:
+                self._on_nonzero()
         self.used = True
         self._schedule_flush()
+
+    def _open_queue(self) -> SendQueue:
+        """Return the queue, which takes over a single waiting frame when it is created."""
+        queue = self._queue
+        if queue is None:
+            queue = self._queue = SendQueue(self.limits, self._single)
+            self._single = None
+        return queue
 
     # ── slow consumers ──
 
@@ -286,11 +404,76 @@ class Outbox(StallWatch, abc.ABC):
         """Report a slow consumer state, once until the client has caught up."""
         if self._slow is not state and self._slow is not SlowConsumer.DROPPING:
             self._slow = state
+            self._update_fast_path()
             self.owner.on_slow(state)
 
     def _drop(self, count: int) -> None:
-        self.owner.on_dropped(count)
+        self.dropped_messages += count
+        self.limits.counters.messages_dropped += count
         self._set_slow(SlowConsumer.DROPPING)
+
+    # ── blocked sends ──
+
+    @property
+    def blocked(self) -> bool:
+        """Whether queued messages cannot be sent now."""
+        return self._broken or (self._stall is not None and self._stall.since is not None)
+
+    @property
+    def is_delayed(self) -> bool:
+        """Whether a send has been blocked for longer than `STALL_THRESHOLD`."""
+        return self._stall is not None and self._stall.is_delayed
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether queued messages wait for longer than they do with a client that reads."""
+        return self.is_delayed
+
+    @property
+    def blocked_seconds(self) -> float:
+        """Seconds for which sends have been blocked."""
+        since = None if self._stall is None else self._stall.since
+        return 0.0 if since is None else monotonic() - since
+
+    def is_backpressured(self) -> bool:
+        """Return whether more than half of the outbox is used while the client appears to read."""
+        return self.half_full and not self.is_delayed
+
+    def block(self) -> None:
+        """Record that sends are blocked, and watch for progress."""
+        self._start_accounting()
+        self._due = True
+        if self._stall is None:
+            self._stall = StallWatch(self)
+        self._stall.begin()
+
+    def unblock(self) -> None:
+        """Record that sends are not blocked any more."""
+        if self._stall is not None:
+            self._stall.end()
+        self._due = self._broken
+
+    def restart_stall_watch(self) -> None:
+        """Measure from now on, because the next send has started and may block too."""
+        if self._stall is not None:
+            self._stall.restart()
+
+    def drop_stall_watch(self) -> None:
+        """Drop the stall watch, because its timer has found no blocked send."""
+        self._stall = None
+
+    def _start_accounting(self) -> None:
+        """Count waiting and new frames in the memory budget until the client has caught up."""
+        queue = self._open_queue()
+        if not queue.counted:
+            queue.start_accounting()
+            self._update_fast_path()
+            self._on_nonzero()
+
+    def _on_nonzero(self) -> None:
+        """Report counted bytes, where possibly no memory was held before."""
+        if self.limits.budget.evicts:
+            self.owner.on_nonzero()
 
     # ── sending ──
 
@@ -304,19 +487,30 @@ class Outbox(StallWatch, abc.ABC):
     def _send_queued(self) -> None:
         """Dequeue and send what can be sent now, then the close frame if there is one."""
 
+    def _take_control(self) -> Sequence[EncodedMessage]:
+        """Dequeue all control frames."""
+        control, self._control = self._control or (), None
+        self._update_fast_path()
+        return control
+
+    def _pop(self) -> EncodedMessage:
+        """Dequeue the first message."""
+        frame = self._single
+        if frame is None:
+            return self._open_queue().pop()
+        self._single = None
+        return frame
+
     def _take(self, max_bytes: int) -> Sequence[EncodedMessage]:
-        """Dequeue frames until `max_bytes` are reached. Control frames come first, in a batch of their own."""
-        if self._control:
-            control, self._control = self._control, None
-            return control
-        frames = self._pop_up_to(max_bytes)
+        """Dequeue messages until `max_bytes` are reached, at least one, and admit waiting senders."""
+        frames = (self._pop(),) if self._queue is None else self._queue.pop_up_to(max_bytes)
         if self._waiters:
             self._serve_waiters()
         return frames
 
     def _serve_waiters(self) -> None:
         """Queue the frames of waiting senders in order, until a bound is reached."""
-        while self._waiters and not self._at_bounds:
+        while self._waiters and not (self._message_count and self._open_queue().at_bounds):
             waiter = self._waiters.popleft()
             if waiter.done.done():
                 continue
@@ -325,6 +519,7 @@ class Outbox(StallWatch, abc.ABC):
             if waiter.queued is not None:
                 waiter.queued(waiter.frame)
             waiter.settle(True)
+        self._update_fast_path()
 
     def _schedule_flush(self) -> None:
         if not self._due:
@@ -334,26 +529,21 @@ class Outbox(StallWatch, abc.ABC):
     def _failed(self, error: BaseException, unsent: int) -> None:
         """Stop sending after the server has rejected a message. Its disconnect event may follow."""
         self._broken = self._due = True
+        self._update_fast_path()
         if unsent:
-            self.owner.on_unsent(unsent)
+            self.owner.on_discarded(unsent)
         self.owner.on_send_failed(error)
 
-    def _on_nonzero(self) -> None:
-        if self._limits.budget.evicts:
-            self.owner.on_nonzero()
-
-    @property
-    def _any(self) -> bool:
-        """Whether any frame is queued."""
-        return bool(self._single is not None or self._queue or self._control)
-
     def _on_drained(self) -> None:
-        """Stop accounting for an empty queue, and report a slow client that has caught up."""
+        """Drop the empty queue, and report a slow client that has caught up."""
         if self._broken:  # queued frames stay and are counted until they are discarded
             return
-        self._counted = False
-        if self._slow is not None and not self._shut:
+        self._queue = None
+        caught_up = self._slow is not None and not self._shut
+        if caught_up:
             self._slow = None
+        self._update_fast_path()
+        if caught_up:
             self.owner.on_caught_up()
 
     # ── closing ──
@@ -392,12 +582,40 @@ class Outbox(StallWatch, abc.ABC):
         return discarded
 
     def _clear(self) -> int:
-        discarded = SendQueue.__len__(self)
-        self._control = None
-        self._empty()
+        discarded = self._message_count
+        if self._queue is not None:
+            self._queue.clear()
+        self._single = self._control = None
+        self._update_fast_path()
         return discarded
 
     def _fail_waiters(self) -> None:
         for waiter in self._waiters or ():
             waiter.settle(False)
         self._waiters = None
+        self._update_fast_path()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing more will be sent."""
+        return self._done is not None and self._done.is_set
+
+    @property
+    def done(self) -> asyncio.Future[None]:
+        """Future that completes when nothing more will be sent."""
+        return self._done_event().future
+
+    def give_up(self) -> None:
+        """Complete `done` regardless of the state."""
+        Outbox._set_done(self)
+
+    def _set_done(self) -> None:
+        if self._stall is not None:
+            self._stall.stop()
+            self._stall = None
+        self._done_event().set()
+
+    def _done_event(self) -> LazyEvent:
+        if self._done is None:
+            self._done = LazyEvent()
+        return self._done

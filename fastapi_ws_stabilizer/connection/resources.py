@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason
 from fastapi_ws_stabilizer.config import OutboxOverflow, WebSocketConfig
 from fastapi_ws_stabilizer.connection.asgi_outbox import WriterPool
 from fastapi_ws_stabilizer.connection.inbox import InboxLimits
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
+from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
 from fastapi_ws_stabilizer.connection.send_queue import OutboxLimits
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.limits.inbound import InboundRateLimiter
@@ -18,13 +18,45 @@ from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.scheduling import CallbackSemaphore, FlushScheduler
 from fastapi_ws_stabilizer.tasks import TaskSet
 
+if TYPE_CHECKING:
+    from fastapi_ws_stabilizer.connection.connection import Connection
+
+
+class ConnectionListener(Protocol):
+    """Listener of all connections of a node. Methods that are not async must not block."""
+
+    def on_closing(self, connection: Connection) -> None:
+        """Remove a connection that has started to close from all registries."""
+
+    def on_closed(self, connection: Connection) -> None:
+        """Release a connection at the end of its teardown."""
+
+    def on_evicted(self, connection: Connection) -> None:
+        """Report a connection that is about to be closed because the memory limit is reached."""
+
+    def on_slow(self, connection: Connection, state: SlowConsumer) -> None:
+        """Run the hooks for a client that has become a slow consumer, without waiting for them."""
+
+    async def on_disconnect(self, connection: Connection) -> None:
+        """Run the disconnect hooks. A cancellation cancels the current hook."""
+
+    async def on_session_end(self, connection: Connection) -> None:
+        """Run the session end hooks, if the session has ended with the connection."""
+
+    async def on_error(self, connection: Connection, error: BaseException) -> None:
+        """Run the error hooks with a bug in user code, after it was reported."""
+
+    async def close_info_by_handler(
+        self, connection: Connection, error: BaseException
+    ) -> tuple[CloseInfo, BaseException | None]:
+        """Return the `CloseInfo` for an error of user code, and the part of it that is a bug."""
+
 
 class SharedResources:
-    """Objects and callbacks shared by all connections of a node.
-
-    The callbacks `on_closing`, `on_evicted`, `on_closed` and `on_slow` must not block.
+    """Objects shared by all connections of a node.
 
     Args:
+        listener: The listener of all connections.
         config: Options of the manager.
         events: Event bus.
         tasks: Set that holds the tasks of all connections.
@@ -32,14 +64,6 @@ class SharedResources:
         budget: Memory budget of all connections.
         traffic: Inbound rate limits of all clients.
         next_shard: Returns the shard of a new connection.
-        on_closing: Called when a connection has started to close. It must remove the connection from all registries.
-        on_evicted: Called when a connection is about to be closed because the memory limit is reached.
-        on_closed: Called at the end of a connection's teardown.
-        on_disconnect: Runs the disconnect hooks.
-        on_session_end: Runs the session end hooks, if the session has ended with the connection.
-        on_slow: Called when a client has become a slow consumer.
-        on_error: Called with a bug in user code after it was reported.
-        close_info_by_handler: Returns the `CloseInfo` for an error of user code, and the part of it that is a bug.
 
     Attributes:
         inbox_limits: Bounds of all inboxes.
@@ -56,21 +80,14 @@ class SharedResources:
     __slots__ = (
         "budget",
         "cleanups",
-        "close_info_by_handler",
         "config",
         "drain_requests",
         "events",
         "inbox_limits",
+        "listener",
         "loop",
         "next_shard",
         "numbered_limits",
-        "on_closed",
-        "on_closing",
-        "on_disconnect",
-        "on_error",
-        "on_evicted",
-        "on_session_end",
-        "on_slow",
         "outbox_limits",
         "round_trips",
         "scheduler",
@@ -82,6 +99,7 @@ class SharedResources:
 
     def __init__(
         self,
+        listener: ConnectionListener,
         config: WebSocketConfig,
         events: EventBus,
         tasks: TaskSet,
@@ -90,16 +108,8 @@ class SharedResources:
         traffic: InboundRateLimiter,
         *,
         next_shard: Callable[[], int],
-        on_closing: Callable[[Any], None],
-        on_evicted: Callable[[Any], None],
-        on_closed: Callable[[Any], None],
-        on_disconnect: Callable[[Any, DisconnectReason], Awaitable[None]],
-        on_session_end: Callable[[Any], Awaitable[None]],
-        on_slow: Callable[[Any, SlowConsumer], None],
-        on_error: Callable[[Any, BaseException], Awaitable[None]],
-        close_info_by_handler: Callable[[Any, BaseException], Awaitable[tuple[CloseInfo, BaseException | None]]]
-        | None = None,
     ) -> None:
+        self.listener = listener
         self.config = config
         self.events = events
         self.round_trips = None if events.timings is None else events.timings.round_trips
@@ -107,14 +117,6 @@ class SharedResources:
         self.scheduler = scheduler
         self.loop = scheduler.loop
         self.next_shard = next_shard
-        self.on_closing = on_closing
-        self.on_evicted = on_evicted
-        self.on_closed = on_closed
-        self.on_disconnect = on_disconnect
-        self.on_session_end = on_session_end
-        self.on_slow = on_slow
-        self.on_error = on_error
-        self.close_info_by_handler = close_info_by_handler
         self.budget = budget
         self.traffic = traffic
         self.watches_input = traffic.limited or budget.watches_input

@@ -1,18 +1,15 @@
-"""Bounded FIFO of frames waiting to be sent, in which a frame can replace an older one of the same key."""
+"""Bounded FIFO of frames that wait for a client, in which a frame can replace an older one of the same key."""
 
 from __future__ import annotations
 
 import contextvars
 from collections.abc import Sequence
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.events import Counters
-from fastapi_ws_stabilizer.memory.budget import FRAME_OVERHEAD_BYTES, MemoryBudget
+from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
-
-EMPTY: Final = cast("list[EncodedMessage]", ())
-"""List shared by all empty queues. It is a tuple, so that a frame cannot be appended to it by mistake."""
 
 _MAX_REMOVED: Final = 64
 """Number of removed entries at the front, beyond which a list that is more than half removed is trimmed."""
@@ -56,170 +53,141 @@ class OutboxLimits:
 
 
 class SendQueue:
-    """Bounded FIFO of frames waiting to be sent to one client.
+    """Bounded FIFO of frames that wait for one client.
 
-    It mostly holds one frame and is emptied at once, so a single frame needs no list. Further frames use a list with
-    removed entries at its front instead of a deque, because an idle connection should hold no memory.
+    An outbox creates it for its second waiting frame, and drops it when the client has caught up. It is a list with
+    removed entries at its front, because a keyed frame is replaced by its index.
 
-    Frames that wait for at most one event loop iteration are not counted in the memory budget. `_start_accounting` is
-    called when frames wait for the client. From then on, each frame is counted until the client has caught up.
+    Frames that wait for at most one event loop iteration are not counted in the memory budget. After
+    `start_accounting`, each frame is counted.
+
+    Args:
+        limits: Bounds, shared with other queues.
+        first: The frame that waits already.
 
     Attributes:
+        entries: The frames, with removed entries at the front. An outbox appends to it on its fast path.
         held_bytes: Bytes of the waiting frames.
+        counted: Whether the memory budget counts the frames.
     """
 
-    __slots__ = ("_counted", "_extra", "_head", "_keyed", "_limits", "_queue", "_single", "_trimmed", "held_bytes")
+    __slots__ = ("_extra", "_head", "_keyed", "_limits", "_trimmed", "counted", "entries", "held_bytes")
 
-    def __init__(self, limits: OutboxLimits) -> None:
+    def __init__(self, limits: OutboxLimits, first: EncodedMessage | None = None) -> None:
         self._limits = limits
-        self._single: EncodedMessage | None = None  # the only waiting frame; the list is then empty
-        self._queue = EMPTY
+        self.entries: list[EncodedMessage] = []
         self._head = 0  # index of the first waiting frame
         self._trimmed = 0  # entries trimmed since the queue was empty
         self._keyed: dict[Any, int] | None = None  # coalesce_key → index, plus `_trimmed` at that time
-        self._extra: tuple[int, int] | None = None  # preloaded messages and bytes, allowed beyond the bounds
-        self._counted = False  # whether the budget counts the frames; then `_single` is not used
+        self._extra = (0, 0)  # preloaded messages and bytes, allowed beyond the bounds
+        self.counted = False
         self.held_bytes = 0
+        if first is not None:
+            self.append(first)
 
     def __len__(self) -> int:
-        return 1 if self._single is not None else len(self._queue) - self._head
+        return len(self.entries) - self._head
 
     @property
-    def counted_bytes(self) -> int:
-        """Bytes of the waiting frames including their overhead: what the memory budget counts, if it does."""
-        return self.held_bytes + FRAME_OVERHEAD_BYTES * SendQueue.__len__(self)
-
-    @property
-    def half_full(self) -> bool:
-        """Whether more than half of a bound is used."""
-        return 2 * len(self) > self._limits.max_messages or 2 * self.held_bytes > self._limits.max_bytes
-
-    @property
-    def _at_bounds(self) -> bool:
+    def at_bounds(self) -> bool:
         """Whether a bound is reached."""
-        messages, size = self._bounds
-        return len(self) >= messages or self.held_bytes >= size
+        messages, size = self._extra
+        limits = self._limits
+        return len(self) >= limits.max_messages + messages or self.held_bytes >= limits.max_bytes + size
 
-    @property
-    def _bounds(self) -> tuple[int, int]:
-        limits, extra = self._limits, self._extra
-        if extra is None:
-            return limits.max_messages, limits.max_bytes
-        return limits.max_messages + extra[0], limits.max_bytes + extra[1]
-
-    def _fits(self, size: int) -> bool:
-        """Return whether a message of `size` bytes fits. Any message fits into an empty outbox."""
-        waiting = len(self)
-        if not waiting:
-            return True
-        messages, held = self._bounds
-        return waiting < messages and self.held_bytes + size <= held
-
-    def _below_soft_limit(self, size: int) -> bool:
-        """Return whether at most half of the bounds is used with a message of `size` bytes added."""
+    def fits(self, size: int) -> bool:
+        """Return whether a message of `size` bytes fits. Any message fits into an empty queue."""
+        messages, extra = self._extra
         limits, waiting = self._limits, len(self)
-        return not waiting or (waiting < limits.soft_messages and self.held_bytes + size <= limits.soft_bytes)
+        return not waiting or (
+            waiting < limits.max_messages + messages and self.held_bytes + size <= limits.max_bytes + extra
+        )
 
-    def _promote_to_list(self) -> None:
-        """Move a single waiting frame into a list."""
-        if self._single is not None:
-            self._queue = [self._single]
-            self._single = None
+    def stays_below_soft_limit(self, size: int) -> bool:
+        """Return whether at most half of the bounds is used with a message of `size` bytes added."""
+        limits = self._limits
+        return len(self) < limits.soft_messages and self.held_bytes + size <= limits.soft_bytes
 
-    def _start_accounting(self) -> None:
-        """Count waiting and new frames in the memory budget, until `_counted` is reset.
+    def allow_extra(self) -> None:
+        """Let the waiting frames use no room of later ones, until the queue is empty."""
+        self._extra = (len(self), self.held_bytes)
 
-        Called when frames wait for longer than a loop iteration.
-        """
-        if self._counted:
+    def start_accounting(self) -> None:
+        """Count waiting and new frames in the memory budget. Called when frames wait for longer than an iteration."""
+        if self.counted:
             return
-        self._promote_to_list()
-        self._counted = True
-        for frame in self._queue[self._head :]:
+        self.counted = True
+        for frame in self.entries[self._head :]:
             self._limits.budget.retain(frame)
-        self._on_nonzero()
 
-    def _on_nonzero(self) -> None:
-        """Handle counted bytes, where possibly no memory was held before."""
-
-    def _append(self, frame: EncodedMessage) -> None:
-        self._promote_to_list()
-        if self._counted:
+    def append(self, frame: EncodedMessage) -> None:
+        """Add a frame, regardless of the bounds."""
+        if self.counted:
             self._limits.budget.retain(frame)
-            self._on_nonzero()
         if frame.key is not None:
             keyed = self._keyed = {} if self._keyed is None else self._keyed
             if len(keyed) > 2 * self._limits.max_messages:  # most keys belong to frames already sent
                 first = self._trimmed + self._head
                 keyed = self._keyed = {key: index for key, index in keyed.items() if index >= first}
-            keyed[frame.key] = self._trimmed + len(self._queue)
-        if self._queue:
-            self._queue.append(frame)
-        else:
-            self._queue = [frame]
+            keyed[frame.key] = self._trimmed + len(self.entries)
+        self.entries.append(frame)
         self.held_bytes += frame.size
 
-    def _coalesce(self, frame: EncodedMessage) -> bool:
+    def coalesce(self, frame: EncodedMessage) -> bool:
         """Replace the waiting frame of the same key. Return `False` if there is none or the growth does not fit."""
         if self._keyed is None:
             return False
-        self._promote_to_list()
         index = self._keyed.get(frame.key, -1) - self._trimmed
-        if index < self._head or not self._queue:
+        if index < self._head or not self.entries:
             return False
-        growth = frame.size - self._queue[index].size
+        growth = frame.size - self.entries[index].size
         if growth > 0 and len(self) > 1 and self.held_bytes + growth > self._limits.max_bytes:
             return False
-        if self._counted:
-            self._limits.budget.release(self._queue[index])
+        if self.counted:
+            self._limits.budget.release(self.entries[index])
             self._limits.budget.retain(frame)
-        self._queue[index] = frame
+        self.entries[index] = frame
         self.held_bytes += growth
         return True
 
-    def _pop(self) -> EncodedMessage:
+    def pop(self) -> EncodedMessage:
         """Remove and return the first frame."""
-        if self._single is not None:
-            frame = self._single
-            self._empty()
+        entries, head = self.entries, self._head
+        frame = entries[head]
+        if head + 1 == len(entries):
+            self.clear()
             return frame
-        queue, head = self._queue, self._head
-        frame = queue[head]
-        if head + 1 == len(queue):
-            self._empty()
-            return frame
-        queue[head] = _REMOVED
-        if self._counted:
+        entries[head] = _REMOVED
+        if self.counted:
             self._limits.budget.release(frame)
         self._head = head + 1
         self.held_bytes -= frame.size
-        if head > _MAX_REMOVED and 2 * head > len(queue):
-            del queue[: self._head]
+        if head > _MAX_REMOVED and 2 * head > len(entries):
+            del entries[: self._head]
             self._trimmed += self._head
             self._head = 0
         return frame
 
-    def _pop_up_to(self, max_bytes: int) -> Sequence[EncodedMessage]:
+    def pop_up_to(self, max_bytes: int) -> Sequence[EncodedMessage]:
         """Remove and return frames until `max_bytes` are reached, at least one."""
-        self._promote_to_list()
         if self.held_bytes <= max_bytes:
-            frames = self._queue[self._head :] if self._head else self._queue
-            self._empty()
+            frames = self.entries[self._head :] if self._head else self.entries
+            self.clear()
             return frames
         taken, size = [], 0
-        while self._queue and size < max_bytes:
-            taken.append(frame := self._pop())
+        while self.entries and size < max_bytes:
+            taken.append(frame := self.pop())
             size += frame.size
         return taken
 
-    def _empty(self) -> None:
-        if self._counted:
-            for frame in self._queue[self._head :]:
+    def clear(self) -> None:
+        """Remove all frames."""
+        if self.counted:
+            for frame in self.entries[self._head :]:
                 self._limits.budget.release(frame)
-        self._single = None
-        self._queue = EMPTY
+        self.entries = []
         self._head = self._trimmed = self.held_bytes = 0
-        self._keyed = self._extra = None
+        self._keyed, self._extra = None, (0, 0)
 
 
 _REMOVED: Final = EncodedMessage("")

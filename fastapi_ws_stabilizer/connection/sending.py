@@ -15,7 +15,7 @@ from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
 from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
 from fastapi_ws_stabilizer.connection.inbox import Pause
 from fastapi_ws_stabilizer.connection.liveness import Liveness
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
+from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
 from fastapi_ws_stabilizer.connection.resources import SharedResources
 from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
 from fastapi_ws_stabilizer.connection.v1_protocol import V1Protocol
@@ -46,7 +46,6 @@ class SendingHalf(abc.ABC):
         "close_info",
         "config",
         "connection_id",
-        "dropped_messages",
         "events",
         "liveness",
         "outbox",
@@ -70,7 +69,6 @@ class SendingHalf(abc.ABC):
     protocol: V1Protocol | None
     """Server side of `stabilizer.v1.json`; `None` for a plain client."""
     connection_id: str
-    dropped_messages: int
     close_info: CloseInfo | None
     socket: Any
     """Object that represents this connection in user code."""
@@ -152,27 +150,6 @@ class SendingHalf(abc.ABC):
         fields = {"client_id": self.client_id, "connection_id": self.connection_id}
         self.events.emit_exception("internal_task_failed", error, task="ws-end", **fields)
 
-    def _make_outbox(self, parts: SharedResources, *, numbered: bool) -> AsgiOutbox | DirectOutbox:
-        limits = parts.numbered_limits if numbered else parts.outbox_limits
-        if self._direct is not None:
-            return DirectOutbox(
-                self,
-                limits,
-                parts.scheduler,
-                self.shard,
-                direct=self._direct,
-                min_bytes=self.config.compression_min_bytes,
-            )
-        return AsgiOutbox(
-            self,
-            limits,
-            parts.scheduler,
-            self.shard,
-            send=self.server_transport.send,
-            inline=self.server_transport.is_direct,
-            writers=parts.writers,
-        )
-
     # ── sending ──
 
     def enqueue(self, frame: EncodedMessage) -> bool:
@@ -210,6 +187,11 @@ class SendingHalf(abc.ABC):
             active, self._sequenced_count = active or count != self._sequenced_count, count
         self.used = outbox.used = False
         return active
+
+    @property
+    def dropped_messages(self) -> int:
+        """Number of messages that were dropped because the client is a slow consumer."""
+        return self.outbox.dropped_messages
 
     @property
     def reading_paused(self) -> bool:
@@ -277,26 +259,13 @@ class SendingHalf(abc.ABC):
 
     # ── callbacks of the outbox ──
 
-    def on_unsent(self, count: int) -> None:
-        """Count messages that were passed to the server but not accepted."""
-        self._discarded(count)
-
-    def on_dropped(self, count: int) -> None:
-        """Count messages that were dropped because the client is a slow consumer."""
-        self.dropped_messages += count
-        self.events.counters.messages_dropped += count
-
-    def on_coalesced(self) -> None:
-        """Count a waiting message that was replaced by a newer one of the same key."""
-        self.events.counters.messages_coalesced += 1
-
     def on_slow(self, state: SlowConsumer) -> None:
         """Report a slow consumer, and close its connection on `DISCONNECTED`."""
         if self.close_info is not None:
             return
         self.events.counters.slow_clients[state] += 1
         self.emit("slow_client", logging.INFO, how=state.value, queued_messages=len(self.outbox))
-        self._parts.on_slow(self.socket, state)
+        self._parts.listener.on_slow(self, state)  # type: ignore[arg-type]  # every instance is a `Connection`
         if state is SlowConsumer.DISCONNECTED:
             if self.protocol is None:
                 self.events.counters.messages_discarded += 1  # the message that did not fit
@@ -304,7 +273,7 @@ class SendingHalf(abc.ABC):
 
     def on_caught_up(self) -> None:
         """Report a client that is no longer a slow consumer."""
-        self.emit("client_caught_up", logging.INFO, dropped_messages=self.dropped_messages)
+        self.emit("client_caught_up", logging.INFO, dropped_messages=self.outbox.dropped_messages)
 
     def on_send_stalled(self) -> None:
         """Close and abort after a send made no progress, since not even a close frame can reach the client."""
@@ -338,14 +307,15 @@ class SendingHalf(abc.ABC):
 
     def stop_sending(self) -> None:
         """Stop sending, without a close frame."""
-        self._discarded(self.outbox.discard())
+        self.on_discarded(self.outbox.discard())
 
     def abort(self) -> None:
         """Stop sending and abort the transport, where the server exposes it."""
         self.attempt(self.stop_sending)
         self.server_transport.abort()
 
-    def _discarded(self, count: int) -> None:
+    def on_discarded(self, count: int) -> None:
+        """Count messages that were queued and are never sent."""
         if count and self.protocol is None:  # numbered messages are in the session's replay buffer
             self.events.counters.messages_discarded += count
             self.emit("messages_discarded", logging.DEBUG, count=count)

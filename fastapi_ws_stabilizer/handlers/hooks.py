@@ -13,15 +13,15 @@ from fastapi import WebSocketDisconnect
 from starlette.concurrency import run_in_threadpool
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
+from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
 from fastapi_ws_stabilizer.errors import BroadcastFailedError, root_cause
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handlers.signatures import Signature, is_async
 from fastapi_ws_stabilizer.hub.presence import Presence
 from fastapi_ws_stabilizer.room import Room
-from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.tasks import TaskSet
+from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
 
 HOOK_SIGNATURES: Final = {
     "handshake": ("the socket",),

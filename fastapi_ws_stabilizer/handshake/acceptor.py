@@ -40,13 +40,14 @@ from fastapi_ws_stabilizer.handshake.hello import HelloReader
 from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
 from fastapi_ws_stabilizer.limits.connections import Reservation
 from fastapi_ws_stabilizer.servers.direct import has_direct_transport
-from fastapi_ws_stabilizer.sessions.detached import DetachedState
+from fastapi_ws_stabilizer.sessions.detached import DetachedRecipients, DetachedState
 from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
-from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
+from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import SessionStore
 from fastapi_ws_stabilizer.socket import Services, StableSocket
 from fastapi_ws_stabilizer.tasks import copied
 from fastapi_ws_stabilizer.wire.handshake import HEADERS_KEY, check_headers
+from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
 
 
 class Acceptor(Closer, Services):
@@ -56,6 +57,7 @@ class Acceptor(Closer, Services):
     _idempotency: IdempotencyCache
     _warned_about_server: bool
     sessions: SessionStore
+    detached: DetachedRecipients
     registry: ConnectionRegistry[Connection]
     closing: bool
 
@@ -337,7 +339,7 @@ class Acceptor(Closer, Services):
 
     def reject_adoption(self, websocket: WebSocket, error: Exception, client_id: str) -> None:
         """Count and report that `connect()` rejects a client."""
-        self.admission.rejector.record_rejection(websocket, error, self.admission.address_of(websocket), client_id)
+        self.admission.rejector.record_rejection(websocket, error, client_id)
 
     def _reserve_for_adoption(self, websocket: WebSocket, client_id: str) -> Reservation:
         try:
@@ -438,7 +440,7 @@ class Acceptor(Closer, Services):
             # A client with a session must not resume it, or two devices would replace each other forever.
             code = SESSION_ENDED if connection.protocol is not None else None
             connection.close(DisconnectReason.REPLACED, code=code)
-        for detached in self.resumption.detached_of(client_id):
+        for detached in self.detached.of_client(client_id):
             if isinstance(detached, DetachedState):
                 detached.close(DisconnectReason.REPLACED)
             elif detached is not session:

@@ -14,6 +14,7 @@ from starlette.websockets import WebSocketState
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.compat.starlette import asgi_callables
 from fastapi_ws_stabilizer.config import CompressionMode, DuplicatePolicy, WebSocketConfig
+from fastapi_ws_stabilizer.connection.client_address import ClientAddressResolver, header_values
 from fastapi_ws_stabilizer.connection.closing import MAX_CLOSING, ClosingConnections
 from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
 from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
@@ -23,7 +24,7 @@ from fastapi_ws_stabilizer.handshake.hello import HelloReader, credential_in
 from fastapi_ws_stabilizer.handshake.rejection import Rejector, select_subprotocol
 from fastapi_ws_stabilizer.limits.connections import ConnectionLimiter, Reservation, retry_delay, shutdown_error
 from fastapi_ws_stabilizer.net.origin import OriginPolicy
-from fastapi_ws_stabilizer.net.proxies import TrustedProxies, rate_limit_key
+from fastapi_ws_stabilizer.net.proxies import rate_limit_key
 from fastapi_ws_stabilizer.tasks import LazyEvent, wait_for_all
 from fastapi_ws_stabilizer.wire.handshake import ANSWERED_KEY, HEADERS_KEY, SERVED_KEY
 from fastapi_ws_stabilizer.wire.v1.hello import Hello, offers_v1
@@ -196,6 +197,7 @@ class AdmissionController:
     Args:
         config: The limits and the allowed origins.
         events: The bus for reports.
+        addresses: The resolver of client addresses.
         rejector: The rejector of this manager.
         hello_reader: The reader of hellos, which gives up pending clients when the server is full.
         closing_connections: The connections in teardown.
@@ -205,6 +207,7 @@ class AdmissionController:
         self,
         config: WebSocketConfig,
         events: EventBus,
+        addresses: ClientAddressResolver,
         rejector: Rejector,
         hello_reader: HelloReader,
         closing_connections: ClosingConnections,
@@ -216,8 +219,8 @@ class AdmissionController:
         self._drain_window = config.drain_window
         self._max_cleanups = config.max_concurrent_cleanup
         self._compresses = config.compression is CompressionMode.DEFLATE
-        self._proxies = TrustedProxies(config.trusted_proxies)
-        self._reads_headers = bool(config.trusted_proxies)
+        self._addresses = addresses
+        self._requires_origin = config.require_origin
         self._origins = OriginPolicy(config.allowed_origins, required=config.require_origin)
         self.rejector = rejector
         self.limiter = ConnectionLimiter(
@@ -293,26 +296,10 @@ class AdmissionController:
             "declare the ones that the endpoint speaks with Depends(manager.socket_for(subprotocols=(...)))",
         )
 
-    def address_of(self, websocket: WebSocket) -> str:
-        """Return the address of a client: as a trusted proxy reports it, else the address of the peer."""
-        return self._proxies.client_address(self._peer_of(websocket), _headers(websocket, b"x-forwarded-for"))
-
-    def _peer_of(self, websocket: WebSocket) -> str | None:
-        """Return the address of the peer; without `trusted_proxies`, the address that the server reports.
-
-        A server that trusts X-Forwarded-For reports an address from that header instead of the proxy's, and a client
-        may have forged it. So with `trusted_proxies` the address comes from the transport, if it can be reached.
-        """
-        peer = ServerTransport(*asgi_callables(websocket)).peer if self._reads_headers else None
-        if peer is not None:
-            return peer
-        return None if websocket.client is None else websocket.client.host
-
     def _check_origin(self, websocket: WebSocket) -> None:
-        hosts = _headers(websocket, b"host")
-        if self._proxies.trusts(self._peer_of(websocket)):
-            hosts += [host.strip() for value in _headers(websocket, b"x-forwarded-host") for host in value.split(",")]
-        problem = self._origins.problem(_headers(websocket, b"origin"), hosts)
+        origins = header_values(websocket, b"origin")
+        hosts = self._addresses.hosts_of(websocket) if origins or self._requires_origin else []
+        problem = self._origins.problem(origins, hosts)
         if problem is not None:
             raise OriginNotAllowedError(problem, ", ".join(hosts))
 
@@ -337,18 +324,10 @@ class AdmissionController:
         self._closing_connections.expedite_oldest(self._max_connections)
         if self.limiter.is_full:
             self._hello_reader.evict_oldest_pending()
-        address = rate_limit_key(self.address_of(websocket)) if self.limiter.by_address else ""
+        address = rate_limit_key(self._addresses.address_of(websocket)) if self.limiter.by_address else ""
         reservation = self.limiter.reserve(address, monotonic())
         handshake = Handshake(
             websocket, reservation, self._hello_reader, compresses=self._compresses, admission=self, parent=parent
         )
         self._handshakes.add(handshake)
         return handshake
-
-
-def _headers(websocket: WebSocket, name: bytes) -> list[str]:
-    """Return the values of all headers with a name.
-
-    `websocket.headers` would stay in memory for the lifetime of the connection.
-    """
-    return [value.decode("latin-1") for key, value in websocket.scope["headers"] if key == name]

@@ -188,7 +188,7 @@ class Closer:
             return endpoint.is_cancelled_by_others(error)
         return True
 
-    def _on_closing(self, connection: Connection) -> None:
+    def on_closing(self, connection: Connection) -> None:
         """Remove a closing connection from all registries. An error in one step does not stop the others."""
         attempt = connection.attempt
         attempt(self._closing_connections.add, connection)
@@ -209,7 +209,8 @@ class Closer:
         if connection.close_info is not None and (rooms := self.hub.rooms.rooms_of(connection.recipient)):
             connection.close_info = replace(connection.close_info, rooms=rooms)
 
-    def _on_closed(self, connection: Connection) -> None:
+    def on_closed(self, connection: Connection) -> None:
+        """Release a connection at the end of its teardown."""
         self.connections.discard(connection)
         connection.attempt(current.unbind_current, connection)
         if connection.residual is not None:
@@ -218,7 +219,8 @@ class Closer:
         connection.attempt(self._closing_connections.remove, connection)
         connection.attempt(self.resumption.on_closed, connection)
 
-    def _on_evicted(self, connection: Connection) -> None:
+    def on_evicted(self, connection: Connection) -> None:
+        """Count and report a connection that is about to be closed because the memory limit is reached."""
         self._events.counters.evictions += 1
         connection.emit("connection_evicted", logging.WARNING, held_bytes=connection.memory_usage)
 

@@ -33,19 +33,11 @@ class HelloReader:
         config: The options, such as `hello_timeout`.
         sessions: The store of sessions.
         rejector: The rejector of this manager.
-        address_of: Returns the address of a client.
     """
 
-    def __init__(
-        self,
-        config: WebSocketConfig,
-        sessions: SessionStore,
-        rejector: Rejector,
-        address_of: Callable[[WebSocket], str],
-    ) -> None:
+    def __init__(self, config: WebSocketConfig, sessions: SessionStore, rejector: Rejector) -> None:
         self._timeout = config.hello_timeout
         self._drain_window = config.drain_window
-        self._address_of = address_of
         self._sessions = sessions
         self._rejector = rejector
         self._tasks = TaskSet(lambda _, __: None)  # a client that disconnects during its handshake is not an error
@@ -171,7 +163,7 @@ class HelloReader:
 
     async def _reject(self, websocket: WebSocket, error: Exception, client_id: str | None = None) -> WebSocketException:
         """Close the WebSocket of a client without a session, and return the exception that ends its endpoint."""
-        close_info = self._rejector.record_rejection(websocket, error, self._address_of(websocket), client_id)
+        close_info = self._rejector.record_rejection(websocket, error, client_id)
         return await self._rejector.accept_and_close(websocket, close_info.code, close_info.reason)
 
 

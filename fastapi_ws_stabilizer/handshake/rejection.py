@@ -25,6 +25,7 @@ from fastapi_ws_stabilizer.close_codes import CloseInfo, truncate_reason
 from fastapi_ws_stabilizer.compat.fastapi import http_answer
 from fastapi_ws_stabilizer.compat.starlette import asgi_callables, mark_handled
 from fastapi_ws_stabilizer.config import RejectPolicy
+from fastapi_ws_stabilizer.connection.client_address import ClientAddressResolver
 from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
 from fastapi_ws_stabilizer.errors import (
     ConnectionLimitExceededError,
@@ -111,30 +112,31 @@ class Rejector:
     Args:
         policy: The value of the `reject` option.
         events: The bus for reports.
+        addresses: The resolver of client addresses.
     """
 
-    def __init__(self, policy: RejectPolicy, events: EventBus) -> None:
+    def __init__(self, policy: RejectPolicy, events: EventBus, addresses: ClientAddressResolver) -> None:
         self._policy = policy
         self._events = events
+        self._addresses = addresses
         self._accept_to_close = TokenBucket()
         self._close_code_buckets = KeyedTokenBuckets(Rate(1 / CLOSE_CODE_INTERVAL, 1.0), MAX_ADDRESSES)
         self._tasks = TaskSet(lambda _, __: None)  # a client that disconnects during its rejection is not an error
 
-    async def reject(self, websocket: WebSocket, error: Exception, address: str) -> Exception:
+    async def reject(self, websocket: WebSocket, error: Exception) -> Exception:
         """Reject a client. Its WebSocket may be accepted or not.
 
         Args:
             websocket: The WebSocket.
             error: The reason: one of `REFUSALS`, or an error of this library.
-            address: The address of the client.
 
         Returns:
             The exception to raise. The framework does nothing more for it, unless the application has its own handler
             for the HTTP answer. Then it is the `HTTPException` for that handler, which sends the answer.
         """
-        close_info = self.record_rejection(websocket, error, address)
+        close_info = self.record_rejection(websocket, error)
         accepted = websocket.application_state is WebSocketState.CONNECTED
-        closes = self._closes(websocket) and not _is_http_only(error) and not self._is_throttled(error, address)
+        closes = self._closes(websocket) and not _is_http_only(error) and not self._is_throttled(error, websocket)
         if accepted or closes:
             return await self.accept_and_close(websocket, close_info.code, close_info.reason)
         if isinstance(error, (WebSocketStabilizerError, WebSocketException)):
@@ -147,14 +149,13 @@ class Rejector:
             return WebSocketException(close_info.code, close_info.reason)
         return await self.accept_and_close(websocket, close_info.code, close_info.reason, accept=False)
 
-    def record_rejection(
-        self, websocket: WebSocket, error: Exception, address: str, client_id: str | None = None
-    ) -> CloseInfo:
+    def record_rejection(self, websocket: WebSocket, error: Exception, client_id: str | None = None) -> CloseInfo:
         """Count and report a rejection, and return the close info for a rejection by close code.
 
         A rejection by an option is a warning, because the option may be wrong.
         """
         close_info = close_info_for(error)
+        address = self._addresses.address_of(websocket)
         fields: dict[str, Any] = {"address": address, "code": close_info.code, "text": close_info.reason}
         if client_id is not None:
             fields["client_id"] = client_id
@@ -169,11 +170,12 @@ class Rejector:
         self._events.emit_throttled("connection_refused", level, kind, **fields)
         return close_info
 
-    def _is_throttled(self, error: Exception, address: str) -> bool:
+    def _is_throttled(self, error: Exception, websocket: WebSocket) -> bool:
         """Return whether the address exceeds its limit and got a close code less than `CLOSE_CODE_INTERVAL` ago."""
         if not isinstance(error, TooManyConnectionsError):
             return False
-        return self._close_code_buckets.take(rate_limit_key(address), 1.0, monotonic()) > 0
+        key = rate_limit_key(self._addresses.address_of(websocket))
+        return self._close_code_buckets.take(key, 1.0, monotonic()) > 0
 
     def _closes(self, websocket: WebSocket) -> bool:
         if websocket.scope.get("subprotocols") and select_subprotocol(websocket) is None:

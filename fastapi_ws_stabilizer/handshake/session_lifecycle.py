@@ -38,11 +38,12 @@ from fastapi_ws_stabilizer.memory.metered_dict import MeteredDict
 from fastapi_ws_stabilizer.sessions.detached import MAX_EXPECTED, DetachedState, DetachedStateStore, key_of_connection
 from fastapi_ws_stabilizer.sessions.ended_sessions import EndedSessions
 from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
-from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
-from fastapi_ws_stabilizer.sessions.store import SessionStore
+from fastapi_ws_stabilizer.sessions.session import Session
+from fastapi_ws_stabilizer.sessions.store import SessionListener, SessionStore
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from fastapi_ws_stabilizer.wire.v1.frames import Message
+from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
 
 _proven: contextvars.ContextVar[TokenClaims | None] = contextvars.ContextVar("proven_claim", default=None)
 """Content of the token that the current task has verified with the manager."""
@@ -61,7 +62,7 @@ def token_in(websocket: WebSocket) -> str | None:
     return next((token for token in found if looks_like_token(token)), None)
 
 
-class SessionLifecycle:
+class SessionLifecycle(SessionListener):
     """Sessions and detached state of one node.
 
     Attributes:
@@ -75,16 +76,20 @@ class SessionLifecycle:
         events: EventBus,
         hooks: HookRegistry,
         hub: Hub[Connection],
+        sessions: SessionStore,
+        detached: DetachedStateStore,
         tokens: SignedTokens,
         budget: MemoryBudget,
-        seen: IdempotencyCache,
+        idempotency: IdempotencyCache,
     ) -> None:
+        self.sessions = sessions
+        self.detached = detached
         self._events = events
         self._hooks = hooks
         self._hub = hub
         self._tokens = tokens
         self._budget = budget
-        self._idempotency = seen
+        self._idempotency = idempotency
         self._enabled = config.enable_reconnect
         self._allows_duplicates = config.on_duplicate is DuplicatePolicy.ALLOW
         self._token_ttl = config.reconnect_token_ttl.total_seconds()
@@ -99,18 +104,8 @@ class SessionLifecycle:
         self._timer: asyncio.TimerHandle | None = None
         # Later hooks must not get the context variables of the connection that happens to close before them.
         self._context = contextvars.copy_context()
-        self.sessions = SessionStore(
-            config,
-            events,
-            budget,
-            next_shard=hub.registry.next_shard,
-            began=hub.begin_session,  # type: ignore[arg-type]  # a session is a recipient like a connection
-            ended=self._session_ended,
-        )
         self._ended_by_application = EndedSessions(config.session_ttl)
-        self.detached = DetachedStateStore(
-            config.session_ttl if config.enable_reconnect else 0.0, config.max_detached_sessions
-        )
+        sessions.listener = self
 
     # ── detaching ──
 
@@ -179,10 +174,6 @@ class SessionLifecycle:
             self._events.emit("session_evicted", logging.WARNING, client_id=state.socket.client_id, why="memory")
         self._forget([state])
 
-    def detached_of(self, client_id: str) -> list[Session | DetachedState]:
-        """Return the detached sessions of a client, and the detached state of its plain connections."""
-        return [*self.sessions.detached_of(client_id), *self.detached.all_of(client_id)]
-
     def ended_by_application(self, connection: Connection) -> CloseInfo | None:
         """Return the close info if the application ended the state that a plain client restores, else `None`."""
         key = self._inherited_keys.get(connection.connection_id, connection.client_id)
@@ -236,7 +227,11 @@ class SessionLifecycle:
         session.end_reported = True
         return True
 
-    def _session_ended(self, session: Session, close_info: CloseInfo) -> None:
+    def on_session_began(self, session: Session) -> None:
+        """Add a new session to the recipients of broadcasts."""
+        self._hub.begin_session(session)  # type: ignore[arg-type]  # a session is a recipient like a connection
+
+    def on_session_ended(self, session: Session, close_info: CloseInfo) -> None:
         """Clean up after a session that ended with its connection, or because its client did not resume."""
         if session.ended is not None and (rooms := self._hub.rooms.rooms_of(session)):  # type: ignore[arg-type]
             session.ended = replace(session.ended, rooms=rooms)

@@ -44,6 +44,7 @@ class Hub(Generic[M]):
         events: Event bus with the counters of broadcasts.
         scheduler: Flush scheduler, which limits how long the event loop is held.
         tasks: Task set for the tasks that announce joins and leaves.
+        registry: Registry of the open connections.
         joined: Called when a client has joined a room.
         left: Called when a client has left a room.
         wanted: Whether any listener needs these calls.
@@ -63,6 +64,7 @@ class Hub(Generic[M]):
         events: EventBus,
         scheduler: FlushScheduler,
         tasks: TaskSet,
+        registry: ConnectionRegistry[M],
         *,
         joined: Callable[[Presence], Awaitable[None]],
         left: Callable[[Presence], Awaitable[None]],
@@ -75,7 +77,7 @@ class Hub(Generic[M]):
         self._broadcaster = Broadcaster(scheduler, events.counters)
         self._detached_of = detached_of
         self._history = RoomHistory(config.room_history, config.room_history_max_age)
-        self.registry: ConnectionRegistry[M] = ConnectionRegistry(config.num_shards)
+        self.registry = registry
         self.rooms: RoomMembership[M] = RoomMembership(config.max_rooms_per_connection)
         self.presence = PresenceTracker(
             grace=config.presence_grace,

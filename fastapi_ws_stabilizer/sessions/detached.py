@@ -11,6 +11,8 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
 from fastapi_ws_stabilizer.memory.metered_dict import MeteredDict
 from fastapi_ws_stabilizer.queueing import EnqueueResult
+from fastapi_ws_stabilizer.sessions.session import Session
+from fastapi_ws_stabilizer.sessions.store import SessionStore
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 
 MAX_EXPECTED: Final = 100_000
@@ -269,3 +271,20 @@ class DetachedStateStore:
 
 def _client_of(key: str) -> str:
     return key.partition(_KEY_SEPARATOR)[0]
+
+
+class DetachedRecipients:
+    """The detached sessions of one node, and the detached states of its plain clients, by client.
+
+    Args:
+        sessions: The store of sessions.
+        states: The store of detached states.
+    """
+
+    def __init__(self, sessions: SessionStore, states: DetachedStateStore) -> None:
+        self._sessions = sessions
+        self._states = states
+
+    def of_client(self, client_id: str) -> list[Session | DetachedState]:
+        """Return the detached sessions of a client, and the detached states of its plain connections."""
+        return [*self._sessions.detached_of(client_id), *self._states.all_of(client_id)]

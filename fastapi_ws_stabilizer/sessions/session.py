@@ -12,7 +12,6 @@ import hmac
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from enum import Enum
 from typing import Any, Protocol
 
 from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, CloseInfo, DisconnectReason, local_close
@@ -23,19 +22,6 @@ from fastapi_ws_stabilizer.sessions.replay_buffer import ReplayBuffer, ReplayLim
 from fastapi_ws_stabilizer.sessions.requests import PendingRequests
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 from fastapi_ws_stabilizer.wire.envelope import sequenced_frame, to_v1
-
-
-class ResumeOutcome(str, Enum):
-    """Outcome of a resume request."""
-
-    NONE = "none"
-    """The client asked for no session and got a new one."""
-    FULL = "full"
-    """The client got its session and every message that it missed."""
-    GAP = "gap"
-    """The client got its session with rooms and user data, but missed messages are lost. The welcome says so."""
-    LOST = "lost"
-    """The client got a new session: the old one is unknown here, ended, or belongs to another client."""
 
 
 class Outlet(Protocol):

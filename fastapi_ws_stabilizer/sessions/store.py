@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, CloseInfo, DisconnectReason, is_terminal, local_close
@@ -18,8 +18,8 @@ from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.sessions.ended_sessions import EndedSessions
 from fastapi_ws_stabilizer.sessions.replay_buffer import ReplayLimits
-from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
-from fastapi_ws_stabilizer.wire.v1.hello import Hello
+from fastapi_ws_stabilizer.sessions.session import Session
+from fastapi_ws_stabilizer.wire.v1.hello import Hello, ResumeOutcome
 
 AT_ONCE: Final = 256
 """Sessions that the timer ends before it yields to the event loop."""
@@ -54,6 +54,16 @@ class ResumeResult:
     retries: bool = False
 
 
+class SessionListener(Protocol):
+    """Listener of the sessions of a store. Its methods must not block."""
+
+    def on_session_began(self, session: Session) -> None:
+        """Handle a new session."""
+
+    def on_session_ended(self, session: Session, close_info: CloseInfo) -> None:
+        """Handle the end of a session, which gets no more messages."""
+
+
 class SessionStore:
     """Store of all sessions, attached and detached.
 
@@ -62,9 +72,12 @@ class SessionStore:
         events: Event bus for session events.
         budget: Memory budget that counts what sessions hold.
         next_shard: Returns the shard of a new session in the hub.
-        began: Called with a new session, without waiting.
-        ended: Called with an ended session and its close info, without waiting.
+
+    Attributes:
+        listener: Listener of all sessions. Set it before the first one begins.
     """
+
+    listener: SessionListener
 
     def __init__(
         self,
@@ -73,8 +86,6 @@ class SessionStore:
         budget: MemoryBudget | None = None,
         *,
         next_shard: Callable[[], int],
-        began: Callable[[Session], None],
-        ended: Callable[[Session, CloseInfo], None],
     ) -> None:
         self._ttl = config.session_ttl if config.enable_reconnect else 0.0
         self._max_detached = config.max_detached_sessions
@@ -85,8 +96,6 @@ class SessionStore:
         self._limits = ReplayLimits(config.replay_max_messages, max_bytes, config.replay_max_age, budget)
         self._events = events
         self._next_shard = next_shard
-        self._began = began
-        self._ended = ended
         self._by_id: dict[str, Session] = {}
         self._of_instance: dict[tuple[str, str], Session] = {}  # by client id and instance id
         self._detached: OrderedDict[str, Session] = OrderedDict()  # all expire after the same time: first in, first out
@@ -200,7 +209,7 @@ class SessionStore:
         if hello.instance:
             session.instance = hello.instance
             self._of_instance[client_id, hello.instance] = session
-        self._began(session)
+        self.listener.on_session_began(session)
         if outcome is ResumeOutcome.LOST:
             self._events.counters.sessions_lost += 1
             self._emit(session, "session_lost", logging.INFO, why=why)
@@ -256,7 +265,7 @@ class SessionStore:
                 # The close frame may be lost on a dead network.
                 self._remember_end(session, close_info)
         finally:  # even after an error it must get no more messages and leave its rooms
-            self._ended(session, close_info)
+            self.listener.on_session_ended(session, close_info)
 
     def _end_detached(self, session: Session, close_info: CloseInfo) -> None:
         if close_info.cause is DisconnectReason.MEMORY:

@@ -19,12 +19,12 @@ from fastapi_ws_stabilizer.handlers.dispatcher import Dispatcher
 from fastapi_ws_stabilizer.handlers.registry import HandlerRegistry
 from fastapi_ws_stabilizer.sessions import idempotency
 from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
-from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
+from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import SessionStore
 from fastapi_ws_stabilizer.wire import identifiers as names
 from fastapi_ws_stabilizer.wire import strict_json as json_text
 from fastapi_ws_stabilizer.wire.v1 import frames as v1
-from fastapi_ws_stabilizer.wire.v1.hello import Hello
+from fastapi_ws_stabilizer.wire.v1.hello import Hello, ResumeOutcome
 from tests.docs.pages import ROOT, blocks, prose, table
 from tests.support.virtual_time import run_virtually
 from tests.unit.wire.test_vectors import CONVERSATIONS, FRAMES, Play

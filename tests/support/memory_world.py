@@ -22,6 +22,7 @@ from tests.support import stage as stage_module
 from tests.support.fake_link import soon
 from tests.support.fake_websocket import FakeServer
 from tests.support.stage import Line, Peer, Stage
+from tests.support.waiting import waiting_messages
 
 CHECK_INTERVAL = 10.0
 
@@ -181,8 +182,7 @@ class World:
         }
         user_data: dict[int, Any] = {id(session.user_data): session.user_data for session in sessions}
         for connection in node.connections:
-            outbox = connection.outbox
-            waiting = [outbox._single] if outbox._single is not None else outbox._queue[outbox._head :]
+            waiting = waiting_messages(connection.outbox)
             frames.update((id(frame), frame.size + FRAME_OVERHEAD_BYTES) for frame in waiting)
             inboxes[id(connection.inbox)] = (connection.client_id, connection.inbox)
             if connection.close_info is None and connection.protocol is None:

@@ -14,9 +14,9 @@ from fastapi import HTTPException, WebSocketException
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL, parse
+from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
 from tests.support.fake_link import soon
 from tests.support.fake_websocket import FakeServer, with_deadline
 from tests.unit.conftest import EventRecorder

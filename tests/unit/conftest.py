@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
 from fastapi_ws_stabilizer.connection.resources import SharedResources
 from fastapi_ws_stabilizer.events import Event, EventBus
 from fastapi_ws_stabilizer.hub.presence import Presence
@@ -24,6 +22,7 @@ from fastapi_ws_stabilizer.scheduling import FlushScheduler
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from tests.support.fake_websocket import FakeServer
+from tests.support.recording_listener import RecordingListener
 
 
 @dataclass
@@ -53,15 +52,9 @@ class Bench:
     server: FakeServer = field(default_factory=FakeServer)
     heard: EventRecorder = field(default_factory=EventRecorder)
     events: EventBus = field(default_factory=EventBus)
-    left: list[Connection] = field(default_factory=list)
-    finished: list[Connection] = field(default_factory=list)
-    slow: list[SlowConsumer] = field(default_factory=list)
-    disconnected: list[DisconnectReason] = field(default_factory=list)
+    listener: RecordingListener = field(default_factory=RecordingListener)
     rooms: list[str] = field(default_factory=list)
-    sessions_over: list[Connection] = field(default_factory=list)
-    failed: list[BaseException] = field(default_factory=list)
     task_failures: list[BaseException] = field(default_factory=list)
-    on_disconnect: Callable[[Any, DisconnectReason], Awaitable[None]] | None = None
 
     def __post_init__(self) -> None:
         self.events.subscribe(self.heard)
@@ -73,6 +66,7 @@ class Bench:
         """Accept the WebSocket and open a connection for it."""
         websocket = await self.server.accepted() if accept else self.server.websocket
         parts = SharedResources(
+            self.listener,
             self.config,
             self.events,
             self.tasks,
@@ -80,13 +74,6 @@ class Bench:
             MemoryBudget(),
             InboundRateLimiter(),
             next_shard=lambda: 0,
-            on_closing=self.left.append,
-            on_evicted=lambda _: None,
-            on_closed=self.finished.append,
-            on_disconnect=self._disconnected,
-            on_session_end=self._session_over,
-            on_slow=lambda _, state: self.slow.append(state),
-            on_error=self._failed,
         )
         endpoint = EndpointTask(cancellable=cancellable)
         self.connection = Connection(websocket, "ann", parts, control_frames=control_frames, endpoint=endpoint)
@@ -95,17 +82,6 @@ class Bench:
         if accept:
             self.connection.open()
         return self.connection, socket
-
-    async def _disconnected(self, socket: Any, reason: DisconnectReason) -> None:
-        self.disconnected.append(reason)
-        if self.on_disconnect is not None:
-            await self.on_disconnect(socket, reason)
-
-    async def _session_over(self, connection: Connection) -> None:
-        self.sessions_over.append(connection)
-
-    async def _failed(self, _: Any, error: BaseException) -> None:
-        self.failed.append(error)
 
     async def run(self, socket: StableSocket, concurrency: int) -> None:
         """Record what was to be dispatched."""

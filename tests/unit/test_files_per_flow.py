@@ -31,7 +31,7 @@ PACKAGE = f"{Path(fastapi_ws_stabilizer.__file__).parent}/"
 SUBPROTOCOL = "stabilizer.v1.json"
 
 FILES = {
-    "handshake": 44,
+    "handshake": 42,
     "message": 10,
     "pong": 5,
     "v1 pong": 10,

@@ -1,9 +1,10 @@
-"""Start of `stabilizer.v1.json`: offered subprotocols, and the client's first frame. No I/O."""
+"""Start of `stabilizer.v1.json`: offered subprotocols, the first frame, and the outcome of a resume. No I/O."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Iterable
+from enum import Enum
 
 from fastapi_ws_stabilizer.wire.v1.frames import (
     AUTH_PREFIX,
@@ -37,6 +38,19 @@ def offered_credential(subprotocols: Iterable[str]) -> str | None:
             except ValueError:  # includes binascii.Error and UnicodeError
                 return None
     return None
+
+
+class ResumeOutcome(str, Enum):
+    """Outcome of a resume request."""
+
+    NONE = "none"
+    """The client asked for no session and got a new one."""
+    FULL = "full"
+    """The client got its session and every message that it missed."""
+    GAP = "gap"
+    """The client got its session with rooms and user data, but missed messages are lost. The welcome says so."""
+    LOST = "lost"
+    """The client got a new session: the old one is unknown here, ended, or belongs to another client."""
 
 
 class Hello:

@@ -23,12 +23,12 @@ from fastapi_ws_stabilizer.connection.v1_protocol import V1Protocol
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.queueing import EnqueueResult
 from fastapi_ws_stabilizer.sessions.idempotency import MAX_KEYS_PER_CLIENT, IdempotencyCache
-from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
+from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import MAX_DETACHED_PER_CLIENT, SessionStore, StaleAttemptError
 from fastapi_ws_stabilizer.wire.deflate import deflate_stream
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage, encode
 from fastapi_ws_stabilizer.wire.v1.frames import Message, ProtocolError, parse
-from fastapi_ws_stabilizer.wire.v1.hello import parse_hello
+from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome, parse_hello
 from tests.fuzz import virtual
 from tests.fuzz.choices import text_of
 from tests.fuzz.strict_json import strict_json
@@ -97,9 +97,8 @@ class _Stage:
             CONFIG,
             self.events,
             next_shard=lambda: 0,
-            began=lambda _: None,
-            ended=lambda session, how: self.ended.update({session.connection_id: how}),
         )
+        self.sessions.listener = self
         self.seen = IdempotencyCache()
         self.speaker: _Speaker | None = None
         self.protocol: V1Protocol | None = None
@@ -108,6 +107,13 @@ class _Stage:
         self.token = ""
         self.clients: set[str] = set()
         self.renewals = 0
+
+    def on_session_began(self, _: Session) -> None:
+        """Do nothing."""
+
+    def on_session_ended(self, session: Session, close_info: CloseInfo) -> None:
+        """Record the close info."""
+        self.ended[session.connection_id] = close_info
 
     async def plays(self, lines: list[bytes]) -> None:
         """Execute each line, and check all invariants after it."""

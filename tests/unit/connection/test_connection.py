@@ -56,7 +56,7 @@ async def test_first_close_info_wins(bench: Any) -> None:
     await with_deadline(connection.closed)
     assert connection.close_info.cause is DisconnectReason.HEARTBEAT_TIMEOUT
     assert b.server.close_frames == [(4408, "heartbeat timeout")]
-    assert b.left == [connection]
+    assert b.listener.closing == [connection]
     assert b.events.counters.endings == {DisconnectReason.HEARTBEAT_TIMEOUT: 1}
     assert len(b.heard.of("connection_ended")) == 1
 
@@ -198,7 +198,7 @@ async def test_send_waiting_on_closing_transport_is_aborted(bench: Any, monkeypa
     b.server.block()
     connection.enqueue(encode("waiting"))
     await b.server.until(lambda: len(b.server.offered) == 2)
-    await eventually(lambda: connection.outbox._watch is not None)
+    await eventually(lambda: connection.outbox._stall is not None)
     assert aborted == []
     closing.append(True)
     await eventually(lambda: aborted)
@@ -389,7 +389,7 @@ async def test_disconnect_hooks_run_once_with_cause(bench: Any) -> None:
     connection.close(DisconnectReason.APPLICATION)
     b.server.feed_disconnect()
     await with_deadline(connection.closed)
-    assert b.disconnected == [DisconnectReason.REPLACED]
+    assert b.listener.disconnected == [DisconnectReason.REPLACED]
 
 
 async def test_disconnect_hooks_require_connect_hooks(bench: Any) -> None:
@@ -398,7 +398,7 @@ async def test_disconnect_hooks_require_connect_hooks(bench: Any) -> None:
     connection, _ = await b.open()
     connection.close(DisconnectReason.REPLACED)
     await with_deadline(connection.closed)
-    assert b.disconnected == []
+    assert b.listener.disconnected == []
 
 
 async def test_disconnect_hooks_wait_for_running_handlers(bench: Any) -> None:
@@ -410,13 +410,13 @@ async def test_disconnect_hooks_wait_for_running_handlers(bench: Any) -> None:
         b.server.feed_disconnect()
         await with_deadline(connection.wait_closing())
         await settle()
-        assert b.disconnected == []
+        assert b.listener.disconnected == []
         with connection.endpoint.running():
             pass
         await settle()
-        assert b.disconnected == []
+        assert b.listener.disconnected == []
     await with_deadline(connection.closed)
-    assert b.disconnected == [DisconnectReason.CLIENT_CLOSE]
+    assert b.listener.disconnected == [DisconnectReason.CLIENT_CLOSE]
 
 
 async def test_endpoint_is_cancelled_after_disconnect_grace(bench: Any) -> None:
@@ -467,10 +467,10 @@ async def test_busy_handler_is_cancelled_after_disconnect_grace(bench: Any) -> N
     b = bench(disconnect_grace=0.03)
     order: list[str] = []
 
-    async def hook(_: Any, __: Any) -> None:
+    async def hook(_: Any) -> None:
         order.append("hook")
 
-    b.on_disconnect = hook
+    b.listener.disconnect_hook = hook
 
     async def endpoint() -> None:
         await b.open(cancellable=True)
@@ -496,10 +496,10 @@ async def test_disconnect_hooks_share_endpoint_context(bench: Any) -> None:
     b = bench()
     seen: list[str] = []
 
-    async def hook(_: Any, __: Any) -> None:
+    async def hook(_: Any) -> None:
         seen.append(variable.get())
 
-    b.on_disconnect = hook
+    b.listener.disconnect_hook = hook
     token = variable.set("endpoint")
     connection, _ = await b.open()
     variable.reset(token)
@@ -556,7 +556,7 @@ async def test_connection_task_error_is_reported_and_closes_1011(bench: Any) -> 
     await with_deadline(connection.closed)
     assert b.server.close_frames == [(1011, "internal error")]
     assert [report.error for report in b.heard.of("tied_task_failed")] == [error]
-    assert b.failed == [error]
+    assert b.listener.bugs == [error]
 
 
 async def test_http_exception_in_connection_task_closes_connection(bench: Any) -> None:
@@ -584,7 +584,7 @@ async def test_socket_closed_in_connection_task_is_no_bug(bench: Any) -> None:
     socket.create_task(work())
     b.server.feed_disconnect()
     await with_deadline(connection.closed)
-    assert b.failed == []
+    assert b.listener.bugs == []
     assert max(report.level for report in b.heard.all) < logging.ERROR
 
 
@@ -607,7 +607,7 @@ async def test_bug_event_has_both_ids(bench: Any) -> None:
     await connection.report_bug("endpoint_failed", error)
     (report,) = b.heard.of("endpoint_failed")
     assert report.fields == {"client_id": "ann", "connection_id": connection.connection_id}
-    assert b.failed == [error]
+    assert b.listener.bugs == [error]
 
 
 async def test_random_closes_during_sends_finish_every_connection(bench: Any) -> None:
@@ -633,4 +633,4 @@ async def test_random_closes_during_sends_finish_every_connection(bench: Any) ->
         endings[number % len(endings)](b)
         await with_deadline(connection.closed)
         assert b.task_failures == []
-        assert b.failed == []
+        assert b.listener.bugs == []

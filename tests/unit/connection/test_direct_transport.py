@@ -12,7 +12,7 @@ from fastapi_ws_stabilizer import scheduling as scheduling_module
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
 from fastapi_ws_stabilizer.connection.metered import CONTROL_FRAMES
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
+from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
 from fastapi_ws_stabilizer.servers.direct import EXTENSION
 from fastapi_ws_stabilizer.socket import READER_START_GRACE
 from fastapi_ws_stabilizer.wire.encoded import encode
@@ -153,7 +153,7 @@ async def test_stalled_client_lags_then_is_disconnected(linked: Any, monkeypatch
     offer(b, "a")
     await settle()
     offer(b, "b", "c")
-    assert b.slow == [SlowConsumer.LAGGING, SlowConsumer.DISCONNECTED]
+    assert b.listener.slow == [SlowConsumer.LAGGING, SlowConsumer.DISCONNECTED]
     assert b.connection.close_info.cause is DisconnectReason.SLOW_CONSUMER
     assert b.server.closed == [(4507, "slow consumer")]
 
@@ -423,7 +423,7 @@ async def test_drained_transport_is_not_watched(linked: Any) -> None:
     b.server.drain()
     await asyncio.sleep(0.1)
     assert b.connection.close_info is None
-    assert b.connection.outbox._watch is None
+    assert b.connection.outbox._stall is None
     assert b.connection.outbox.try_enqueue(encode("a"))
 
 

@@ -15,8 +15,7 @@ from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection import asgi_outbox as asgi_outbox_module
 from fastapi_ws_stabilizer.connection import stall_watch as send_watch_module
 from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox, WriterPool
-from fastapi_ws_stabilizer.connection.outbox import Outbox
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
+from fastapi_ws_stabilizer.connection.outbox import Outbox, SlowConsumer
 from fastapi_ws_stabilizer.connection.send_queue import OutboxLimits
 from fastapi_ws_stabilizer.events import Counters, EventBus
 from fastapi_ws_stabilizer.scheduling import CallbackSemaphore, FlushScheduler
@@ -24,6 +23,7 @@ from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from fastapi_ws_stabilizer.wire.encoded import encode
 from tests.support.fake_websocket import FakeServer, eventually, settle, with_deadline
 from tests.support.own_loop import run
+from tests.support.waiting import waiting_messages
 
 
 class Owner:
@@ -39,22 +39,12 @@ class Owner:
         self.failures: list[Exception] = []
         self.discarded = 0
         self.outbox: Outbox | None = None
-        self.dropped_messages = 0
-        self.coalesced_messages = 0
         self.degrees: list[SlowConsumer | str] = []
 
     @property
     def taken(self) -> int:
         """Number of messages that were taken."""
         return self.counters.messages_sent
-
-    def on_dropped(self, count: int) -> None:
-        """Count dropped messages."""
-        self.dropped_messages += count
-
-    def on_coalesced(self) -> None:
-        """Count messages that a newer one has replaced."""
-        self.coalesced_messages += 1
 
     def on_slow(self, how: SlowConsumer) -> None:
         """Record the degree of slowness."""
@@ -71,7 +61,7 @@ class Owner:
         """Count a send that made no progress."""
         self.stuck += 1
 
-    def on_unsent(self, count: int) -> None:
+    def on_discarded(self, count: int) -> None:
         """Count messages that the server was given and did not take."""
         self.discarded += count
 
@@ -400,7 +390,7 @@ async def test_discard_stops_stalled_send(post: Any) -> None:
     p.server.release()
     await settle()
     assert p.server.taken == []
-    assert p.outbox._watch is None
+    assert p.outbox._stall is None
 
 
 async def test_discard_before_writer_runs_completes(post: Any) -> None:
@@ -481,10 +471,10 @@ async def test_stall_watch_stops_without_delayed_send(post: Any) -> None:
     p = post(send_timeout=0.02)
     p.server.block()
     p.outbox.put(encode("a"))
-    await eventually(lambda: p.outbox._watch is not None)
+    await eventually(lambda: p.outbox._stall is not None)
     p.server.release()
     await eventually(lambda: p.owner.taken == 1)
-    await eventually(lambda: p.outbox._watch is None)
+    await eventually(lambda: p.outbox._stall is None)
     assert p.owner.stuck == 0
 
 
@@ -598,7 +588,7 @@ def test_every_message_is_sent_or_counted_as_discarded(steps: list[str], end: st
                 p.server.release()
             elif senders:
                 senders[-1].cancel()
-            waiting = p.outbox._queue[p.outbox._head :] or ([] if p.outbox._single is None else [p.outbox._single])
+            waiting = waiting_messages(p.outbox)
             assert len(p.outbox) == len(waiting)
             assert p.outbox.held_bytes == sum(frame.size for frame in waiting)
             assert len(p.outbox) <= 4

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection import stall_watch as send_watch_module
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
+from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
 from fastapi_ws_stabilizer.connection.send_queue import OutboxLimits, SendQueue
 from fastapi_ws_stabilizer.events import Counters
 from fastapi_ws_stabilizer.queueing import EnqueueResult
@@ -64,21 +64,21 @@ async def test_disconnect_policy_closes_with_4507(stalled: Any) -> None:
     b = await stalled()
     assert offer(b, *"abcde")[-1] is EnqueueResult.CLOSED
     assert b.connection.close_info.cause is DisconnectReason.SLOW_CONSUMER
-    assert b.slow == [SlowConsumer.LAGGING, SlowConsumer.DISCONNECTED]
+    assert b.listener.slow == [SlowConsumer.LAGGING, SlowConsumer.DISCONNECTED]
 
 
 async def test_slowness_level_is_reported_once_until_drained(stalled: Any) -> None:
     """Lagging and dropping are reported once each, and again after the client has caught up."""
     b = await stalled(outbox_overflow="drop_newest")
     offer(b, *"abcdefgh")
-    assert b.slow == [SlowConsumer.LAGGING, SlowConsumer.DROPPING]
+    assert b.listener.slow == [SlowConsumer.LAGGING, SlowConsumer.DROPPING]
     b.server.release()
     await eventually(lambda: "client_caught_up" in b.heard.events)
     b.server.block()
     offer(b, "stuck again")
     await b.server.until(lambda: b.server.offered[-1].get("text") == "stuck again")
     offer(b, *"abcd")
-    assert b.slow == [SlowConsumer.LAGGING, SlowConsumer.DROPPING, SlowConsumer.LAGGING]
+    assert b.listener.slow == [SlowConsumer.LAGGING, SlowConsumer.DROPPING, SlowConsumer.LAGGING]
     assert b.events.counters.slow_clients == {SlowConsumer.LAGGING: 2, SlowConsumer.DROPPING: 1}
 
 
@@ -206,34 +206,34 @@ _STEPS = st.lists(
 @given(_STEPS)
 def test_send_queue_matches_list_model(steps: list[tuple[str, str | None]]) -> None:
     """With any operations, order, length, bytes and positions of keys equal those of a plain list."""
-    backlog = SendQueue(OutboxLimits(WebSocketConfig(outbox_max_messages=10), Counters()))
+    queue = SendQueue(OutboxLimits(WebSocketConfig(outbox_max_messages=10), Counters()))
     model: list[Any] = []
     for number, (step, key) in enumerate(steps):
         if step == "put":
             frame = encode("x" * (number % 7), key)
             old = [position for position, one in enumerate(model) if key is not None and one.key == key]
-            if key is not None and backlog._coalesce(frame):
+            if key is not None and queue.coalesce(frame):
                 model[old[-1]] = frame
             else:
                 assert not old
-                backlog._append(frame)
+                queue.append(frame)
                 model.append(frame)
         elif model and step == "pop":
-            assert backlog._pop() is model.pop(0)
+            assert queue.pop() is model.pop(0)
         elif model:
-            taken = backlog._pop_up_to(5 if step == "some" else 10**9)
+            taken = queue.pop_up_to(5 if step == "some" else 10**9)
             assert list(taken) == model[: len(taken)]
             assert taken
             del model[: len(taken)]
-        assert len(backlog) == len(model)
-        assert backlog.held_bytes == sum(frame.size for frame in model)
+        assert len(queue) == len(model)
+        assert queue.held_bytes == sum(frame.size for frame in model)
 
 
 async def test_outbox_queues_for_writer_slot_once(bench: Any) -> None:
     """However often messages are offered, the outbox queues for a slot once, and gets it when a slot is free."""
     b = bench(outbox_max_messages=4, outbox_overflow="drop_oldest", max_concurrent_broadcast=1)
     await b.open()
-    slots = b.connection.outbox._writers.sends
+    slots = b.connection.outbox.writers.sends
     slots.take()
     offer(b, *(str(number) for number in range(100)))
     await settle()

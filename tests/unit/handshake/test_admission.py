@@ -649,7 +649,7 @@ async def test_address_rewritten_by_server_does_not_hide_proxy(admission_app: Ma
     call = harness.call(headers=FORWARDED, client=(client, 0))
     call.server.transport = Wire(peer)  # type: ignore[attr-defined]
     assert await call.answered() == status
-    assert harness.manager._node.admission.address_of(call.server.websocket) == address
+    assert harness.manager._node.addresses.address_of(call.server.websocket) == address
 
 
 async def test_origin_rejection_event_names_compared_hosts(admission_app: Make) -> None:

@@ -16,6 +16,7 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 from fastapi_ws_stabilizer import events as reports_module
 from fastapi_ws_stabilizer.auth.credentials import SUBPROTOCOL_KEY
 from fastapi_ws_stabilizer.config import RejectPolicy
+from fastapi_ws_stabilizer.connection.client_address import ClientAddressResolver
 from fastapi_ws_stabilizer.errors import (
     ConnectionLimitExceededError,
     DuplicateClientError,
@@ -38,6 +39,11 @@ BROWSER = {"headers": [(b"host", b"testserver"), (b"origin", b"http://testserver
 PROGRAM: dict[str, Any] = {}
 
 
+def create_rejector(policy: str, events: EventBus | None = None) -> Rejector:
+    """Create a rejector without trusted proxies."""
+    return Rejector(RejectPolicy(policy), events or EventBus(), ClientAddressResolver(()))
+
+
 async def rejected(
     error: Exception, *, policy: str = "auto", accept: bool = False, **scope: Any
 ) -> tuple[FakeServer, Exception]:
@@ -45,7 +51,7 @@ async def rejected(
     server = FakeServer(**scope)
     if accept:
         await server.accepted()
-    raised = await with_deadline(Rejector(RejectPolicy(policy), EventBus()).reject(server.websocket, error, "1.2.3.4"))
+    raised = await with_deadline(create_rejector(policy).reject(server.websocket, error))
     return server, raised
 
 
@@ -172,11 +178,11 @@ async def test_app_handler_answers_rejection_where_supported(
 async def test_repeated_rejections_of_address_get_http_status(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
     """A repeated rejection of an address gets 429 for some time; other addresses and errors still get a close code."""
     clock = Clock(monkeypatch)
-    rejector = Rejector(RejectPolicy(policy), EventBus())
+    rejector = create_rejector(policy)
 
     async def first_answer(address: str, error: Exception = MANY) -> str:
-        server = FakeServer(**BROWSER)
-        await with_deadline(rejector.reject(server.websocket, error, address))
+        server = FakeServer(client=(address, 4711), **BROWSER)
+        await with_deadline(rejector.reject(server.websocket, error))
         return kinds(server)[0]
 
     assert [await first_answer("1.2.3.4") for _ in range(3)] == ["accept", "http.response.start", "http.response.start"]
@@ -191,11 +197,11 @@ async def test_accepted_rejections_over_rate_get_http_status(monkeypatch: pytest
     """Above a rate, browsers get the HTTP answer instead of a close code, because any client can send an `Origin`."""
     now = 1000.0
     monkeypatch.setattr(module, "monotonic", lambda: now)
-    rejector = Rejector(RejectPolicy.AUTO, EventBus())
+    rejector = create_rejector("auto")
 
     async def accepts() -> bool:
         server = FakeServer(**BROWSER)
-        await rejector.reject(server.websocket, HTTPException(401), "1.2.3.4")
+        await rejector.reject(server.websocket, HTTPException(401))
         return any(message["type"] == "websocket.accept" for message in server.taken)
 
     assert [await accepts() for _ in range(502)] == [True] * 500 + [False] * 2
@@ -205,16 +211,16 @@ async def test_accepted_rejections_over_rate_get_http_status(monkeypatch: pytest
 
 async def test_http_rejections_do_not_use_up_accept_rate() -> None:
     """HTTP answers do not count for the accept rate, and `reject="close"` has no such rate."""
-    rejector = Rejector(RejectPolicy.AUTO, EventBus())
+    rejector = create_rejector("auto")
     for _ in range(600):
-        await rejector.reject(FakeServer().websocket, HTTPException(401), "1.2.3.4")
+        await rejector.reject(FakeServer().websocket, HTTPException(401))
     server = FakeServer(**BROWSER)
-    await rejector.reject(server.websocket, HTTPException(401), "1.2.3.4")
+    await rejector.reject(server.websocket, HTTPException(401))
     assert kinds(server) == ["accept", "close"]
-    rejector = Rejector(RejectPolicy.CLOSE, EventBus())
+    rejector = create_rejector("close")
     for _ in range(600):
         server = FakeServer()
-        await rejector.reject(server.websocket, HTTPException(401), "1.2.3.4")
+        await rejector.reject(server.websocket, HTTPException(401))
     assert kinds(server) == ["accept", "close"]
 
 
@@ -300,11 +306,11 @@ async def test_rejection_is_counted_and_emits_event(heard: tuple[EventBus, Event
     """A rejection is counted by its option or close code; its event has the address, but no credential."""
     events, ear = heard
     for error in (FULL, FULL, MANY, HTTPException(401, "no"), OriginNotAllowedError("foreign"), RoomLimitError("a", 3)):
-        await Rejector(RejectPolicy.HTTP, events).reject(FakeServer(query="token=secret").websocket, error, "1.2.3.4")
+        await create_rejector("http", events).reject(FakeServer(query="token=secret").websocket, error)
     counted = {"max_connections": 2, "max_connections_per_address": 1, "4401": 1, "4403": 1, "1008": 1}
     assert events.counters.refusals == counted
     assert ear.events == ["connection_refused"] * 6
-    assert [one.fields["address"] for one in ear.all] == ["1.2.3.4"] * 6
+    assert [one.fields["address"] for one in ear.all] == ["10.0.0.7"] * 6
     assert "secret" not in repr(ear.all)
 
 
@@ -328,11 +334,11 @@ def test_rejection_flood_logs_one_line_per_minute(
 ) -> None:
     """In a minute one event of a kind is above DEBUG, with the number of suppressed ones; an option gives a WARNING."""
     clock, (events, ear) = Clock(monkeypatch), heard
-    rejector = Rejector(RejectPolicy.AUTO, events)
+    rejector = create_rejector("auto", events)
 
     def refuse(times: int = 1) -> None:
         for _ in range(times):
-            rejector.record_rejection(FakeServer().websocket, error, "1.2.3.4")
+            rejector.record_rejection(FakeServer().websocket, error)
 
     refuse(100)
     clock.now += THROTTLE_INTERVAL - 1
@@ -355,7 +361,7 @@ def test_rejection_log_is_throttled_per_kind(
     """Each kind is throttled separately, but kinds above MAX_THROTTLED_KINDS share one throttle."""
     Clock(monkeypatch)
     events, ear = heard
-    rejector = Rejector(RejectPolicy.AUTO, events)
+    rejector = create_rejector("auto", events)
     for code in range(4000, 4000 + 2 * MAX_THROTTLED_KINDS):
         rejector.record_rejection(FakeServer().websocket, WebSocketException(code), "1.2.3.4")
     assert levels(ear) == [("INFO", 0)] * (MAX_THROTTLED_KINDS + 1) + [("DEBUG", 0)] * (MAX_THROTTLED_KINDS - 1)
@@ -366,9 +372,7 @@ async def test_disconnect_during_rejection_raises_no_error() -> None:
     """If the client disconnects during its rejection, only the exception that ends the endpoint is raised."""
     server = FakeServer(**BROWSER)
     server.fail(OSError("gone"))
-    raised = await with_deadline(
-        Rejector(RejectPolicy.AUTO, EventBus()).reject(server.websocket, HTTPException(401), "")
-    )
+    raised = await with_deadline(create_rejector("auto").reject(server.websocket, HTTPException(401)))
     assert isinstance(raised, WebSocketException)
 
 
@@ -377,9 +381,7 @@ async def test_blocked_rejection_ends_after_timeout(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "REJECTION_TIMEOUT", 0.02)
     server = FakeServer(**BROWSER)
     server.block()
-    raised = await with_deadline(
-        Rejector(RejectPolicy.AUTO, EventBus()).reject(server.websocket, HTTPException(401), "")
-    )
+    raised = await with_deadline(create_rejector("auto").reject(server.websocket, HTTPException(401)))
     assert isinstance(raised, WebSocketException)
     await asyncio.sleep(0)
     assert [task for task in asyncio.all_tasks() if task.get_name() == "ws-refusal"] == []

@@ -11,6 +11,7 @@ from fastapi_ws_stabilizer import scheduling as scheduling_module
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.hub.hub import SMALL_ROOM, Hub
+from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
 from fastapi_ws_stabilizer.scheduling import FlushScheduler
 from fastapi_ws_stabilizer.tasks import TaskSet
 from fastapi_ws_stabilizer.wire.encoded import encode
@@ -29,6 +30,7 @@ class HubHarness:
             events,
             self.scheduler,
             TaskSet(lambda _, error: None),
+            ConnectionRegistry(self.config.num_shards),
             joined=self._hear,
             left=self._hear,
             wanted=lambda: False,

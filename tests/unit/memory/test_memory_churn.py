@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from fastapi import HTTPException
 
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
+from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
 from fastapi_ws_stabilizer.errors import MemoryLimitExceededError, WebSocketStabilizerError
 from fastapi_ws_stabilizer.socket import StableSocket
 from tests.support.fake_link import soon, virtually

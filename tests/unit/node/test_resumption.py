@@ -14,9 +14,9 @@ from fastapi_ws_stabilizer.auth import signed_tokens as tokens_module
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.errors import InvalidTokenError, SocketClosed, TokenExpiredError
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.stats.router import connections, overview
+from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
 from tests.support.fake_link import soon, virtually
 from tests.support.fake_websocket import FakeServer
 from tests.support.stage import Line, Peer, Stage

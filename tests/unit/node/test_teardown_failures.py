@@ -60,15 +60,15 @@ TEARDOWN = {
         "_stop_reading",
         "close_unread",
     ),
-    "handshake/closer.py": ("_on_closing", "_on_closed"),
+    "handshake/closer.py": ("on_closing", "on_closed"),
     "handshake/session_lifecycle.py": ("detach", "_save_state", "_leave_presence"),
     "hub/hub.py": ("remove", "end_session"),
 }
 """Functions that make up the teardown, by module."""
 
 CALLS: dict[str, tuple[type, ...]] = {
-    "_on_closing": (Closer,),
-    "_on_closed": (Closer,),
+    "on_closing": (Closer,),
+    "on_closed": (Closer, SessionLifecycle),
     "add": (ClosingConnections, EndedSessions),
     "remove": (ClosingConnections, MemoryBudget, HeartbeatScheduler, ConnectionReaper, Hub, ConnectionRegistry),
     "release": (Reservation,),
@@ -141,7 +141,6 @@ SAFE = {
         "leave_rooms",
         "stop_sending",
         "on_disconnect",
-        "on_closed",
         "stop_accounting",
         "detach",
     ),
@@ -149,8 +148,6 @@ SAFE = {
         "pop",
         "detaches",
         "is_terminal",
-        "on_closing",
-        "on_closed",
         "on_session_end",
         "unbind_current",
         "save",
@@ -163,7 +160,7 @@ SAFE = {
 They cannot raise, they hold the teardown together, or they belong to a step that raises as a whole.
 """
 
-ESSENTIAL = {"disconnect", "run_disconnect_hooks", "_on_closed"}
+ESSENTIAL = {"disconnect", "run_disconnect_hooks", "on_closed"}
 """Calls that run the hooks or remove the connection: they raise only after their work."""
 
 TARGETS = [(owner, name) for name, owners in CALLS.items() for owner in owners]

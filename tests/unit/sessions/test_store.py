@@ -14,10 +14,10 @@ from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.errors import RequestError
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.sessions import store as store_module
-from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
+from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import ResumeResult, SessionStore, StaleAttemptError
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage, encode
-from fastapi_ws_stabilizer.wire.v1.hello import Hello
+from fastapi_ws_stabilizer.wire.v1.hello import Hello, ResumeOutcome
 from tests.support.fake_attachment import FakeAttachment
 from tests.support.fake_websocket import settle
 from tests.support.virtual_time import run_virtually
@@ -46,11 +46,15 @@ class StoreHarness:
             WebSocketConfig(**options),
             self.events,
             next_shard=lambda: next(numbers),
-            began=self.began.append,
-            ended=self._end,
         )
+        self.sessions.listener = self
 
-    def _end(self, session: Session, close_info: CloseInfo) -> None:
+    def on_session_began(self, session: Session) -> None:
+        """Record the session."""
+        self.began.append(session)
+
+    def on_session_ended(self, session: Session, close_info: CloseInfo) -> None:
+        """Record the session and its close info."""
         self.ended.append(session)
         self.close_infos.append(close_info)
 

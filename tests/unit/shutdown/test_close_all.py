@@ -66,10 +66,10 @@ async def test_closing_connection_is_awaited_but_not_counted(bench: Any) -> None
     b = bench(disconnect_grace=5)
     gate = asyncio.Event()
 
-    async def hook(_: Any, __: Any) -> None:
+    async def hook(_: Any) -> None:
         await gate.wait()
 
-    b.on_disconnect = hook
+    b.listener.disconnect_hook = hook
     connection, _ = await b.open()
     connection.disconnect_hooks_pending = True
     b.server.feed_disconnect(1001)
