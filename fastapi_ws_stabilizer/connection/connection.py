@@ -30,6 +30,7 @@ from fastapi_ws_stabilizer.compat.starlette import (
     mark_disconnected,
     replace_with_ended,
 )
+from fastapi_ws_stabilizer.compat.uvicorn import can_push_events
 from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType
 from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
 from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
@@ -41,6 +42,7 @@ from fastapi_ws_stabilizer.connection.handover import Handover
 from fastapi_ws_stabilizer.connection.inbox import Inbox
 from fastapi_ws_stabilizer.connection.liveness import Liveness
 from fastapi_ws_stabilizer.connection.pump import read_pump
+from fastapi_ws_stabilizer.connection.push_reader import PushReader
 from fastapi_ws_stabilizer.connection.resources import SharedResources
 from fastapi_ws_stabilizer.connection.server_transport import FLUSH_GRACE, ServerTransport
 from fastapi_ws_stabilizer.errors import NotOpenError
@@ -62,6 +64,7 @@ class Connection(Handover):
     __slots__ = (
         "_abort_timer",
         "_pump",
+        "_reader",
         "_tasks",
         "bad_messages",
         "context",
@@ -125,6 +128,7 @@ class Connection(Handover):
         self._tasks: TaskSet | None = None
         self.context: contextvars.Context | None = None  # used only for work of this connection
         self._pump: asyncio.Task[None] | None = None
+        self._reader: PushReader | None = None
         self.opened = False
         self.reservation: Reservation | None = None
         self.residual = None
@@ -175,6 +179,8 @@ class Connection(Handover):
                 own_pings=self.config.heartbeat_type is HeartbeatType.PING,
             )
             self.outbox.on_attached(compress=self.config.compression is CompressionMode.DEFLATE)
+        elif can_push_events(protocol := getattr(receive, "__self__", None)):
+            self._reader = PushReader(self, protocol)
         else:
             # All pumps share one name, because a name for each would cost memory for every idle connection.
             self._pump = start(read_pump(self, receive), name="ws-pump", context=self.context)
@@ -418,7 +424,10 @@ class Connection(Handover):
         if not self.endpoint.has_ended:
             attempt(self._abandon_endpoint)
         self.predecessors = ()
-        self._pump = self.context = None  # both refer to this connection, and the cycle would delay its collection
+        if self._reader is not None:
+            attempt(self._reader.stop)
+        # All of them refer to this connection, and the cycle would delay its collection.
+        self._reader = self._pump = self.context = None
         if self.endpoint.tracked:  # it has returned or was cancelled, so nothing reads the inbox
             attempt(self.close_unread)
         elif self.protocol is None:
