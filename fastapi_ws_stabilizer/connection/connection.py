@@ -42,9 +42,9 @@ from fastapi_ws_stabilizer.connection.handover import Handover
 from fastapi_ws_stabilizer.connection.inbox import Inbox
 from fastapi_ws_stabilizer.connection.liveness import Liveness
 from fastapi_ws_stabilizer.connection.pump import read_pump
-from fastapi_ws_stabilizer.connection.push_reader import PushReader
 from fastapi_ws_stabilizer.connection.resources import SharedResources
 from fastapi_ws_stabilizer.connection.server_transport import FLUSH_GRACE, ServerTransport
+from fastapi_ws_stabilizer.connection.uvicorn_reader import UvicornReader
 from fastapi_ws_stabilizer.errors import NotOpenError
 from fastapi_ws_stabilizer.limits.connections import Reservation
 from fastapi_ws_stabilizer.tasks import LazyEvent, TaskSet, copied, start, wait_for_all
@@ -128,7 +128,7 @@ class Connection(Handover):
         self._tasks: TaskSet | None = None
         self.context: contextvars.Context | None = None  # used only for work of this connection
         self._pump: asyncio.Task[None] | None = None
-        self._reader: PushReader | None = None
+        self._reader: UvicornReader | None = None
         self.opened = False
         self.reservation: Reservation | None = None
         self.residual = None
@@ -180,7 +180,7 @@ class Connection(Handover):
             )
             self.outbox.on_attached(compress=self.config.compression is CompressionMode.DEFLATE)
         elif can_push_events(protocol := getattr(receive, "__self__", None)):
-            self._reader = PushReader(self, protocol)
+            self._reader = UvicornReader(self, protocol)
         else:
             # All pumps share one name, because a name for each would cost memory for every idle connection.
             self._pump = start(read_pump(self, receive), name="ws-pump", context=self.context)

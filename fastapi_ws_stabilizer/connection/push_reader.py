@@ -1,13 +1,13 @@
-"""Reader of a connection whose server passes on each message as it arrives, which needs no task."""
+"""Reader of a connection whose server passes on each message as it arrives. It needs no task."""
 
 from __future__ import annotations
 
+import abc
 import asyncio
 from collections.abc import Mapping
 from typing import Any
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.compat.uvicorn import PushedEvents, push_events
 from fastapi_ws_stabilizer.connection.pump import (
     Pumped,
     begin_pause,
@@ -20,26 +20,28 @@ from fastapi_ws_stabilizer.connection.pump import (
 from fastapi_ws_stabilizer.wire.v1.frames import Message
 
 
-class PushReader:
-    """The `EventReceiver` of one connection. The server's protocol object calls it from the event loop.
+class PushReader(abc.ABC):
+    """Reader that the server's protocol object calls from the event loop.
 
-    When the inbox is full, the transport stops reading and TCP slows the client down. Messages that were parsed along
-    with the one that filled the inbox are still accepted. Their size is at most one read of the server.
-
-    Args:
-        connection: The connection.
-        protocol: The server's protocol object.
+    When the inbox is full, the transport stops reading and TCP slows the client down. Messages that the server has
+    parsed along with the one that filled the inbox are still accepted.
     """
 
-    __slots__ = ("_connection", "_events", "_reads", "_since", "_timer", "_transport")
+    __slots__ = ("_connection", "_reads", "_since", "_timer")
 
-    def __init__(self, connection: Pumped, protocol: Any) -> None:
+    def __init__(self, connection: Pumped) -> None:
         self._connection = connection
-        self._transport: asyncio.Transport = protocol.transport
         self._reads = 0
         self._since = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self._events: PushedEvents = push_events(protocol, self)
+
+    @abc.abstractmethod
+    def _pause_reading(self) -> None:
+        """Stop reading from the network."""
+
+    @abc.abstractmethod
+    def _resume_reading(self) -> None:
+        """Continue to read."""
 
     def message_received(self, message: str | bytes) -> None:
         """Handle a received message. Hot path."""
@@ -60,32 +62,34 @@ class PushReader:
             inbox.put(item, item.size if isinstance(item, Message) else None)
             if full and connection.pause is None:
                 self._pause()
-        except Exception as error:  # a bug in this package; the server would close the connection without a report
-            connection.events.emit_exception("internal_task_failed", error, task="ws-reader")
-            connection.on_connection_lost(error)
+                if connection.watches_input:  # reading has stopped, so no later message would find the limit exceeded
+                    connection.on_message()
+        except Exception as error:
+            self._report_bug(error)
 
     def connection_lost(self, event: Mapping[str, Any]) -> None:
-        """Start teardown after the server has lost the connection. A closing connection finds out when it sends."""
+        """Start teardown after the server has lost the connection."""
         self._stop_timer()
-        connection = self._connection
         try:
-            if connection.close_info is None:
-                close_on_disconnect_event(connection, event)
+            close_on_disconnect_event(self._connection, event)
         except Exception as error:
-            connection.events.emit_exception("internal_task_failed", error, task="ws-reader")
-            connection.on_connection_lost(error)
+            self._report_bug(error)
 
     def stop(self) -> None:
-        """Ignore all further events, because the teardown has ended."""
+        """Stop reading at the end of the teardown."""
         self._stop_timer()
-        self._events.stop()
+
+    def _report_bug(self, error: Exception) -> None:
+        """Report a bug in this package. Otherwise the server would close the connection without a report."""
+        self._connection.events.emit_exception("internal_task_failed", error, task="ws-reader")
+        self._connection.on_connection_lost(error)
 
     # ── a full inbox ──
 
     def _pause(self) -> None:
         connection = self._connection
         begin_pause(connection)
-        self._transport.pause_reading()
+        self._pause_reading()
         self._reads, self._since = connection.inbox.reads, monotonic()
         connection.inbox.notify_when_room(self._resume)
         self._watch(connection.config.inbox_pause_timeout)
@@ -94,11 +98,11 @@ class PushReader:
         self._stop_timer()
         self._connection.pause = None
         self._connection.liveness.on_frame(monotonic())  # the pause must not count as silence
-        self._transport.resume_reading()
+        self._resume_reading()
 
     def _watch(self, delay: float) -> None:
         # Reading can resume and pause again in endpoint code. A cancelled timer would hold that code's context.
-        context = self._connection.outbox._limits.context
+        context = self._connection.outbox.limits.context
         self._timer = asyncio.get_running_loop().call_later(delay, self._check_reads, context=context)
 
     def _check_reads(self) -> None:
