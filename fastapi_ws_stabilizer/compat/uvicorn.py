@@ -2,7 +2,7 @@
 
 uvicorn puts each received message into an `asyncio.Queue` and stops reading until the application has taken it. Behind
 that queue a connection needs a task that always reads, and each message costs a switch to that task.
-`PushedEvents` takes the place of the queue. It passes each event on at once, and uvicorn keeps reading.
+`PushedEvents` replaces the queue and passes each event on at once. uvicorn keeps reading.
 
 Supported: `WebSocketsSansIOProtocol` of uvicorn 0.35 and newer, without middleware that wraps `receive`. Fallback, also
 if an attribute or a method below is missing or has changed: the connection reads with a task, through ASGI.
