@@ -6,7 +6,7 @@ that queue a connection needs a task that always reads, and each message costs a
 
 Supported: `WebSocketsSansIOProtocol` of uvicorn 0.35 and newer, without middleware that wraps `receive`. Fallback, also
 if an attribute or a method below is missing or has changed: the connection reads with a task, through ASGI.
-`tests/unit/compat/test_uvicorn.py` runs on the lowest and on the newest version.
+`tests/unit/compat/test_pushed_events.py` runs on the lowest and on the newest version.
 """
 
 from __future__ import annotations

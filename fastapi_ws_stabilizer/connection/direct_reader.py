@@ -9,7 +9,6 @@ from typing import Any, Final
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
-from fastapi_ws_stabilizer.connection.inbox import Inbox
 from fastapi_ws_stabilizer.connection.pump import Pumped
 from fastapi_ws_stabilizer.connection.push_reader import PushReader
 from fastapi_ws_stabilizer.servers.direct import DirectTransport
@@ -24,19 +23,20 @@ class _PendingFailure:
     The inbox calls it after each read, and when it closes.
     """
 
-    __slots__ = ("_fail", "_inbox", "_timer")
+    __slots__ = ("_connection", "_fail", "_timer")
 
-    def __init__(self, inbox: Inbox, fail: Callable[[], None], context: contextvars.Context) -> None:
-        self._inbox = inbox
+    def __init__(self, connection: Pumped, fail: Callable[[], None], context: contextvars.Context) -> None:
+        self._connection = connection
         self._fail: Callable[[], None] | None = fail
         self._timer = asyncio.get_running_loop().call_later(VIOLATION_GRACE, self._fail_now, context=context)
-        inbox.notify_when_room(self)
+        connection.inbox.notify_when_room(self)
 
     def __call__(self) -> None:
         if self._fail is None:
             return
-        if len(self._inbox):
-            self._inbox.notify_when_room(self)
+        connection = self._connection
+        if len(connection.inbox) and connection.close_info is None:
+            connection.inbox.notify_when_room(self)
         else:  # not at once, because the reader has not answered the last message yet
             self._timer.cancel()
             asyncio.get_running_loop().call_soon(self._fail_now)
@@ -75,9 +75,9 @@ class DirectReader(PushReader):
 
     def violation_received(self, fail: Callable[[], None]) -> None:
         """Call `fail` once the endpoint has read all messages, at the latest after `VIOLATION_GRACE` seconds."""
-        inbox = self._connection.inbox
-        if len(inbox) and inbox.has_reader and self._connection.close_info is None:
-            _PendingFailure(inbox, fail, self._outbox.limits.context)
+        connection = self._connection
+        if len(connection.inbox) and connection.inbox.has_reader and connection.close_info is None:
+            _PendingFailure(connection, fail, self._outbox.limits.context)
         else:
             fail()
 

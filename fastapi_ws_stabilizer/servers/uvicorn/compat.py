@@ -64,6 +64,7 @@ _OURS_OF_CONN: Final = (
     "eof_sent",
     "fail",
     "handshake_exc",
+    "parser",
     "recv_frame",
     "send_close",
     "state",

@@ -107,6 +107,7 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
             if isinstance(extension, PerMessageDeflate):
                 self.window_bits = extension.local_max_window_bits
                 inflated_bits = extension.remote_max_window_bits
+        self.conn.parser.close()  # frees its generators: it parses no frames
         limit = self.conn.max_message_size
         self.parser = FrameParser(sys.maxsize if limit is None else limit, inflated_bits)
         early_data, self.early_data = self.early_data, b""
@@ -256,10 +257,12 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         super().connection_lost(exc)
         if self.is_supported and self.sink is None:  # one event for each waiting reader: an earlier one, and ours
             self.queue.put_nowait({"type": "websocket.disconnect", "code": 1005})
+        if self.is_supported:
+            self.conn.parser.close()  # a suspended generator of a method refers to its object, and the other way round
         if self.parser is not None:
             self.parser.end()
         if self.sink is not None:
-            self.sink = self.queue.sink = self.paced = None  # breaks reference cycles
+            self.sink = self.queue.sink = self.paced = None  # each of them refers to this object
 
     # ── frames ──
 
@@ -296,7 +299,8 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
                     return True
         except ProtocolViolation as violation:
             parser.end()
-            fail = functools.partial(self._fail, violation)
+            # Without the exception, whose traceback refers to this frame.
+            fail = functools.partial(self._fail, violation.code, violation.reason)
             if sink is not None:
                 sink.violation_received(fail)
             elif self.queue.empty():
@@ -344,7 +348,7 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
             raise ProtocolViolation(INVALID_DATA, "close reason is not UTF-8") from None
         self.handle_close(frame)
 
-    def _fail(self, violation: ProtocolViolation) -> None:
+    def _fail(self, code: int, reason: str) -> None:
         """Fail the connection (RFC 6455 section 7.1.7).
 
         uvicorn closes the transport immediately. If unread bytes of the client are left, that is a TCP reset, which can
@@ -355,8 +359,8 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
             return
         if self.sink is not None:
             self.sink.before_shutdown()
-        self.conn.fail(violation.code, violation.reason)
-        self.queue.put_nowait({"type": "websocket.disconnect", "code": violation.code, "reason": violation.reason})
+        self.conn.fail(code, reason)
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
         self._write_output()
         self.close_sent = True
         if self.sink is None or self.parser is None:
