@@ -115,7 +115,17 @@ CALLS: dict[str, tuple[type, ...]] = {
 """Calls of these functions, by name, and the classes in which the test makes each raise."""
 
 SAFE = {
-    *("attempt", "_attempt_async", "emit", "monotonic", "replace", "get_running_loop", "stop", "call_later", "current_task"),
+    *(
+        "attempt",
+        "_attempt_async",
+        "emit",
+        "monotonic",
+        "replace",
+        "get_running_loop",
+        "stop",
+        "call_later",
+        "current_task",
+    ),
     *(
         "set",
         "set_result",
