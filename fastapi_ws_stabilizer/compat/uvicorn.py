@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
 _MODULE: Final = "uvicorn.protocols.websockets.websockets_sansio_impl"
-_CLASS: Final = "WebSocketsSansIOProtocol"
+PUSHING_CLASS: Final = "WebSocketsSansIOProtocol"
+"""Name of the class whose objects can pass on their events."""
 
 _NAMES: Final = {
     "receive": {"queue", "get", "read_paused", "empty", "transport", "resume_reading"},
@@ -74,7 +75,7 @@ def can_push_events(protocol: Any) -> bool:
     waiters of a queue.
     """
     kind: type = type(protocol)
-    if kind.__name__ != _CLASS or kind.__module__ != _MODULE or not _is_known(kind):
+    if kind.__name__ != PUSHING_CLASS or kind.__module__ != _MODULE or not _is_known(kind):
         return False
     return not getattr(protocol.queue, "_getters", True)
 

@@ -30,7 +30,6 @@ from fastapi_ws_stabilizer.compat.starlette import (
     mark_disconnected,
     replace_with_ended,
 )
-from fastapi_ws_stabilizer.compat.uvicorn import can_push_events
 from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType
 from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
 from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
@@ -179,7 +178,7 @@ class Connection(Handover):
                 own_pings=self.config.heartbeat_type is HeartbeatType.PING,
             )
             self.outbox.on_attached(compress=self.config.compression is CompressionMode.DEFLATE)
-        elif can_push_events(protocol := getattr(receive, "__self__", None)):
+        elif (protocol := self.server_transport.pushing_protocol) is not None:
             self._reader = UvicornReader(self, protocol)
         else:
             # All pumps share one name, because a name for each would cost memory for every idle connection.
