@@ -384,7 +384,7 @@ async def test_middleware_around_direct_transport_is_logged_once(manager_with: A
 async def test_bug_in_message_receipt_is_logged_and_closes(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The log names the bug, and the server sees no exception, as on other servers."""
     b = await linked()
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.direct_reader.decode", lambda *_: 1 / 0)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.push_reader.decode", lambda *_: 1 / 0)
     b.server.sink.message_received("x")
     assert b.connection.close_info.cause is DisconnectReason.NETWORK_LOST
     (report,) = b.heard.of("internal_task_failed")
