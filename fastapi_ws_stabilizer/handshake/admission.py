@@ -219,6 +219,7 @@ class AdmissionController:
         self._proxies = TrustedProxies(config.trusted_proxies)
         self._reads_headers = bool(config.trusted_proxies)
         self._origins = OriginPolicy(config.allowed_origins, required=config.require_origin)
+        self._requires_origin = config.require_origin
         self.rejector = rejector
         self.limiter = ConnectionLimiter(
             max_connections=config.max_connections,
@@ -309,10 +310,13 @@ class AdmissionController:
         return None if websocket.client is None else websocket.client.host
 
     def _check_origin(self, websocket: WebSocket) -> None:
+        origins = _headers(websocket, b"origin")
+        if not origins and not self._requires_origin:  # most clients that are not browsers
+            return
         hosts = _headers(websocket, b"host")
-        if self._proxies.trusts(self._peer_of(websocket)):
+        if self._reads_headers and self._proxies.trusts(self._peer_of(websocket)):
             hosts += [host.strip() for value in _headers(websocket, b"x-forwarded-host") for host in value.split(",")]
-        problem = self._origins.problem(_headers(websocket, b"origin"), hosts)
+        problem = self._origins.problem(origins, hosts)
         if problem is not None:
             raise OriginNotAllowedError(problem, ", ".join(hosts))
 
