@@ -41,7 +41,7 @@ from fastapi_ws_stabilizer.hub.broadcast import BroadcastResult
 from fastapi_ws_stabilizer.limits.connections import shutdown_error
 from fastapi_ws_stabilizer.metrics.timings import Timings
 from fastapi_ws_stabilizer.node import Node
-from fastapi_ws_stabilizer.observability.logs import get_logger, write_event
+from fastapi_ws_stabilizer.observability.logs import get_logger, is_logged, write_event
 from fastapi_ws_stabilizer.room import Room
 from fastapi_ws_stabilizer.servers.detect import exits_on_signal, has_several_workers, websocket_library_advice
 from fastapi_ws_stabilizer.servers.uvicorn.options import uvicorn_options
@@ -105,7 +105,7 @@ class WebSocketConnectionManager(EventDecorators):
             raise TypeError(f"config must be a WebSocketConfig, not {config!r}: {_correct_call(config)}")
         self.config: WebSocketConfig = config or WebSocketConfig()
         self.events: EventBus = EventBus()
-        self.events.subscribe(write_event)
+        self.events.subscribe(write_event, takes=is_logged)
         if self.config.enable_metrics:
             self.events.timings = Timings()
         super().__init__(

@@ -220,8 +220,8 @@ class AdmissionController:
         self._max_cleanups = config.max_concurrent_cleanup
         self._compresses = config.compression is CompressionMode.DEFLATE
         self._addresses = addresses
-        self._requires_origin = config.require_origin
         self._origins = OriginPolicy(config.allowed_origins, required=config.require_origin)
+        self._requires_origin = config.require_origin
         self.rejector = rejector
         self.limiter = ConnectionLimiter(
             max_connections=config.max_connections,
@@ -298,7 +298,9 @@ class AdmissionController:
 
     def _check_origin(self, websocket: WebSocket) -> None:
         origins = header_values(websocket, b"origin")
-        hosts = self._addresses.hosts_of(websocket) if origins or self._requires_origin else []
+        if not origins and not self._requires_origin:  # most clients that are not browsers
+            return
+        hosts = self._addresses.hosts_of(websocket)
         problem = self._origins.problem(origins, hosts)
         if problem is not None:
             raise OriginNotAllowedError(problem, ", ".join(hosts))

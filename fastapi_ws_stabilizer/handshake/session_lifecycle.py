@@ -11,7 +11,7 @@ import contextvars
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Final
 
@@ -58,6 +58,8 @@ A login may use `token` too, so a value without the prefix of a reconnect token 
 
 def token_in(websocket: WebSocket) -> str | None:
     """Return the reconnect token of a handshake, or `None`."""
+    if not websocket.scope.get("query_string"):  # parsed parameters stay in memory with the connection
+        return None
     found = (websocket.query_params.get(name) for name in TOKEN_PARAMETERS)
     return next((token for token in found if looks_like_token(token)), None)
 
@@ -319,11 +321,18 @@ class SessionLifecycle(SessionListener):
             return None
         return claimed
 
+    def pinned(self, client_id: str | None) -> AbstractContextManager[None]:
+        """Protect the detached state of a verified client from eviction during its handshake.
+
+        Args:
+            client_id: The client; `None` if it is not verified.
+        """
+        return nullcontext() if client_id is None else self._pinned(client_id)
+
     @contextmanager
-    def pinned(self, client_id: str | None) -> Iterator[None]:
-        """Protect the detached state of a verified client from eviction during its handshake."""
+    def _pinned(self, client_id: str) -> Iterator[None]:
         with ExitStack() as stack:
-            for state in () if client_id is None else self.detached.all_of(client_id):
+            for state in self.detached.all_of(client_id):
                 stack.enter_context(self._budget.pinned(state))
             yield
 
