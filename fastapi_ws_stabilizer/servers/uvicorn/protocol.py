@@ -258,7 +258,7 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         if self.is_supported and self.sink is None:  # one event for each waiting reader: an earlier one, and ours
             self.queue.put_nowait({"type": "websocket.disconnect", "code": 1005})
         if self.is_supported:
-            self.conn.parser.close()  # a suspended generator of a method refers to its object, and the other way round
+            self.conn.parser.close()  # a suspended generator and its object refer to each other
         if self.parser is not None:
             self.parser.end()
         if self.sink is not None:
