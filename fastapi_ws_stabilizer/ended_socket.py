@@ -7,41 +7,11 @@ from typing import Any, Final
 
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
 from fastapi_ws_stabilizer.connection.connection import Connection
-from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxLimits
 from fastapi_ws_stabilizer.connection.messages import Messages
+from fastapi_ws_stabilizer.connection.pending import NO_INBOX, NO_OUTBOX
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
 from fastapi_ws_stabilizer.socket import StableSocket
-from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
-
-
-class _NoOutbox:
-    """Outbox of an ended connection: it is empty and accepts nothing."""
-
-    held_bytes = 0
-
-    def __len__(self) -> int:
-        return 0
-
-    def try_enqueue(self, _: EncodedMessage) -> bool:
-        return False
-
-    def try_send(self, _: EncodedMessage) -> bool:
-        return False
-
-    async def put_wait(self, *_: object) -> bool:
-        return False
-
-    @property
-    def done(self) -> asyncio.Future[None]:
-        done = asyncio.get_running_loop().create_future()
-        done.set_result(None)
-        return done
-
-
-_OUTBOX: Final[Any] = _NoOutbox()
-_INBOX: Final = Inbox(InboxLimits(0, 0))
-_INBOX.close(discard=True)
 
 
 class EndedConnection(Messages):
@@ -66,8 +36,8 @@ class EndedConnection(Messages):
         self.liveness = connection.liveness
         self.opened = True
         self.protocol = None
-        self.outbox = _OUTBOX
-        self.inbox = _INBOX
+        self.outbox = NO_OUTBOX
+        self.inbox = NO_INBOX
         self._parts = connection._parts
         self._session = connection.session
         self._outcome = connection.outcome

@@ -31,8 +31,8 @@ PACKAGE = f"{Path(fastapi_ws_stabilizer.__file__).parent}/"
 SUBPROTOCOL = "stabilizer.v1.json"
 
 FILES = {
-    "handshake": 44,
-    "message": 10,
+    "handshake": 40,
+    "message": 9,
     "pong": 5,
     "v1 pong": 10,
     "broadcast": 15,
