@@ -7,42 +7,12 @@ from typing import Any, Final
 
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
 from fastapi_ws_stabilizer.connection.connection import Connection
-from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxLimits
 from fastapi_ws_stabilizer.connection.messages import Messages
+from fastapi_ws_stabilizer.connection.pending import NO_INBOX, NO_OUTBOX
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.socket import StableSocket
-from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
-
-
-class _NoOutbox:
-    """Outbox of an ended connection: it is empty and accepts nothing."""
-
-    held_bytes = 0
-
-    def __len__(self) -> int:
-        return 0
-
-    def try_enqueue(self, _: EncodedMessage) -> bool:
-        return False
-
-    def try_send(self, _: EncodedMessage) -> bool:
-        return False
-
-    async def put_wait(self, *_: object) -> bool:
-        return False
-
-    @property
-    def done(self) -> asyncio.Future[None]:
-        done = asyncio.get_running_loop().create_future()
-        done.set_result(None)
-        return done
-
-
-_OUTBOX: Final[Any] = _NoOutbox()
-_INBOX: Final = Inbox(InboxLimits(0, 0))
-_INBOX.close(discard=True)
 
 
 class EndedConnection(Messages):
@@ -66,9 +36,9 @@ class EndedConnection(Messages):
         self.liveness = connection.liveness
         self.opened = True
         self.protocol = None
-        self.outbox = _OUTBOX
+        self.outbox = NO_OUTBOX
         self._dropped_messages = connection.dropped_messages
-        self.inbox = _INBOX
+        self.inbox = NO_INBOX
         self._parts = connection._parts
         self._session = connection.session
         self._outcome = connection.outcome

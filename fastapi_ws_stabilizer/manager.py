@@ -36,6 +36,7 @@ from fastapi_ws_stabilizer.handlers.hooks import HookRegistry
 from fastapi_ws_stabilizer.handlers.registration import EventDecorators
 from fastapi_ws_stabilizer.handlers.registry import HandlerRegistry
 from fastapi_ws_stabilizer.handshake.client_id import Moment
+from fastapi_ws_stabilizer.handshake.request import ServeOptions
 from fastapi_ws_stabilizer.handshake.routes import UnmatchedRouteLogger
 from fastapi_ws_stabilizer.hub.broadcast import BroadcastResult
 from fastapi_ws_stabilizer.limits.connections import shutdown_error
@@ -43,7 +44,7 @@ from fastapi_ws_stabilizer.metrics.timings import Timings
 from fastapi_ws_stabilizer.node import Node
 from fastapi_ws_stabilizer.observability.logs import get_logger, is_logged, write_event
 from fastapi_ws_stabilizer.room import Room
-from fastapi_ws_stabilizer.servers.detect import exits_on_signal, has_several_workers, websocket_library_advice
+from fastapi_ws_stabilizer.servers.detect import exits_on_signal, websocket_library_advice
 from fastapi_ws_stabilizer.servers.uvicorn.options import uvicorn_options
 from fastapi_ws_stabilizer.shutdown.drain import Drain, ShutdownReport
 from fastapi_ws_stabilizer.shutdown.signals import SignalHandler
@@ -119,7 +120,6 @@ class WebSocketConnectionManager(EventDecorators):
         secrets = [secret.get_secret_value().encode() for secret in self.config.reconnect_secret or ()]
         self._tokens = SignedTokens(RECONNECT_TOKEN, secrets, self.config.reconnect_token_ttl.total_seconds())
         self._tickets = SignedTokens(TICKET, secrets, self.config.ticket_ttl)
-        self._reported_workers = False
         self._reported_findings: set[str] = set()
         self._app: Any = None
         self._tasks = TaskSet(lambda _, __: None)  # the code that awaits the task gets its failure
@@ -216,7 +216,7 @@ class WebSocketConnectionManager(EventDecorators):
 
     def _create_node(self) -> Node:
         dispatcher = Dispatcher(self._handlers, self.config, self.events)
-        return Node(self.config, self.events, self._hooks, dispatcher, self._tokens, self._loop, self._report_workers)
+        return Node(self.config, self.events, self._hooks, dispatcher, self._tokens, self._loop)
 
     async def graceful_shutdown(self, timeout: float | None = None) -> ShutdownReport:
         """Drain like `drain`, then release all resources. After a drain, return the report of that drain.
@@ -482,11 +482,8 @@ class WebSocketConnectionManager(EventDecorators):
         return SocketContext(
             self._node_for,
             websocket,
-            client_id,
-            identity=identity,
-            expires_in=expires_in,
-            control_frames=control_frames,
-            subprotocols=served_subprotocols(subprotocols),
+            ServeOptions(client_id, identity, expires_in, control_frames),
+            served_subprotocols(subprotocols),
         )
 
     # ── connections that you accept yourself ──
@@ -517,9 +514,9 @@ class WebSocketConnectionManager(EventDecorators):
         try:
             node = self._require_node(from_connection=True)
         except ShutdownError as error:
-            self._node.reject_adoption(websocket, error, client_id)
+            self._node.acceptor.reject_adoption(websocket, error, client_id)
             raise
-        connection = await node.adopt(websocket, client_id, metadata)
+        connection = await node.acceptor.adopt(websocket, client_id, metadata)
         socket: StableSocket = connection.socket
         return socket
 
@@ -722,14 +719,8 @@ class WebSocketConnectionManager(EventDecorators):
             return client.reconnect_token()
         check_client_id(client)
         self._node.hub.check_loop()
-        self._report_workers()
         newest = next(reversed(self._node.resolve(client)), None)
-        return self._node.resumption.issue_token(client, newest)
-
-    def _report_workers(self) -> None:
-        if self.config.reconnect_secret is None and not self._reported_workers and has_several_workers():
-            self._reported_workers = True
-            self.events.emit("reconnect_secret_missing", logging.WARNING)
+        return self._node.tokens.issue(client, None) if newest is None else self._node.issue_token(newest)
 
     async def validate_reconnect_token(self, token: str) -> str:
         """Consume a reconnect token and return the client id that it was issued for.
@@ -748,9 +739,7 @@ class WebSocketConnectionManager(EventDecorators):
         if not self.config.enable_reconnect:
             raise InvalidTokenError("disabled")
         self._node.hub.check_loop()
-        claim = self._node.resumption.consume(token)
-        self._node.resumption.mark_verified(claim)
-        return claim.client_id
+        return self._node.lifecycle.verify_for_current_task(token)
 
     # ── tickets ──
 
@@ -762,7 +751,7 @@ class WebSocketConnectionManager(EventDecorators):
         Raises:
             ValueError: `client_id` is empty, or breaks the rule for names.
         """
-        self._report_workers()
+        self._node.tokens.report_missing_secret()
         return self._tickets.issue(client_id)
 
     async def ticket(self, connection: HTTPConnection) -> str:
@@ -811,7 +800,7 @@ class WebSocketConnectionManager(EventDecorators):
         targets: list[Any] = [*node.registry.of_client(client_id), *node.detached.of_client(client_id)]
         for target in targets:
             target.close(DisconnectReason.APPLICATION, code=SESSION_ENDED, reason=reason, from_outside=True)
-        node.resumption.forget(client_id)
+        node.lifecycle.forget(client_id)
         self.events.emit("client_revoked", logging.INFO, client_id=client_id, ended=len(targets))
         return len(targets)
 

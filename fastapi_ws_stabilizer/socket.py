@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import _get_running_loop as running_loop
-from collections.abc import AsyncIterator, Coroutine, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fastapi import WebSocket
 from pydantic import GetCoreSchemaHandler
@@ -16,8 +17,10 @@ from starlette.websockets import WebSocketState
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason
+from fastapi_ws_stabilizer.connection.client_address import ClientAddressResolver
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.inbox import InboxClosed
+from fastapi_ws_stabilizer.connection.pending import PendingConnection
 from fastapi_ws_stabilizer.connection.pump import drop_without_reader, on_inbox_full
 from fastapi_ws_stabilizer.errors import (
     ConcurrentReceiveError,
@@ -25,6 +28,7 @@ from fastapi_ws_stabilizer.errors import (
     MessageFormatError,
     SocketClosed,
 )
+from fastapi_ws_stabilizer.hub.hub import Hub
 from fastapi_ws_stabilizer.hub.presence import PresenceList
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.memory.metered_dict import MeteredDict
@@ -41,29 +45,21 @@ READER_START_GRACE = 0.1
 """Seconds that a reader task of the endpoint has to start reading after `wait_closed()` was called."""
 
 
-class Services(Protocol):
-    """Services of a manager for its sockets."""
+@dataclass(frozen=True)
+class SocketServices:
+    """Services of a node for all its sockets.
 
-    async def run(self, socket: StableSocket, concurrency: int) -> None:
-        """Dispatch every message of a socket to the handlers."""
+    Attributes:
+        hub: The rooms.
+        addresses: Resolver of client addresses.
+        run_handlers: Dispatches every message of a connection to the handlers, at most so many at once.
+        issue_token: Issues a reconnect token for a connection.
+    """
 
-    def join(self, connection: Connection, room: str, metadata: Mapping[str, Any] | None) -> PresenceList:
-        """Add a connection to a room and return the presence list."""
-
-    def leave_room(self, connection: Connection, room: str) -> bool:
-        """Remove a connection from a room; `False` if it is not in the room."""
-
-    def rooms_of(self, connection: Connection) -> tuple[str, ...]:
-        """Return the rooms that a connection or its session is in, or was in when it ended."""
-
-    def history(self, connection: Connection, room: str, count: int, *, newcomer: bool) -> None:
-        """Send the last messages of a room to a connection that has joined it, except those that it already got."""
-
-    def address_of(self, connection: Connection) -> str:
-        """Return the address of the client of a connection."""
-
-    def reconnect_token(self, connection: Connection) -> str:
-        """Create a reconnect token for a connection."""
+    hub: Hub[Connection]
+    addresses: ClientAddressResolver
+    run_handlers: Callable[[Connection, int], Awaitable[None]]
+    issue_token: Callable[[Connection], str]
 
 
 class StableSocket:
@@ -90,13 +86,13 @@ class StableSocket:
 
     def __init__(
         self,
-        connection: Connection,
-        services: Services,
+        connection: Connection | PendingConnection,
+        services: SocketServices,
         *,
         metadata: Mapping[str, Any] | None = None,
         identity: Any = None,
     ) -> None:
-        self._connection = connection
+        self._connection = cast("Connection", connection)  # a stand-in, until the handshake is accepted
         self._services = services
         self._metadata: MeteredDict | None = None
         self._user_data: MeteredDict | None = None
@@ -224,6 +220,24 @@ class StableSocket:
             MemoryLimitExceededError: The copy does not fit.
         """
         self.user_data.update({**user_data, **self.user_data})
+
+    def _attach(self, connection: Connection) -> None:
+        """Take the connection of the accepted handshake, and hand the data of the handshake hooks over to it.
+
+        Raises:
+            MemoryLimitExceededError: The session has user data, and that of the hooks does not fit in addition. Only
+                the data of the hooks is lost.
+        """
+        self._connection = connection
+        if self._metadata is not None:
+            self._metadata.owner = connection.recipient
+        if self._user_data is None:
+            return
+        if connection.session is None:
+            self._user_data.owner = connection
+        else:
+            user_data, self._user_data = self._user_data, None
+            connection.session.adopt_user_data(user_data)
 
     def _detach_user_data(self) -> None:
         """Stop counting the data that belongs to this closed connection alone."""
@@ -383,7 +397,7 @@ class StableSocket:
     @property
     def address(self) -> str:
         """Address of the client, as `trusted_proxies` report it, else the address of the peer."""
-        return self._services.address_of(self._connection)
+        return self._services.addresses.address_of(self.websocket)
 
     async def wait_closed(self) -> CloseInfo:
         """Wait until the connection is closed or closing, and return its close info. Cancelling is safe.
@@ -391,7 +405,12 @@ class StableSocket:
         If your code has read no message after 0.1 s of waiting, and no task waits for a message, the endpoint counts as
         one that does not read, as after `ignore_messages()`. For an endpoint that has read before, a full inbox stays
         for `inbox_pause_timeout`.
+
+        Raises:
+            NotOpenError: The handshake was rejected.
         """
+        if isinstance(self._connection, PendingConnection):
+            await self._connection.wait_accepted()
         connection = self._connection
         connection.check_loop()
         if connection.close_info is not None:
@@ -538,7 +557,7 @@ class StableSocket:
             ConcurrentReceiveError: Another task is receiving.
             Exception: An exception of a handler ends the run and closes the connection.
         """
-        await self._services.run(self, concurrency)
+        await self._services.run_handlers(self._connection, concurrency)
 
     # ── rooms ──
 
@@ -566,16 +585,17 @@ class StableSocket:
             NotOpenError: The connection is not accepted yet.
         """
         await self._connection.still_open()
-        newcomer = history > 0 and room not in self._services.rooms_of(self._connection)
-        presence = self._services.join(self._connection, room, metadata)
+        hub, recipient = self._services.hub, self._connection.recipient
+        newcomer = history > 0 and room not in self.rooms
+        presence = hub.join(recipient, room, metadata)
         if history > 0:
-            self._services.history(self._connection, room, history, newcomer=newcomer)
+            hub.replay_history(recipient, room, history, newcomer=newcomer)
         return presence
 
     async def leave(self, room: str) -> bool:
         """Leave a room; `False` if the connection is not in it. Its presence ends immediately, without a grace."""
         self._connection.check_loop()
-        return self._services.leave_room(self._connection, room)
+        return self._services.hub.leave(self._connection.recipient, room)
 
     @property
     def rooms(self) -> tuple[str, ...]:
@@ -584,7 +604,9 @@ class StableSocket:
         After the end of the connection, these are the rooms that it was in at that time. The rooms of a session are
         live until the session ends.
         """
-        return self._services.rooms_of(self._connection)
+        recipient = self._connection.recipient
+        close_info: CloseInfo | None = recipient.close_info
+        return self._services.hub.rooms.rooms_of(recipient) if close_info is None else close_info.rooms
 
     # ── sending ──
 
@@ -668,7 +690,7 @@ class StableSocket:
             NotOpenError: The connection is not accepted yet.
         """
         self._connection.check_open()
-        return self._services.reconnect_token(self._connection)
+        return self._services.issue_token(self._connection)
 
     # ── closing ──
 

@@ -89,9 +89,10 @@ class Connection(Handover):
         control_frames: bool,
         endpoint: EndpointTask,
         numbered: bool = False,
+        connection_id: str | None = None,
     ) -> None:
         config = parts.config
-        self.connection_id = secrets.token_hex(8)
+        self.connection_id = connection_id or secrets.token_hex(8)
         self.client_id = client_id
         self.websocket = websocket
         self.config = config

@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
-from fastapi_ws_stabilizer.errors import BroadcastFailedError, root_cause
+from fastapi_ws_stabilizer.errors import BroadcastFailedError, is_bug, root_cause
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handlers.signatures import Signature, is_async
 from fastapi_ws_stabilizer.hub.presence import Presence
@@ -114,14 +114,23 @@ class HookRegistry:
             await hook(socket, outcome)
 
     async def auth(self, socket: StableSocket, credential: str | None) -> float | None:
-        """Run the auth hooks. An exception rejects the credential.
+        """Run the auth hooks. An exception rejects the credential, and a bug is reported.
 
         Returns:
             Seconds until the credential expires, the shortest that a hook returned, or `None` if no hook returned one.
 
         Raises:
+            Exception: A hook raised it.
             TypeError: A hook returned something other than seconds, True or None.
         """
+        try:
+            return await self._authenticate(socket, credential)
+        except Exception as error:
+            if is_bug(error):
+                await self.report_bug("auth_hook_failed", socket, error)
+            raise
+
+    async def _authenticate(self, socket: StableSocket, credential: str | None) -> float | None:
         limits = []
         for hook in self._hooks["auth"]:
             expires_in = await self._run_in_context(hook, socket, credential)
@@ -187,6 +196,11 @@ class HookRegistry:
                 self._events.emit_exception(_FAILED[event], error, **fields)
                 if not isinstance(subject, Room):
                     await self.error(subject, error)
+
+    async def report_bug(self, event: str, socket: StableSocket, error: BaseException) -> None:
+        """Report a bug in user code once, and run the error hooks."""
+        self._events.emit_exception(event, error, **_fields_of(socket))
+        await self.error(socket, error)
 
     async def error(self, socket: StableSocket, error: BaseException) -> None:
         """Run all error hooks, even if one fails or hangs."""

@@ -22,8 +22,6 @@ from fastapi_ws_stabilizer.connection.inbox import Inbox
 from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
 from fastapi_ws_stabilizer.connection.v1_protocol import V1Protocol
 from fastapi_ws_stabilizer.handlers.hooks import HookRegistry
-from fastapi_ws_stabilizer.handshake.closer import Closer
-from fastapi_ws_stabilizer.handshake.session_lifecycle import SessionLifecycle
 from fastapi_ws_stabilizer.hub.heartbeat import HeartbeatScheduler
 from fastapi_ws_stabilizer.hub.hub import Hub
 from fastapi_ws_stabilizer.hub.presence import PresenceTracker
@@ -31,8 +29,11 @@ from fastapi_ws_stabilizer.hub.reaper import ConnectionReaper
 from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
 from fastapi_ws_stabilizer.limits.connections import Reservation
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
+from fastapi_ws_stabilizer.node import Node
 from fastapi_ws_stabilizer.scheduling import FlushScheduler
+from fastapi_ws_stabilizer.session_lifecycle import SessionLifecycle
 from fastapi_ws_stabilizer.sessions.ended_sessions import EndedSessions
+from fastapi_ws_stabilizer.sessions.reconnect_tokens import ReconnectTokenRegistry
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import SessionStore
 from fastapi_ws_stabilizer.socket import StableSocket
@@ -60,15 +61,15 @@ TEARDOWN = {
         "_stop_reading",
         "close_unread",
     ),
-    "handshake/closer.py": ("on_closing", "on_closed"),
-    "handshake/session_lifecycle.py": ("detach", "_save_state", "_leave_presence"),
+    "node.py": ("on_closing", "on_closed"),
+    "session_lifecycle.py": ("detach", "_save_state", "_leave_presence"),
     "hub/hub.py": ("remove", "end_session"),
 }
 """Functions that make up the teardown, by module."""
 
 CALLS: dict[str, tuple[type, ...]] = {
-    "on_closing": (Closer,),
-    "on_closed": (Closer, SessionLifecycle),
+    "on_closing": (Node,),
+    "on_closed": (Node, SessionLifecycle),
     "add": (ClosingConnections, EndedSessions),
     "remove": (ClosingConnections, MemoryBudget, HeartbeatScheduler, ConnectionReaper, Hub, ConnectionRegistry),
     "release": (Reservation,),
@@ -106,8 +107,9 @@ CALLS: dict[str, tuple[type, ...]] = {
     "_wait_for_endpoint": (Connection,),
     "_wait_for_flush": (Connection,),
     "close_unread": (Connection,),
-    "_save_rooms": (Closer,),
+    "_save_rooms": (Node,),
     "_save_state": (SessionLifecycle,),
+    "remember_end": (ReconnectTokenRegistry,),
     "_leave_presence": (SessionLifecycle,),
     "_detached_state_of": (SessionLifecycle,),
     "keep_rooms": (Hub,),
@@ -139,11 +141,10 @@ SAFE = {
         "pending",
         "_discarded",
     ),
-    *("on_flush_due", "ResidualMemory", "isinstance", "_cancel_endpoint", "_mark_closed", "is_resumable"),
+    *("on_flush_due", "ResidualMemory", "isinstance", "_cancel_endpoint", "_mark_closed"),
     *("_forget", "_arm"),
     *(
-        "_key_of",
-        "_resumable_key",
+        "resumable_key_of",
         "add",
         "get",
         "detach",
@@ -278,10 +279,10 @@ def left_over(stage: Stage) -> dict[str, int]:
     admission = node.admission.limiter
     return {
         "unfinished": len(node.connections),
-        "ending": len(node._closing_connections),
+        "ending": len(node._closing),
         "registry": len(node.registry),
         "outboxes": sum(len(shard) for shard in node.registry.outboxes_by_shard()) - node.sessions.detached_count,
-        "rooms": len(node.hub.rooms) - node.sessions.detached_count - len(node.resumption.detached),
+        "rooms": len(node.hub.rooms) - node.sessions.detached_count - len(node.detached.states),
         "present": len(node.hub.presence),
         "lifetimes": len(node.reaper),
         "reservations": len(admission),

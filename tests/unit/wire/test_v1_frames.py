@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.wire.deflate import deflate_stream
+from fastapi_ws_stabilizer.wire.handshake import select_subprotocol
 from fastapi_ws_stabilizer.wire.v1 import frames as v1
 from fastapi_ws_stabilizer.wire.v1.frames import (
     ACK_EVERY,
@@ -37,7 +38,7 @@ from fastapi_ws_stabilizer.wire.v1.frames import (
     ping_timestamp,
     require_int,
 )
-from fastapi_ws_stabilizer.wire.v1.hello import offered_credential, offers_v1, parse_hello
+from fastapi_ws_stabilizer.wire.v1.hello import offered_credential, parse_hello
 from tests.support.fake_link import virtually
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp"]), max_size=MAX_NAME_CHARS)
@@ -309,9 +310,9 @@ def test_control_frame_omits_none_fields() -> None:
 
 def test_offered_subprotocol_is_matched_exactly() -> None:
     """The subprotocol is matched exactly, at any position of the offer."""
-    assert offers_v1(["chat", SUBPROTOCOL])
-    assert not offers_v1([])
-    assert not offers_v1(["stabilizer.v2.json", "STABILIZER.V1.JSON", "stabilizer.v1.json "])
+    assert select_subprotocol({"subprotocols": ["chat", SUBPROTOCOL]}) == SUBPROTOCOL
+    for offered in ([], ["stabilizer.v2.json", "STABILIZER.V1.JSON", "stabilizer.v1.json "]):
+        assert select_subprotocol({"subprotocols": offered}) is None
 
 
 @pytest.mark.parametrize("token", ["secret", "ü🦊", "a" * 100, "??>>", ""])
