@@ -15,7 +15,7 @@ from fastapi_ws_stabilizer.client.connection import ClientConnection, Connection
 from fastapi_ws_stabilizer.client.errors import ClientClosedError, NotStartedError, close_text
 from fastapi_ws_stabilizer.client.events import ClientEvents, F, logger
 from fastapi_ws_stabilizer.client.inbound import ANY
-from fastapi_ws_stabilizer.client.options import check_option_names
+from fastapi_ws_stabilizer.client.options import check_not_negative, check_option_names, check_positive
 from fastapi_ws_stabilizer.client.reconnect import ReconnectPolicy
 from fastapi_ws_stabilizer.client.send_buffer import PendingMessage, SendBuffer
 from fastapi_ws_stabilizer.client.session import ClientSession
@@ -70,8 +70,8 @@ class Client:
         options: Options of `websockets.connect`: `ssl`, `additional_headers`, `proxy`, ... Invalid with `dial`.
 
     Raises:
-        TypeError: An option does not exist, or `url` is neither a string nor a function.
-        ValueError: `overflow` is invalid.
+        TypeError: An option does not exist, `url` is neither a string nor a function, or `auth` is no function.
+        ValueError: An option has an invalid value.
         RuntimeError: No event loop runs.
         ImportError: The `websockets` library is not installed. The error says how to install it.
     """
@@ -101,6 +101,12 @@ class Client:
             check_option_names(options, _OPTIONS | default_options(), of="a client")
         else:
             check_option_names(options, _OPTIONS, of="a client with `dial`")
+        check_positive(connect_timeout=connect_timeout, probe_timeout=probe_timeout)
+        check_positive(max_buffered=max_buffered, max_buffered_bytes=max_buffered_bytes)
+        check_not_negative(min_delay=min_delay, base_delay=base_delay, max_delay=max_delay)
+        check_not_negative(stable_after=stable_after, flush_timeout=flush_timeout)
+        if first_connect_timeout is not None:
+            check_positive(first_connect_timeout=first_connect_timeout)
         if overflow not in ("reject", "drop_oldest"):
             raise ValueError(f"overflow must be 'reject' or 'drop_oldest', not {overflow!r}")
         self._target = Target(url, auth, dial or default_connector(options))
@@ -128,7 +134,7 @@ class Client:
         self._wakeup: asyncio.Future[None] = self._loop.create_future()
         self._close_error: ClientClosedError | None = None
         self._failed_attempts = 0
-        self._last_failure = ""
+        self._last_failure: ConnectionLost | None = None
         self._warns_unstarted = False
 
     def __repr__(self) -> str:
@@ -501,13 +507,15 @@ class Client:
             logger.info("the connection to %s is lost: %s; next attempt in %.1f s", self._target, cause, delay)
             return
         self._failed_attempts += 1
-        self._last_failure = cause
+        self._last_failure = lost
         level = logging.WARNING if self._failed_attempts == 1 else logging.INFO
         logger.log(level, "cannot connect to %s: %s; next attempt in %.1f s", self._target, cause, delay)
 
     def _never_connected(self) -> None:
-        last = f"; last attempt: {self._last_failure}" if self._last_failure else ""
-        self._finish(ClientClosedError(4408, f"no connection within {self._first_connect_timeout:g} s{last}"))
+        reason, last = f"no connection within {self._first_connect_timeout:g} s", self._last_failure
+        if last is not None:
+            reason = f"{reason}; last attempt: {close_text(last.code, last.reason)}"
+        self._finish(ClientClosedError(4408, reason, None if last is None else last.rejection))
 
     def _finish(self, error: ClientClosedError, *, is_ours: bool = False) -> None:
         if self._close_error is not None:

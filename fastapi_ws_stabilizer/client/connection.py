@@ -213,7 +213,7 @@ class ClientConnection:
             await work(*args)
         except TransportClosedError as lost:
             if isinstance(lost, UnreadableMessageError):
-                self._session.on_unreadable(lost.reason)
+                self._session.on_unreadable(lost.why)
             self.mark_lost(lost.code, lost.reason, rejection=lost.rejection)
         except ClientClosedError as final:
             self.mark_lost(final.code, final.reason)

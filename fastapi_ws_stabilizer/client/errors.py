@@ -11,7 +11,7 @@ from typing import Final
 from fastapi_ws_stabilizer.errors import RequestError, WebSocketStabilizerError
 
 MAX_BODY_CHARS: Final = 200
-"""Maximum number of characters of a response that an error shows."""
+"""Maximum number of characters of a server's text that an error shows."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,16 @@ class HttpRejection:
 
     @classmethod
     def from_response(cls, status: int, body: bytes | bytearray) -> HttpRejection:
-        """Return the rejection in a response. Characters that cannot be printed become spaces."""
-        text = body[: 4 * MAX_BODY_CHARS].decode("utf-8", "replace")
-        line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
-        is_cut = len(line) > MAX_BODY_CHARS or len(body) > 4 * MAX_BODY_CHARS
-        return cls(status, f"{line[: MAX_BODY_CHARS - 1]}…" if is_cut else line)
+        """Return the rejection in a response."""
+        return cls(status, shortened(body.decode("utf-8", "replace")))
+
+
+def shortened(text: str) -> str:
+    """Return the start of a text of the server as one line of at most 200 printable characters."""
+    start = text[: 4 * MAX_BODY_CHARS]  # more than one character may become one space
+    line = " ".join("".join(char if char.isprintable() else " " for char in start).split())
+    is_cut = len(line) > MAX_BODY_CHARS or len(text) > len(start)
+    return f"{line[: MAX_BODY_CHARS - 1]}…" if is_cut else line
 
 
 def close_text(code: int, reason: str, rejection: HttpRejection | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Names of the options of a client."""
+"""Checks of the options of a client, so that a wrong one raises where it is written."""
 
 from __future__ import annotations
 
@@ -32,3 +32,25 @@ def check_option_names(given: Iterable[str], valid: Collection[str], *, of: str)
             nearest = [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(name, valid, n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest and nearest[0] in valid else ""
             raise TypeError(f"{of} has no option {name!r}{hint}")
+
+
+def check_positive(**options: object) -> None:
+    """Check that options are numbers above 0.
+
+    Raises:
+        ValueError: One of them is not.
+    """
+    for name, value in options.items():
+        if not (isinstance(value, (int, float)) and value > 0):
+            raise ValueError(f"{name} must be a number above 0, not {value!r}")
+
+
+def check_not_negative(**options: object) -> None:
+    """Check that options are numbers of at least 0.
+
+    Raises:
+        ValueError: One of them is not.
+    """
+    for name, value in options.items():
+        if not (isinstance(value, (int, float)) and value >= 0):
+            raise ValueError(f"{name} must be a number of at least 0, not {value!r}")

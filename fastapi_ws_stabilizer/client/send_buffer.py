@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Iterable
 from typing import Any, Final, Literal
 
 from fastapi_ws_stabilizer.client.errors import BufferFullError, ClientError, MessageTooLargeError, SessionLostError
@@ -81,6 +82,15 @@ class PendingMessage:
         """The event of the message."""
         event: str | None = self._fields.get("event")
         return event
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether the server has accepted the message."""
+        return self.done.done() and not self.done.cancelled() and self.done.exception() is None
+
+    def renew(self) -> None:
+        """Replace the future by a new one, because an accepted message is sent again in another session."""
+        self.done = asyncio.get_running_loop().create_future()
 
     def accept(self) -> None:
         """Complete the future: the server has accepted the message."""
@@ -262,11 +272,18 @@ class SendBuffer:
         for message in self._to_resend:
             message.sent_at = now
 
-    def restart_session(self, accepted: int, *, replay: bool) -> list[PendingMessage]:
+    def restart_session(
+        self, accepted: int, *, replay: bool, again: Iterable[PendingMessage] = ()
+    ) -> list[PendingMessage]:
         """Start a new session. Messages of the old one fail, or are sent again with new numbers.
 
         Replies fail, sent or not, because the requests ended with the old session. In the new session another request
         may have the same id.
+
+        Args:
+            accepted: Number of the last message that the server has accepted in the new session.
+            replay: Whether unaccepted messages of the old session are sent again.
+            again: Accepted messages of the old session that are sent again before all others.
 
         Returns:
             The messages that failed.
@@ -278,7 +295,9 @@ class SendBuffer:
         self._accepted.clear()
         failed = [message for message in before if not replay or message.type == "reply"]
         failed += [message for message in self._unsent if message.type == "reply"]
-        replayed = before if replay else ()
+        again = tuple(again)
+        self._bytes += sum(message.size for message in again)
+        replayed = (*again, *before) if replay else again
         self._unsent = deque(message for message in (*replayed, *self._unsent) if message.type != "reply")
         for message in failed:
             self._fail_message(message, SessionLostError())

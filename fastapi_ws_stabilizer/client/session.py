@@ -149,9 +149,9 @@ class ClientSession:
         self.buffer.max_frame = welcome.max_frame or self.buffer.max_frame
         if outcome in ("none", "lost"):
             self._truncated = (0, 0)
-            self.buffer.restart_session(welcome.accepted, replay=self._replays)
+            unanswered = self.requests.session_lost(replay=self._replays)
+            self.buffer.restart_session(welcome.accepted, replay=self._replays, again=unanswered)
             self.inbound.restart_session()
-            self.requests.session_lost()
         else:
             self.buffer.resume(welcome.accepted)
         if outcome in ("gap", "lost"):

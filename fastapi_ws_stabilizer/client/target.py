@@ -25,7 +25,7 @@ class Target:
         dial: Function that opens a WebSocket.
 
     Raises:
-        TypeError: `url` is neither a string nor a function.
+        TypeError: `url` is neither a string nor a function, or `auth` is no function.
     """
 
     def __init__(self, url: str | Provider, auth: Callable[..., Any] | None, dial: Connect) -> None:
@@ -33,6 +33,8 @@ class Target:
             raise TypeError(
                 f"url must be a string such as 'wss://example.com/ws', or a function that returns one, not {url!r}"
             )
+        if auth is not None and not callable(auth):  # the text does not contain the value, which may be a credential
+            raise TypeError(f"auth must be a function that returns the credential, not a {type(auth).__name__}")
         self._url = url
         self._auth = auth
         self._dial = dial

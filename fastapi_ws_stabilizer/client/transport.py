@@ -27,10 +27,15 @@ class TransportClosedError(Exception):
 
 
 class UnreadableMessageError(TransportClosedError):
-    """The WebSocket is closed, because a message of the server is too large or not UTF-8."""
+    """The WebSocket is closed, because a message of the server is too large, not UTF-8 or not a valid frame.
+
+    Attributes:
+        why: What is wrong with the message.
+    """
 
     def __init__(self, why: str) -> None:
         super().__init__(4412, f"unreadable message of the server: {why}")
+        self.why = why
 
 
 class Transport(Protocol):

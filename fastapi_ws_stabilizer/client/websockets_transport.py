@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import InvalidStatus, InvalidURI
+from websockets.exceptions import InvalidMessage, InvalidStatus, InvalidURI
 
-from fastapi_ws_stabilizer.client.errors import ClientClosedError, HttpRejection
+from fastapi_ws_stabilizer.client.errors import ClientClosedError, HttpRejection, shortened
 from fastapi_ws_stabilizer.client.transport import Connect, Transport, TransportClosedError, UnreadableMessageError
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.net.tcp import send_progress
@@ -161,7 +161,7 @@ def connector(options: dict[str, Any]) -> Connect:
     return dial
 
 
-_FINAL_STATUS: Final = {401: 4401, 403: 4403, 404: 4404, 406: 4406}
+_FINAL_STATUS: Final = {400: 4400, 401: 4401, 403: 4403, 404: 4404, 406: 4406, 410: 4410}
 _PASSING_STATUS: Final = {429: 4429, 503: 4503}
 
 
@@ -171,7 +171,10 @@ def _attempt_error(error: Exception) -> TransportClosedError:
     Unlike a browser, this client can see the HTTP response.
     """
     if not isinstance(error, InvalidStatus):
-        return TransportClosedError(1006, str(error) or repr(error))
+        what = str(error) or repr(error)
+        if isinstance(error, InvalidMessage) and error.__cause__ is not None:  # it says what the server has sent
+            what = f"{what}: {shortened(str(error.__cause__))}"
+        return TransportClosedError(1006, what)
     response = error.response
     status = response.status_code
     rejection = HttpRejection.from_response(status, response.body or b"")

@@ -874,6 +874,24 @@ async def test_replay_on_lost_resends_messages_with_same_keys() -> None:
         assert sent.done()
 
 
+@virtually
+async def test_replay_on_lost_asks_accepted_request_again() -> None:
+    """With `replay_on_lost` the new session gets a request that the old one accepted, with its idempotency key."""
+    async with Scene(replay_on_lost=True) as scene:
+        await scene.opened()
+        asked = asyncio.ensure_future(scene.client.request("add", 1, timeout=60))
+        await soon()
+        (before,) = scene.link.of("msg")
+        await scene.link.say({"type": "ack", "seq": 1})
+        await scene.link.closes(1006)
+        scene.client.send("later")
+        await (await scene.redialled()).welcome("lost", why="unknown", ack=0)
+        again, later = scene.link.of("msg")
+        assert (again, later["data"]) == (before, "later")
+        await scene.link.say({"type": "ack", "seq": 2}, {"type": "reply", "re": before["id"], "data": 2})
+        assert await asked == 2
+
+
 # ── dead connections ──
 
 
@@ -1901,6 +1919,16 @@ def test_first_connect_timeout_closes_unconnected_client(timeout: float) -> None
         assert len(scene.client._tasks) == 0
 
     play()
+
+
+@virtually
+async def test_first_connect_timeout_error_has_last_rejection() -> None:
+    """The error of a client that was never connected has the last response that rejected it."""
+    scene = Scene(first_connect_timeout=3)
+    scene.failures = [TransportClosedError(1006, "HTTP 418", HttpRejection(418, "teapot")) for _ in range(99)]
+    with pytest.raises(ClientClosedError, match=r"\(HTTP 418\); the server says: teapot\)") as caught:
+        await scene.client.__aenter__()
+    assert caught.value.rejection == HttpRejection(418, "teapot")
 
 
 @virtually

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import pytest
@@ -75,3 +76,36 @@ def test_every_option_of_constructor_is_valid() -> None:
     """The names are read from the signature of the constructor."""
     named = {name for name, one in inspect.signature(Client).parameters.items() if one.kind is one.KEYWORD_ONLY}
     assert named == _OPTIONS
+
+
+@virtually
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *((name, value) for name in ("connect_timeout", "probe_timeout") for value in (0, -1, "5", None, math.nan)),
+        *((name, value) for name in ("max_buffered", "max_buffered_bytes") for value in (0, -1, "5", None)),
+        *((name, -1) for name in ("min_delay", "base_delay", "max_delay", "stable_after", "flush_timeout")),
+        ("flush_timeout", None),
+        ("stable_after", "5"),
+        ("first_connect_timeout", 0),
+    ],
+)
+async def test_invalid_number_raises_at_constructor(option: str, value: Any) -> None:
+    """A number that is out of range or no number raises where it is written, with the name of the option."""
+    with pytest.raises(ValueError, match=rf"^{option} must be a number (above|of at least) 0, not {value!r}$"):
+        connect("ws://server", **{option: value})
+
+
+@virtually
+@pytest.mark.parametrize("option", ["min_delay", "base_delay", "max_delay", "stable_after", "flush_timeout"])
+async def test_zero_seconds_are_valid(option: str) -> None:
+    """A delay of zero and a flush without waiting are valid."""
+    await connect("ws://server", **{option: 0}).close()
+
+
+@virtually
+async def test_auth_that_is_no_function_raises_without_value() -> None:
+    """A credential in place of the function raises at once, and the error does not contain it."""
+    with pytest.raises(TypeError, match="auth must be a function") as caught:
+        connect("ws://server", auth="secret")
+    assert "secret" not in str(caught.value)

@@ -407,3 +407,21 @@ async def test_too_deep_data_raises_in_sender() -> None:
         deep = [deep]
     with pytest.raises(ValueError, match="nested deeper"):
         PendingMessage("msg", deep, {})
+
+
+async def test_accepted_messages_of_lost_session_precede_unaccepted() -> None:
+    """Accepted messages that are sent again come first, count as buffered, and get new numbers."""
+    out = buffer()
+    first, second, third = put(out, "a", "b", "c")
+    sent(out)
+    out.acknowledge(2)
+    size = out._bytes
+    first.renew()
+    second.renew()
+    out.restart_session(0, replay=True, again=[first, second])
+    put(out, "d")
+    assert sent(out) == [(1, "a"), (2, "b"), (3, "c"), (4, "d")]
+    assert out._bytes == size + 2 * first.size + third.size
+    assert not first.is_accepted
+    out.acknowledge(4)
+    assert (first.is_accepted, out._bytes) == (True, 0)
