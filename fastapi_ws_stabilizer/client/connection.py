@@ -54,6 +54,9 @@ REPLAY_TIMEOUT: Final = 1.0
 CLOSE_TIMEOUT: Final = 5.0
 """Maximum seconds to send a close frame on an abandoned connection."""
 
+CANCELLED_CLOSE_TIMEOUT: Final = 1.0
+"""The same if the client was cancelled, because the end of the event loop waits for it."""
+
 READ_ERROR_GRACE: Final = 0.5
 """Seconds between a failed write and the end of the connection."""
 
@@ -182,8 +185,10 @@ class ClientConnection:
     async def close(self) -> ConnectionLost:
         """Stop all work, close the WebSocket, and return how the connection was lost.
 
-        Only the end of the session waits for the close frame. Cancelling stops that wait.
+        Only the end of the session and a cancelled client wait for the close frame. An event loop that ends cancels the
+        tasks that it knows, so no task may be left for later. Cancelling stops the wait.
         """
+        is_cancelled = not self._lost.done()
         self.mark_lost(1006, "cancelled")
         lost = self._lost.result()
         self._timers.stop_all()
@@ -192,15 +197,19 @@ class ClientConnection:
             self._reader.cancel()
         if self._transport is not None:
             code = lost.code if lost.code in _CLIENT_CODES else 4000
-            closing = self._tasks.spawn(self._close(self._transport, code, lost.reason), name="ws-client-close")
-            if code == 1000:
-                await wait_for_all([closing], CLOSE_TIMEOUT + 1.0)
+            timeout = CANCELLED_CLOSE_TIMEOUT if is_cancelled else CLOSE_TIMEOUT
+            closing = self._tasks.spawn(
+                self._close(self._transport, code, lost.reason, timeout), name="ws-client-close"
+            )
+            if code == 1000 or is_cancelled:
+                await wait_for_all([closing], timeout + 1.0)
         return lost
 
-    async def _close(self, transport: Transport, code: int, reason: str) -> None:
+    async def _close(self, transport: Transport, code: int, reason: str, timeout: float) -> None:
         closing = self._tasks.spawn(transport.close(code, reason[:40]), name="ws-client-close-frame")
-        await wait_for_all([closing], CLOSE_TIMEOUT)
-        closing.cancel()
+        if not await wait_for_all([closing], timeout):
+            closing.cancel()
+            await wait_for_all([closing], 1.0)  # the transport aborts the connection
 
     @property
     def is_open(self) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import InvalidMessage, InvalidStatus, InvalidURI
+from websockets.exceptions import InvalidHandshake, InvalidStatus, InvalidURI
 
 from fastapi_ws_stabilizer.client.errors import ClientClosedError, HttpRejection, shortened
 from fastapi_ws_stabilizer.client.transport import Connect, Transport, TransportClosedError, UnreadableMessageError
@@ -137,6 +137,12 @@ def connector(options: dict[str, Any]) -> Connect:
     """
 
     async def dial(url: str, subprotocols: Sequence[str]) -> Transport:
+        opened: list[CountingConnection] = []
+
+        def create(*args: Any, **more: Any) -> CountingConnection:
+            opened.append(CountingConnection(*args, **more))
+            return opened[-1]
+
         try:
             connection = await connect(
                 url,
@@ -146,13 +152,16 @@ def connector(options: dict[str, Any]) -> Connect:
                     "open_timeout": None,
                     "close_timeout": 5,
                     "max_size": MAX_SENT_BYTES,
-                    "create_connection": CountingConnection,
+                    "create_connection": create,
                     **options,
                 },
             )
         except OSError as error:  # before ValueError: an error for an invalid certificate is both, and is not final
             raise _attempt_error(error) from error
         except (InvalidURI, TypeError, ValueError) as error:
+            is_answered = any(connection.received_bytes for connection in opened)
+            if is_answered and not isinstance(error, InvalidURI):  # websockets 14, if the answer is not HTTP
+                raise _attempt_error(error) from error
             raise ClientClosedError(INVALID_TARGET, f"invalid URL or options: {error}") from error
         except Exception as error:
             raise _attempt_error(error) from error
@@ -172,9 +181,9 @@ def _attempt_error(error: Exception) -> TransportClosedError:
     """
     if not isinstance(error, InvalidStatus):
         what = str(error) or repr(error)
-        if isinstance(error, InvalidMessage) and error.__cause__ is not None:  # it says what the server has sent
-            what = f"{what}: {shortened(str(error.__cause__))}"
-        return TransportClosedError(1006, what)
+        if isinstance(error, InvalidHandshake) and error.__cause__ is not None:  # it says what the server has sent
+            what = f"{what}: {error.__cause__}"
+        return TransportClosedError(1006, shortened(what))
     response = error.response
     status = response.status_code
     rejection = HttpRejection.from_response(status, response.body or b"")

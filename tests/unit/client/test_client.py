@@ -1659,6 +1659,23 @@ async def test_stalled_close_frame_delays_close_by_seconds_only() -> None:
 
 
 @virtually
+@pytest.mark.parametrize("stalled", [False, True])
+async def test_cancelled_client_leaves_no_task_for_event_loop(stalled: bool) -> None:
+    """A client that the end of the event loop cancels sends a close frame within a second, and leaves no task."""
+    async with Scene() as scene:
+        await scene.opened()
+        if stalled:
+            scene.link.may_close.clear()
+        runner, at = scene.client._runner, now()
+        assert runner is not None
+        known = scene.client._tasks.cancel()
+        await asyncio.wait(known)
+        assert runner.done()
+        assert now() - at <= (1.1 if stalled else 0.1)
+        assert (scene.link.closed, len(scene.client._tasks)) == ((4000, "cancelled"), 0)
+
+
+@virtually
 async def test_client_can_be_closed_from_its_own_handler() -> None:
     """Closing in a handler does not wait for that handler."""
     async with Scene() as scene:
