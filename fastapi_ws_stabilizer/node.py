@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from fastapi_ws_stabilizer.auth.signed_tokens import SignedTokens
-from fastapi_ws_stabilizer.close_codes import CloseInfo
+from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, CloseInfo, DisconnectReason, check_close_code
 from fastapi_ws_stabilizer.config import MemoryEvictionPolicy, RejectPolicy, WebSocketConfig
 from fastapi_ws_stabilizer.connection import current
 from fastapi_ws_stabilizer.connection.client_address import ClientAddressResolver
@@ -19,6 +20,7 @@ from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.metered import ResidualMemory
 from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
 from fastapi_ws_stabilizer.connection.resources import ConnectionListener, SharedResources
+from fastapi_ws_stabilizer.errors import ConnectionNotFoundError, MemoryLimitExceededError
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handlers.dispatcher import Dispatcher
 from fastapi_ws_stabilizer.handlers.endpoint_closer import EndpointCloser
@@ -39,9 +41,10 @@ from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.room import Room
 from fastapi_ws_stabilizer.scheduling import FlushScheduler
 from fastapi_ws_stabilizer.session_lifecycle import SessionLifecycle
-from fastapi_ws_stabilizer.sessions.detached import DetachedRecipients, DetachedStateStore
+from fastapi_ws_stabilizer.sessions.detached import DetachedRecipients, DetachedState, DetachedStateStore
 from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
 from fastapi_ws_stabilizer.sessions.reconnect_tokens import ReconnectTokenRegistry
+from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import SessionStore
 from fastapi_ws_stabilizer.socket import SocketServices
 from fastapi_ws_stabilizer.tasks import TaskSet, copied, wait_for_all
@@ -62,6 +65,7 @@ class Node(ConnectionListener):
         loop: The event loop. `None` for a manager that has not started.
 
     Attributes:
+        loop: The event loop; `None` for a manager that has not started.
         budget: Memory budget of all connections and sessions.
         registry: Registry of the open connections.
         sessions: Store of the sessions.
@@ -86,6 +90,7 @@ class Node(ConnectionListener):
         tokens: SignedTokens,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
+        self.loop = loop
         self._events = events
         self._hooks = hooks
         self._tasks = TaskSet(self._task_failed)
@@ -201,6 +206,94 @@ class Node(ConnectionListener):
         """
         has_session = connection.session is not None
         return self.tokens.issue(connection.client_id, None if has_session else connection.connection_id)
+
+    # ── actions by client id ──
+
+    def disconnect(self, client_id: str, code: int, reason: str) -> None:
+        """Close the connections that a client id stands for. Without one of the current task, end its detached state.
+
+        Raises:
+            ConnectionNotFoundError: The client is neither connected nor detached.
+            ValueError: `code` cannot be sent.
+            WrongLoopError: This is not the event loop of the node.
+        """
+        check_close_code(code)
+        self.hub.check_loop()
+        targets: list[Connection | Session | DetachedState] = [*self.resolve(client_id)]
+        if self.current_connection(client_id) is None:
+            targets += self.detached.of_client(client_id)
+        if not targets:
+            raise ConnectionNotFoundError(client_id)
+        for target in targets:
+            target.close(DisconnectReason.APPLICATION, code=code, reason=reason, from_outside=True)
+
+    def revoke(self, client_id: str, reason: str) -> int:
+        """Close all connections of a client with 4410, end its sessions, and revoke its reconnect tokens.
+
+        Returns:
+            Number of connections and sessions that were closed.
+
+        Raises:
+            WrongLoopError: This is not the event loop of the node.
+        """
+        self.hub.check_loop()
+        self.tokens.revoke(client_id)
+        self.admission.revoke(client_id)
+        targets = [*self.registry.of_client(client_id), *self.detached.of_client(client_id)]
+        for target in targets:
+            target.close(DisconnectReason.APPLICATION, code=SESSION_ENDED, reason=reason, from_outside=True)
+        self.lifecycle.forget(client_id)
+        self._events.emit("client_revoked", logging.INFO, client_id=client_id, ended=len(targets))
+        return len(targets)
+
+    def record_pong(self, client_id: str) -> None:
+        """Record a pong that your code has read."""
+        self.hub.check_loop()
+        now = monotonic()
+        for connection in self.resolve(client_id):
+            connection.liveness.on_frame(now)
+            connection.liveness.on_pong(now)
+
+    def set_user_data(self, client_id: str, key: str, value: Any) -> None:
+        """Set one entry of the user data on all connections of a client.
+
+        Raises:
+            ConnectionNotFoundError: The client is not connected.
+            MemoryLimitExceededError: The value exceeds a memory limit. No connection is changed.
+        """
+        self.hub.check_loop()
+        connections = self.resolve(client_id)
+        if not connections:
+            raise ConnectionNotFoundError(client_id)
+        written: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        try:
+            for connection in connections:
+                data = connection.socket.user_data
+                previous = {key: data[key]} if key in data else {}
+                data[key] = value
+                written.append((data, previous))
+        except MemoryLimitExceededError:
+            for changed, previous in written:
+                changed.update(previous)
+                if not previous:
+                    del changed[key]
+            raise
+
+    def get_user_data(self, client_id: str, key: str) -> Any | None:
+        """Return one entry of a client's user data; `None` if there is no such entry or client."""
+        self.hub.check_loop()
+        datas = (connection.socket.user_data for connection in self.resolve(client_id))
+        return next((data[key] for data in datas if key in data), None)
+
+    def generate_token(self, client_id: str) -> str:
+        """Issue a reconnect token for the newest connection that a client id stands for, else for the client id.
+
+        Raises:
+            InvalidTokenError: `enable_reconnect` is False.
+        """
+        self.hub.check_loop()
+        newest = next(reversed(self.resolve(client_id)), None)
+        return self.tokens.issue(client_id, None) if newest is None else self.issue_token(newest)
 
     # ── listener of connections ──
 

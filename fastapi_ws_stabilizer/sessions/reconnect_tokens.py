@@ -109,6 +109,10 @@ class ReconnectTokenRegistry:
         for key in (client_id, *keys):
             self._expected.pop(key, None)
 
+    def revoke(self, client_id: str) -> None:
+        """Revoke every token of a client that was issued up to now."""
+        self._tokens.revoke(client_id)
+
     # ── keys ──
 
     def key_of(self, client_id: str, connection_id: str) -> str:
