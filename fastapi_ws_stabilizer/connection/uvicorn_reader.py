@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Any
+from contextlib import suppress
+from typing import Any, Final
 
 from fastapi_ws_stabilizer.compat.uvicorn import PushedEvents, push_events
 from fastapi_ws_stabilizer.connection.pump import Pumped
 from fastapi_ws_stabilizer.connection.push_reader import PushReader
 
+_LOST: Final = AttributeError
+"""What the TLS transport of Python 3.10 raises after its connection was lost."""
+
 
 class UvicornReader(PushReader):
     """Reader of a connection on uvicorn's own protocol class.
 
-    uvicorn parses a whole read at once. When the inbox is full, the messages that are left of it are held until there is
-    room. Until then they are neither processed nor counted.
+    uvicorn parses a whole read at once. When the inbox is full, the messages that are left of it are held until there
+    is room. Until then they are neither processed nor counted.
 
     Args:
         connection: The connection.
@@ -32,7 +36,8 @@ class UvicornReader(PushReader):
 
     def _pause_reading(self) -> None:
         self._events.hold()
-        self._transport.pause_reading()
+        with suppress(_LOST):
+            self._transport.pause_reading()
 
     def _resume_reading(self) -> None:
         if self._events.holds_messages:  # scheduled, because the caller may be the inbox
@@ -44,7 +49,8 @@ class UvicornReader(PushReader):
     def _release(self) -> None:
         """Process the held messages while there is room, then read more."""
         if self._events.release():
-            self._transport.resume_reading()
+            with suppress(_LOST):
+                self._transport.resume_reading()
 
     def connection_lost(self, event: Mapping[str, Any]) -> None:
         """Start teardown after the server has lost the connection.

@@ -186,6 +186,43 @@ async def test_burst_before_disconnect_is_delivered(how: str) -> None:
         client.transport.abort()
 
 
+class LostTransport:
+    """TLS transport of Python 3.10 after the connection was lost."""
+
+    def resume_reading(self) -> None:
+        raise AttributeError("'NoneType' object has no attribute 'resume_reading'")
+
+    pause_reading = resume_reading
+
+
+async def test_full_inbox_of_lost_tls_connection_is_no_bug() -> None:
+    """A transport that cannot resume reading, because the connection was lost, is not reported as a bug."""
+    manager = WebSocketConnectionManager(WebSocketConfig(handle_signals=False, inbox_max_messages=2))
+    app = FastAPI(lifespan=manager.lifespan)
+    go, got, events = asyncio.Event(), [], []
+    manager.events.subscribe(lambda event: events.append(event.event))
+
+    @app.websocket("/ws/{client_id}")
+    async def endpoint(ws: StableSocketDep) -> None:
+        got.append(await ws.receive_text())
+        await go.wait()
+        async for message in ws:
+            got.append(message)
+
+    async with served(app, **OPTIONS) as url:
+        client = await connect(url, compression=None)
+        burst(client, 10)
+        await eventually(lambda: bool(manager.get_sockets()) and manager.get_sockets()[0]._connection.reading_paused)
+        connection = manager.get_sockets()[0]._connection
+        connection._reader._transport = LostTransport()  # type: ignore[assignment,union-attr]
+        connection.server_transport.abort()
+        go.set()
+        await eventually(lambda: len(got) == 10)
+        await eventually(lambda: not manager._node.connections)
+        assert "internal_task_failed" not in events
+        client.transport.abort()
+
+
 async def test_close_of_application_arrives_without_task() -> None:
     """The close frame has the code and the reason of the application, and the answer ends the connection."""
     manager, app = make()
