@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from websockets.protocol import State
 from websockets.server import ServerProtocol
 
-from fastapi_ws_stabilizer.servers.uvicorn.frame_parser import MAX_PARTS, FrameParser, ProtocolViolation
+from fastapi_ws_stabilizer.servers.uvicorn.frame_parser import (
+    FRAGMENTS,
+    MAX_FRAGMENTS,
+    MAX_PARTS,
+    FrameParser,
+    ProtocolViolation,
+)
 from fastapi_ws_stabilizer.wire.deflate import deflate_message
 from fastapi_ws_stabilizer.wire.rfc6455 import BINARY, CLOSE, CONTINUATION, PING, PONG, RSV1, TEXT
 from tests.support.wire_client import fragments, frame
@@ -46,6 +52,12 @@ def test_frame_of_each_length_is_returned(size: int) -> None:
     assert parser.next_frame() == (TEXT, "x" * size)
     assert parser.next_frame() is None
     assert parser.unparsed_bytes == 0
+
+
+def test_read_of_many_fragments_is_parsed_in_steps() -> None:
+    """The parser returns after `MAX_FRAGMENTS` fragments of a message, and goes on with the next call."""
+    data = frame(TEXT, b"a", fin=False) + 2 * MAX_FRAGMENTS * frame(CONTINUATION, b"b", fin=False) + frame(CONTINUATION)
+    assert parsed(data) == [(FRAGMENTS, b"")] * 2 + [(TEXT, "a" + "b" * 2 * MAX_FRAGMENTS)]
 
 
 def test_message_of_many_tiny_fragments_has_few_parts() -> None:
