@@ -8,12 +8,12 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from fastapi_ws_stabilizer.auth.signed_tokens import ReconnectTokens
-from fastapi_ws_stabilizer.close_codes import CloseInfo
 from fastapi_ws_stabilizer.config import MemoryEvictionPolicy, RejectPolicy, WebSocketConfig
 from fastapi_ws_stabilizer.connection import current as own
 from fastapi_ws_stabilizer.connection.client_address import ClientAddressResolver
 from fastapi_ws_stabilizer.connection.closing import ClosingConnections
 from fastapi_ws_stabilizer.connection.connection import Connection
+from fastapi_ws_stabilizer.connection.ended_connection import EndedConnection
 from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
 from fastapi_ws_stabilizer.connection.resources import ConnectionListener, SharedResources
 from fastapi_ws_stabilizer.events import EventBus
@@ -36,7 +36,7 @@ from fastapi_ws_stabilizer.scheduling import FlushScheduler
 from fastapi_ws_stabilizer.sessions.detached import DetachedRecipients, DetachedStateStore
 from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
 from fastapi_ws_stabilizer.sessions.store import SessionStore
-from fastapi_ws_stabilizer.socket import StableSocket
+from fastapi_ws_stabilizer.socket import AnyConnection, StableSocket
 from fastapi_ws_stabilizer.tasks import TaskSet, copied, wait_for_all
 
 
@@ -83,13 +83,13 @@ class Node(Acceptor, ConnectionListener):
             MemoryEvictionPolicy(config.memory_eviction_policy).value,
             config.memory_check_interval,
         )
-        self.registry: ConnectionRegistry[Connection] = ConnectionRegistry(config.num_shards)
+        self.registry: ConnectionRegistry = ConnectionRegistry(config.num_shards)
         self.sessions = SessionStore(config, events, self.budget, next_shard=self.registry.next_shard)
         detached_states = DetachedStateStore(
             config.session_ttl if config.enable_reconnect else 0.0, config.max_detached_sessions
         )
         self.detached = DetachedRecipients(self.sessions, detached_states)
-        self.hub: Hub[Connection] = Hub(
+        self.hub: Hub = Hub(
             config,
             events,
             scheduler,
@@ -154,6 +154,11 @@ class Node(Acceptor, ConnectionListener):
         async with self._hook_slots:
             await self._hooks.slow(connection.socket, state)
 
+    def on_ended(self, connection: Connection, ended: EndedConnection) -> None:
+        """Replace a connection in its socket by the facts about it, because nothing of it is needed any more."""
+        socket: StableSocket = connection.socket
+        socket._end(ended)
+
     async def on_disconnect(self, connection: Connection) -> None:
         """Run the disconnect hooks. A cancellation cancels the current hook."""
         if connection.close_info is not None:
@@ -169,39 +174,43 @@ class Node(Acceptor, ConnectionListener):
 
     # ── services of sockets ──
 
-    async def run(self, socket: StableSocket, concurrency: int) -> None:
+    def run(self, socket: StableSocket, concurrency: int) -> Coroutine[Any, Any, None]:
         """Dispatch every message of a socket to the handlers."""
-        await self._dispatcher.run(socket._connection, concurrency)
+        return self._dispatcher.run(socket._connection, concurrency)
 
-    def join(self, connection: Connection, room: str, metadata: Mapping[str, Any] | None) -> PresenceList:
-        """Add a connection to a room and return the presence list."""
-        return self.hub.join(connection.recipient, room, metadata)
+    def join(self, connection: AnyConnection, room: str, metadata: Mapping[str, Any] | None) -> PresenceList:
+        """Add an open connection to a room and return the presence list."""
+        return self.hub.join(_open(connection).recipient, room, metadata)
 
-    def leave_room(self, connection: Connection, room: str) -> bool:
-        """Remove a connection from a room; `False` if it is not in the room."""
-        return self.hub.leave(connection.recipient, room)
+    def leave_room(self, connection: AnyConnection, room: str) -> bool:
+        """Remove a connection, or what it left behind, from a room; `False` if it is not in the room."""
+        recipient = self.hub.rooms.get(room, connection.recipient_id)
+        return recipient is not None and self.hub.leave(recipient, room)
 
-    def rooms_of(self, connection: Connection) -> tuple[str, ...]:
+    def rooms_of(self, connection: AnyConnection) -> tuple[str, ...]:
         """Return the rooms that a connection or its session is in, or was in when it ended."""
-        close_info: CloseInfo | None = connection.recipient.close_info
-        return self.hub.rooms.rooms_of(connection.recipient) if close_info is None else close_info.rooms
+        recipient = connection.recipient
+        if recipient is None:
+            return () if connection.close_info is None else connection.close_info.rooms
+        close_info = recipient.close_info
+        return self.hub.rooms.rooms_of(recipient) if close_info is None else close_info.rooms
 
-    def history(self, connection: Connection, room: str, count: int, *, newcomer: bool) -> None:
+    def history(self, connection: AnyConnection, room: str, count: int, *, newcomer: bool) -> None:
         """Send the last messages of a room to a connection that has joined it, except those that it already got."""
-        self.hub.replay_history(connection.recipient, room, count, newcomer=newcomer)
+        self.hub.replay_history(_open(connection).recipient, room, count, newcomer=newcomer)
 
-    def address_of(self, connection: Connection) -> str:
+    def address_of(self, connection: AnyConnection) -> str:
         """Return the address of the client of a connection."""
         return self.addresses.address_of(connection.websocket)
 
-    def reconnect_token(self, connection: Connection) -> str:
+    def reconnect_token(self, connection: AnyConnection) -> str:
         """Create a reconnect token for a connection.
 
         Raises:
             InvalidTokenError: `enable_reconnect` is False.
         """
         self._before_token()
-        return self.resumption.issue_token(connection.client_id, connection)
+        return self.resumption.issue_token(connection.client_id, _open(connection))
 
     async def _presence(self, event: str, presence: Presence) -> None:
         async with self._hook_slots:
@@ -275,3 +284,14 @@ class Node(Acceptor, ConnectionListener):
 
     def _task_failed(self, task: asyncio.Task[Any], error: BaseException) -> None:
         self._events.emit_exception("internal_task_failed", error, task=task.get_name())
+
+
+def _open(connection: AnyConnection) -> Connection:
+    """Return a connection that is open.
+
+    Raises:
+        SocketClosed: It has ended.
+    """
+    if isinstance(connection, EndedConnection):
+        connection.check_open()
+    return connection

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
 from fastapi_ws_stabilizer.connection.pump import (
-    Pumped,
     begin_pause,
     close_on_disconnect_event,
-    decode,
     drop_unread,
     end_pause,
     on_inbox_full,
 )
 from fastapi_ws_stabilizer.servers.direct import DirectTransport
 from fastapi_ws_stabilizer.wire.v1.frames import Message
+
+if TYPE_CHECKING:
+    from fastapi_ws_stabilizer.connection.connection import Connection
 
 
 class DirectReader:
@@ -31,7 +32,7 @@ class DirectReader:
 
     __slots__ = ("_connection", "_direct", "_outbox", "_reads", "_since", "_timer")
 
-    def __init__(self, connection: Pumped, direct: DirectTransport, outbox: DirectOutbox) -> None:
+    def __init__(self, connection: Connection, direct: DirectTransport, outbox: DirectOutbox) -> None:
         self._connection = connection
         self._direct = direct
         self._outbox = outbox
@@ -52,7 +53,7 @@ class DirectReader:
                 connection.events.counters.messages_discarded += 1
                 return
             connection.liveness.awaiting_since = None
-            item = decode(connection, message)
+            item = connection.protocol.decode(connection, message)
             if item is None:
                 return
             inbox = connection.inbox
@@ -75,8 +76,8 @@ class DirectReader:
     def pong_received(self, payload: bytes) -> None:
         """Handle a received pong frame."""
         self._connection.liveness.awaiting_since = None
-        if not self._connection.liveness.on_pong_frame(payload, monotonic()):
-            self._connection.on_control_frame()
+        if unsolicited := self._connection.liveness.on_pong_frame(payload, monotonic()):
+            self._connection.on_control_frame(unsolicited)
 
     def connection_lost(self, event: Mapping[str, Any]) -> None:
         """Start teardown after the server has lost the connection."""

@@ -17,10 +17,10 @@ from fastapi_ws_stabilizer.compat.fastapi import find_exit_stack
 from fastapi_ws_stabilizer.compat.starlette import asgi_callables
 from fastapi_ws_stabilizer.config import CompressionMode, DuplicatePolicy
 from fastapi_ws_stabilizer.connection import current
+from fastapi_ws_stabilizer.connection.asgi_shim import AsgiShim
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
 from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
-from fastapi_ws_stabilizer.connection.v1_protocol import V1Protocol
 from fastapi_ws_stabilizer.errors import (
     ConnectionLimitExceededError,
     DuplicateClientError,
@@ -44,6 +44,7 @@ from fastapi_ws_stabilizer.sessions.detached import DetachedRecipients, Detached
 from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import SessionStore
+from fastapi_ws_stabilizer.sessions.v1_protocol import V1Protocol, session_of
 from fastapi_ws_stabilizer.socket import Services, StableSocket
 from fastapi_ws_stabilizer.tasks import copied
 from fastapi_ws_stabilizer.wire.handshake import HEADERS_KEY, check_headers
@@ -58,7 +59,7 @@ class Acceptor(Closer, Services):
     _warned_about_server: bool
     sessions: SessionStore
     detached: DetachedRecipients
-    registry: ConnectionRegistry[Connection]
+    registry: ConnectionRegistry
     closing: bool
 
     async def accept(
@@ -93,9 +94,7 @@ class Acceptor(Closer, Services):
         if not numbered:  # otherwise after the hello, which may prove a session
             self._confirm_reservation(handshake.reservation, expected_id, has_token=claimed is not None)
         endpoint = handshake.endpoint
-        connection = Connection(
-            websocket, expected_id, self._parts, control_frames=control_frames, endpoint=endpoint, numbered=numbered
-        )
+        connection = Connection(websocket, expected_id, self._parts, control_frames=control_frames, endpoint=endpoint)
         connection.socket = StableSocket(connection, self, identity=identity)
         try:
             with self.resumption.pinned(claimed):
@@ -112,8 +111,8 @@ class Acceptor(Closer, Services):
             connection.socket._detach_user_data()
             raise
         if not numbered and expiry is not None:
-            connection.credential = CredentialExpiry(connection, functools.partial(self._start_renewal, connection))
-            connection.credential.start(None, max(0.0, expiry - monotonic()))
+            connection.credential = CredentialExpiry()
+            connection.credential.start(connection, None, max(0.0, expiry - monotonic()))
         connection.reservation = handshake.reservation
         handshake.established = True
         self.admission.forget(handshake)
@@ -224,12 +223,11 @@ class Acceptor(Closer, Services):
                     connection.emit("user_data_lost", logging.WARNING, why=str(error))
         if connection.socket._metadata is not None:
             connection.socket._metadata.owner = resume_result.session
-        connection.protocol = V1Protocol(
-            connection, resume_result, self._idempotency, functools.partial(self._start_renewal, connection)
-        )
-        connection.credential = connection.protocol.credential
+        connection.adopt_protocol(V1Protocol(resume_result, self._config, self._idempotency))
         identity_expires_in = None if expiry is None else max(0.0, expiry - monotonic())
-        connection.credential.start(expires_in[0], identity_expires_in)
+        if expires_in[0] is not None or identity_expires_in is not None:
+            connection.credential = CredentialExpiry()
+            connection.credential.start(connection, expires_in[0], identity_expires_in)
         self.sessions.on_attached(resume_result.session)
 
     def _others(self, client_id: str, session: Session | None) -> list[Connection]:
@@ -237,20 +235,21 @@ class Acceptor(Closer, Services):
         connections = self.registry.of_client(client_id)
         return [one for one in connections if session is None or one.recipient is not session]
 
-    def _start_renewal(self, connection: Connection, credential: str | None) -> None:
+    def on_renewal(self, connection: Connection, credential: str | None) -> None:
         """Start a task that verifies a new credential of a client."""
         verifying = self._authenticate_renewal(connection, credential)
         context = copied(connection.context)
         self._tasks.spawn(verifying, name=f"ws-auth-{connection.connection_id}", context=context)
 
     async def _authenticate_renewal(self, connection: Connection, credential: str | None) -> None:
-        if connection.credential is None:
+        expiry = connection.credential
+        if expiry is None:
             return
         if credential is None:
-            connection.credential.renewal_rejected("missing credential")
+            expiry.renewal_rejected(connection, "missing credential")
             return
         if not self._hooks.has("auth"):  # no hook can verify it
-            connection.credential.renewal_rejected("credential renewal is not supported")
+            expiry.renewal_rejected(connection, "credential renewal is not supported")
             return
         try:
             expires_in = await self._hooks.auth(connection.socket, credential)
@@ -260,7 +259,7 @@ class Acceptor(Closer, Services):
             close_info = close_info_for(error)
             connection.close(close_info.cause, code=close_info.code, reason=close_info.reason)
         else:
-            connection.credential.renewed(expires_in)
+            expiry.renewed(connection, expires_in)
 
     async def adopt(self, websocket: WebSocket, client_id: str, metadata: Mapping[str, Any] | None) -> Connection:
         """Register a WebSocket that your code has accepted, and run the connect hooks.
@@ -280,7 +279,7 @@ class Acceptor(Closer, Services):
         """
         if websocket.application_state is not WebSocketState.CONNECTED:
             raise RuntimeError("connect() needs an accepted WebSocket: call `await websocket.accept()` before it")
-        if isinstance(known := getattr(asgi_callables(websocket)[0], "__self__", None), Connection):
+        if isinstance(known := getattr(asgi_callables(websocket)[0], "__self__", None), AsgiShim):
             raise RuntimeError(f"this WebSocket is already connected, as client {known.client_id!r}")
         self.budget.bind_loop()
         stack = find_exit_stack(websocket.scope)
@@ -388,7 +387,7 @@ class Acceptor(Closer, Services):
         if connection.close_info is not None:  # a direct transport reports at once that the client has left
             await self.close_after_endpoint(connection, None)
             raise self._closed(connection)
-        session = None if connection.protocol is None else connection.protocol.session
+        session = session_of(connection) if connection.protocol.acknowledges else None
         if proven and (close_info := self.resumption.ended_by_application(connection)) is not None:
             connection.close(close_info.cause, code=close_info.code, reason=close_info.reason)
             await self.close_after_endpoint(connection, None)
@@ -404,20 +403,20 @@ class Acceptor(Closer, Services):
             await self.close_after_endpoint(connection, None)
             raise self._closed(connection)
         self.registry.add(connection, with_queue=session is None)
-        if session is None:
-            self.budget.attach(connection)
+        if session is None and self.budget.evicts:
+            self.budget.attach(connection.account)
         self.heartbeat.add(connection)
         self.reaper.add(connection)
         if session is not None:
             saved_presence, session.saved_presence = session.saved_presence, {}
-            self.hub.restore(session, saved_presence)  # type: ignore[arg-type]
+            self.hub.restore(session, saved_presence)
         elif proven:
-            plain = [one for one in older if one.protocol is None]  # a token restores nothing of a session
+            plain = [one for one in older if session_of(one) is None]  # a token restores nothing of a session
             self.resumption.restore(connection, plain)
         if policy is not DuplicatePolicy.ALLOW:
             self._close_duplicates(older, connection.client_id, session)
             # An application with a list of online clients then removes the old connection before it adds the new one.
-            connection.add_hook_predecessors(self._closing_connections.of_client(connection.client_id))
+            connection.wait_for_hooks_of(self._closing_connections.of_client(connection.client_id))
         try:
             await connection.wait_for_predecessors()
             if policy is not DuplicatePolicy.ALLOW:
@@ -438,7 +437,7 @@ class Acceptor(Closer, Services):
         """Close the older connections of a client, and end its detached state and its other detached sessions."""
         for connection in older:
             # A client with a session must not resume it, or two devices would replace each other forever.
-            code = SESSION_ENDED if connection.protocol is not None else None
+            code = SESSION_ENDED if session_of(connection) is not None else None
             connection.close(DisconnectReason.REPLACED, code=code)
         for detached in self.detached.of_client(client_id):
             if isinstance(detached, DetachedState):

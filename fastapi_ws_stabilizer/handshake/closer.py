@@ -18,7 +18,6 @@ from fastapi_ws_stabilizer.connection import current
 from fastapi_ws_stabilizer.connection.closing import ClosingConnections
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
-from fastapi_ws_stabilizer.connection.metered import ResidualMemory
 from fastapi_ws_stabilizer.connection.resources import SharedResources
 from fastapi_ws_stabilizer.errors import (
     SocketClosed,
@@ -79,7 +78,7 @@ class Closer:
     _tasks: TaskSet
     _parts: SharedResources
     _closing_connections: ClosingConnections
-    hub: Hub[Connection]
+    hub: Hub
     admission: AdmissionController
     heartbeat: HeartbeatScheduler
     budget: MemoryBudget
@@ -197,11 +196,11 @@ class Closer:
             attempt(connection.reservation.release)
         attempt(self.heartbeat.remove, connection)
         attempt(self.reaper.remove, connection)
-        attempt(self.budget.remove, connection)
+        if self.budget.evicts:
+            attempt(self.budget.remove, connection.account)
         attempt(self.resumption.detach, connection)
         if self.budget.evicts:
-            connection.residual = ResidualMemory(connection)
-            attempt(self.budget.mark_closed, connection.residual)
+            attempt(self.budget.mark_closed, connection.account)
         attempt(connection.socket._detach_user_data)
 
     def _save_rooms(self, connection: Connection) -> None:
@@ -213,9 +212,8 @@ class Closer:
         """Release a connection at the end of its teardown."""
         self.connections.discard(connection)
         connection.attempt(current.unbind_current, connection)
-        if connection.residual is not None:
-            connection.attempt(self.budget.remove, connection.residual)
-            connection.residual = None
+        if self.budget.evicts:
+            connection.attempt(self.budget.remove, connection.account)
         connection.attempt(self._closing_connections.remove, connection)
         connection.attempt(self.resumption.on_closed, connection)
 

@@ -192,9 +192,10 @@ class Churn:
         self.stage.manager.room("lobby").set_presence(self._name(), about=BIG[: self.dice.randrange(5_000)])
 
     async def set_presence_of_detached(self) -> None:
-        resumption = self.stage.manager._node.resumption
+        node = self.stage.manager._node
+        resumption = node.resumption
         for client_id in sorted({one.client_id for one in resumption.detached._states.values()} | set(self.peers)):
-            if resumption.detached_of(client_id):
+            if node.detached.of_client(client_id):
                 room = self.stage.manager.room(self.dice.choice(("lobby", "kitchen")))
                 room.set_presence(client_id, about=BIG[: self.dice.randrange(5_000)])
 
