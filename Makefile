@@ -5,6 +5,8 @@ PEERS ?= .venv-peers
 BIN = $(VENV)/bin
 SHELL = /bin/bash
 .SHELLFLAGS = -eu -o pipefail -c
+# The tests start hundreds of servers. Without bytecode files, each of them would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-fast test-lowest soak fuzz bench lint format docs clean
 .DEFAULT_GOAL := help
@@ -64,7 +66,8 @@ demo: $(VENV)/demo.stamp ## Start the chat example and print its address
 # Coverage slows the code down, so the timed tests run without it.
 test: $(VENV)/test.stamp ## Run all tests on real servers, with branch coverage
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m "not timed and not alone and not soak" --numprocesses 3 --dist loadfile
+	$(BIN)/coverage run -m pytest -m "not generated and not timed and not alone and not soak" --numprocesses 3 --dist loadfile
+	$(BIN)/python -m pytest -m "generated and not soak" --numprocesses 3 --dist worksteal
 	$(BIN)/python -m pytest -m "timed and not alone and not soak" --numprocesses 3 --dist loadfile
 	$(BIN)/python -m pytest -m "alone and not soak"
 	$(BIN)/coverage combine --quiet
@@ -82,7 +85,7 @@ soak: $(VENV)/test.stamp ## Run the long tests, and others on more servers, abou
 fuzz: $(VENV)/fuzz.stamp ## Fuzz for ten minutes in total, on CPython 3.11; SECONDS=600 sets the time for each target
 	$(BIN)/python -m tests.fuzz $(if $(SECONDS),--seconds $(SECONDS))
 
-bench: $(VENV)/bench.stamp $(PEERS)/peers.stamp ## Compare the speed with the peers, about ten minutes; ARGS=--quick for two
+bench: $(VENV)/bench.stamp $(PEERS)/peers.stamp ## Compare the speed with the peers, about fifteen minutes; ARGS=--quick for three
 	$(BIN)/python -m benchmarks --peers-python $(PEERS)/bin/python $(ARGS)
 
 lint: $(VENV)/lint.stamp ## Check format, style, types and layers

@@ -19,6 +19,7 @@ from benchmarks.scenarios.broadcasts import burst, compressed, fanout, sessions
 from benchmarks.scenarios.connections import connect, heartbeat, memory
 from benchmarks.scenarios.echo import echo
 from benchmarks.scenarios.isolation import slow, stall
+from benchmarks.scenarios.storms import storm
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
@@ -36,6 +37,7 @@ SCENARIOS: dict[str, Callable[[Bench], list[Table]]] = {
     "memory": memory,
     "heartbeat": heartbeat,
     "connect": connect,
+    "storm": storm,
 }
 
 
@@ -71,7 +73,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure the library beside its peers.")
-    parser.add_argument("--quick", action="store_true", help="fewer clients and runs, about two minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer clients and runs, about three minutes")
     parser.add_argument(
         "--only", type=_names(SCENARIOS), default=[], help="scenarios, with commas: " + ", ".join(SCENARIOS)
     )

@@ -6,9 +6,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from benchmarks.contenders import BARE, PLAIN, PLAIN_V1, PROTOCOL, PROTOCOL_V1, RAW, REFERENCE, WEBSOCKETS, Contender
+from benchmarks.contenders import (
+    BARE,
+    BARE_DEPENDENCY,
+    PLAIN,
+    PLAIN_V1,
+    PROTOCOL,
+    PROTOCOL_V1,
+    RAW,
+    REFERENCE,
+    WEBSOCKETS,
+    Contender,
+)
 from benchmarks.figures import Table
 from benchmarks.scenarios.isolation import SLOW_CLIENTS, SLOW_LIMIT_BYTES, sharded
+from benchmarks.scenarios.storms import PACED_BARE
 
 Tables = Mapping[str, Table]
 
@@ -94,6 +106,14 @@ def _each(contender: Contender, name: str) -> tuple[Bar, ...]:
             SLOW_LIMIT_BYTES / 1024,
             "KiB",
         ),
+        Bar(f"storm, {name}: longest loop stall connecting", _median("storm-connecting", contender.key), 30.0, "ms"),
+        Bar(f"storm, {name}: longest loop stall disconnecting", _median("storm-vanishing", contender.key), 60.0, "ms"),
+        Bar(
+            f"storm, {name}: objects left to the collector above bare endpoint",
+            _above("storm-garbage", contender.key, BARE_DEPENDENCY.key),
+            1.0,
+            "objects",
+        ),
     )
 
 
@@ -110,6 +130,12 @@ BARS: Final = (
     Bar("idle connection above bare endpoint, protocol class", _above("memory", PROTOCOL.key, BARE.key), 0.0, "KiB"),
     Bar("broadcast to v1 / to plain clients, plain uvicorn", _ratio("sessions", PLAIN_V1, PLAIN), 1.15),
     Bar("broadcast to v1 / to plain clients, protocol class", _ratio("sessions", PROTOCOL_V1, PROTOCOL), 1.15),
+    Bar("storm, CPU of a connect, plain uvicorn / bare endpoint", _ratio("storm-cpu", PLAIN, BARE_DEPENDENCY), 0.85),
+    Bar("the same with the collector paced for both", _ratio("storm-cpu", PLAIN, PACED_BARE), 1.25),
+    Bar(
+        "storm, CPU of a connect, protocol class / bare endpoint", _ratio("storm-cpu", PROTOCOL, BARE_DEPENDENCY), 0.75
+    ),
+    Bar("the same with the collector paced for both, protocol class", _ratio("storm-cpu", PROTOCOL, PACED_BARE), 1.0),
     *_each(PLAIN, "plain uvicorn"),
     *_each(PROTOCOL, "protocol class"),
 )

@@ -31,6 +31,7 @@ class Scale:
     heartbeat_clients: int = 1000
     heartbeat_seconds: float = 3.0
     churn_connections: int = 1000
+    storm_clients: int = 10_000
 
 
 FULL = Scale()
@@ -48,6 +49,7 @@ QUICK = Scale(
     heartbeat_clients=200,
     heartbeat_seconds=2.0,
     churn_connections=300,
+    storm_clients=2000,
 )
 
 

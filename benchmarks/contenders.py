@@ -54,6 +54,7 @@ _V1 = {"subprotocol": "stabilizer.v1.json", "hello": '{"type":"hello","v":1,"n":
 PLAIN_V1 = replace(PLAIN, name="ours-plain-v1", title=f"{PLAIN.title}, v1 clients", **_V1)
 PROTOCOL_V1 = replace(PROTOCOL, name="ours-protocol-v1", title=f"{PROTOCOL.title}, v1 clients", **_V1)
 BARE = Contender("bare", "bare FastAPI endpoint", "bare")
+BARE_DEPENDENCY = Contender("bare-dependency", "bare endpoint with a `yield` dependency", "bare_dependency")
 REFERENCE = Contender("reference", "fastapi-websocket-stabilizer (the reference)", "reference", peer=True)
 SOCKETIO = Contender(
     "socketio", "python-socketio", "socketio", peer=True, path="/socket.io/?EIO=4&transport=websocket&n={n}", hello="40"
@@ -72,6 +73,7 @@ ALL = (
     PLAIN_V1,
     PROTOCOL_V1,
     BARE,
+    BARE_DEPENDENCY,
     REFERENCE,
     SOCKETIO,
     LITESTAR,

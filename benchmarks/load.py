@@ -29,6 +29,9 @@ SLOW_BUFFER_BYTES = 4096
 SLOW_SEGMENT_BYTES = 1024
 """A client that will stop reading has small kernel buffers: its own, and through its small segments the server's."""
 
+IP_BIND_ADDRESS_NO_PORT = 24
+"""Option of Linux, which Python 3.10 does not name: the port is chosen when the socket is connected."""
+
 _CLOSE_FRAME = client_frame(CLOSE, struct.pack("!H", 1000))
 _PONG_TEXT = client_frame(TEXT, b"pong")
 _RESET = struct.pack("ii", 1, 0)
@@ -63,11 +66,16 @@ class Load:
         hello: str | None = None,
         subprotocol: str | None = None,
         slow: int = 0,
+        addresses: int = 1,
         timeout: float = 60.0,
     ) -> dict[str, Any]:
-        """Open `count` connections, a limited number at a time; the first `slow` of them with small buffers."""
+        """Open `count` connections, a limited number at a time; the first `slow` of them with small buffers.
+
+        The clients have `addresses` loopback addresses, because each address has a limited number of ports.
+        """
         begun = time.monotonic()
         how: dict[str, Any] = {"deflate": deflate, "hello": hello, "subprotocol": subprotocol, "slow": slow}
+        how["addresses"] = addresses
         self._open_and(count, port, path, _nothing, **how, timeout=timeout)
         agreed = sum(b"permessage-deflate" in client.response for client in self._clients.values())
         return {"connected": len(self._clients), "seconds": time.monotonic() - begun, "deflate": agreed}
@@ -220,6 +228,16 @@ class Load:
             self._pump(self._count_bytes, left)
         return {"closed": sum(client.fd not in self._clients for client in stalled)}
 
+    def do_vanish(self) -> dict[str, Any]:
+        """Close all connections at once, without a closing handshake, as when the clients lose their network."""
+        clients = list(self._clients.values())
+        self._clients.clear()
+        self._epoll.close()
+        for client in clients:
+            client.sock.close()
+        self._epoll = select.epoll()
+        return {"vanished": len(clients)}
+
     def do_drop(self) -> dict[str, Any]:
         """Cut the connections of the slow clients at once."""
         dropped = [client for client in self._clients.values() if client.slow]
@@ -241,6 +259,7 @@ class Load:
         hello: str | None = None,
         subprotocol: str | None = None,
         slow: int = 0,
+        addresses: int = 1,
         window: int = 50,
         close: bool = False,
     ) -> None:
@@ -261,7 +280,8 @@ class Load:
                 address = path.format(n=self._next_id)
                 self._next_id += 1
                 request = handshake(port, address, deflate=deflate, subprotocol=subprotocol)
-                self._dial(port, request, hello, slow=begun < slow, first=subprotocol is not None)
+                source = f"127.0.0.{1 + begun % addresses}"
+                self._dial(port, source, request, hello, slow=begun < slow, first=subprotocol is not None)
                 begun += 1
             lost = self._lost
             if not self._pump(progress, deadline - time.monotonic()):
@@ -273,8 +293,10 @@ class Load:
         if close:
             self._lost = 0
 
-    def _dial(self, port: int, request: bytes, hello: str | None, *, slow: bool, first: bool) -> None:
+    def _dial(self, port: int, source: str, request: bytes, hello: str | None, *, slow: bool, first: bool) -> None:
         sock = socket.socket()
+        sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+        sock.bind((source, 0))
         if slow:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SLOW_BUFFER_BYTES)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SLOW_SEGMENT_BYTES)

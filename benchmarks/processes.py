@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,9 @@ from benchmarks.contenders import Contender
 ROOT = Path(__file__).parent.parent
 START_TIMEOUT = 30.0
 ANSWER_TIMEOUT = 90.0
+IDLE_SECONDS = 0.5
+IDLE_SHARE = 0.1
+"""Share of a core below which a server is idle. The measurement of loop delays uses a small part of it."""
 
 
 class ContenderError(Exception):
@@ -158,6 +162,20 @@ class Stand:
         for _ in range(count - 1):
             self.server.call("nothing")
         return (self.cpu() - begun) / count
+
+    def wait_until_idle(self, timeout: float = 30.0) -> None:
+        """Wait until the server has done what it has to do.
+
+        Raises:
+            ContenderError: It is busy for too long.
+        """
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            before = self.cpu()
+            time.sleep(IDLE_SECONDS)
+            if self.cpu() - before < IDLE_SHARE * IDLE_SECONDS:
+                return
+        raise ContenderError(f"still busy after {timeout:.0f} s")
 
     def loaded(self) -> dict[str, Any]:
         """Wait for the answer of the load, and note its CPU share."""

@@ -54,11 +54,14 @@ class MemoryEvictionPolicy(str, Enum):
     """Order in which connections are evicted when memory is short."""
 
     LRU = "lru"
-    """The connection whose client has sent no message for the longest time."""
+    """The connection whose client has sent no message for the longest time. Answers to pings do not count. Suitable for
+    chats and games, where an inactive client misses least."""
     FIFO = "fifo"
-    """The connection that opened first."""
+    """The connection that opened first. A reconnect counts as a new connection. Suitable for anonymous clients, which
+    all get about the same time."""
     OLDEST = "oldest"
-    """The connection to which the last message was delivered longest ago."""
+    """The connection to which the last message was delivered longest ago. Pings do not count. Suitable for tickers and
+    feeds, where clients send nothing."""
 
 
 class DuplicatePolicy(str, Enum):
@@ -88,7 +91,8 @@ class InboxOverflow(str, Enum):
     """Policy for a client that sends faster than its endpoint reads."""
 
     PAUSE = "pause"
-    """The server stops reading until there is room. TCP slows the client down, and no message is lost."""
+    """The server stops reading until your code reads. TCP slows the client down, and no message is lost. The log has
+    `reading_paused` once per connection."""
     CLOSE = "close"
     """The server closes the connection with 1013."""
 
@@ -97,11 +101,15 @@ class OutboxOverflow(str, Enum):
     """Policy for a message to a full outbox, if the sender does not wait."""
 
     DISCONNECT = "disconnect"
-    """The server closes the connection with 4507, so the client knows that it missed messages."""
+    """The server closes the connection with 4507, so the client knows that it missed messages. For a plain client,
+    `failed` counts the message, and `send_to_client` returns `False`. For a `stabilizer.v1.json` client the message
+    stays in the replay buffer, so `succeeded` and `slow` count it."""
     DROP_OLDEST = "drop_oldest"
-    """The server drops the messages that have waited longest."""
+    """The server drops the messages to a plain client that have waited longest, and `dropped` counts them. For a
+    `stabilizer.v1.json` client this is the same as `"disconnect"`."""
     DROP_NEWEST = "drop_newest"
-    """The server drops the new message."""
+    """The server drops the new message to a plain client, and `dropped` counts it. For a `stabilizer.v1.json` client
+    this is the same as `"disconnect"`."""
 
 
 def validate_secret(option: str, secret: SecretStr) -> SecretStr:

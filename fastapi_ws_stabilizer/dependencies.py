@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any
 
 from fastapi import Depends, WebSocket
@@ -23,15 +23,17 @@ def find_manager(connection: HTTPConnection) -> WebSocketConnectionManager:
     Raises:
         ManagerNotFoundError: The app has no manager. The error says how to add one.
     """
-    app = connection.scope.get("app")
-    for found in (
-        getattr(getattr(app, "state", None), STATE_KEY, None),
-        (connection.scope.get("state") or {}).get(STATE_KEY),
-        _manager_from_lifespan(lifespan_of(app)),
-    ):
-        if isinstance(found, WebSocketConnectionManager):
-            return found
+    for candidate in _candidates(connection):
+        if isinstance(candidate, WebSocketConnectionManager):
+            return candidate
     raise ManagerNotFoundError
+
+
+def _candidates(connection: HTTPConnection) -> Iterator[Any]:
+    app = connection.scope.get("app")
+    yield getattr(getattr(app, "state", None), STATE_KEY, None)
+    yield (connection.scope.get("state") or {}).get(STATE_KEY)
+    yield _manager_from_lifespan(lifespan_of(app))
 
 
 def manager_of_app(app: Any) -> WebSocketConnectionManager | None:

@@ -46,6 +46,10 @@ class Event:
 Listener = Callable[[Event], None]
 
 
+def _any_level(_: int) -> bool:
+    return True
+
+
 @dataclass
 class Counters:
     """Counters of a manager since it was created. They are plain integers, because hot paths add to them directly."""
@@ -91,28 +95,38 @@ class EventBus:
     __slots__ = ("_listeners", "_throttled", "counters", "timings")
 
     def __init__(self) -> None:
-        self._listeners: list[Listener] = []
+        self._listeners: list[tuple[Listener, Callable[[int], bool]]] = []
         # Event → kind → time of the last event at its own level, and the number of events at DEBUG since then.
         self._throttled: dict[str, dict[str, tuple[float, int]]] = {}
         self.counters: Counters = Counters()
         self.timings: Timings | None = None
 
-    def subscribe(self, listener: Listener) -> Callable[[], None]:
-        """Call `listener` with every further event. The returned function unsubscribes it."""
-        self._listeners.append(listener)
+    def subscribe(self, listener: Listener, *, takes: Callable[[int], bool] = _any_level) -> Callable[[], None]:
+        """Call `listener` with every further event. The returned function unsubscribes it.
+
+        Args:
+            listener: Function that gets the events.
+            takes: Function that returns whether the listener takes events of a level. It is asked at each event, which
+                is not created if no listener takes it.
+        """
+        subscription = listener, takes
+        self._listeners.append(subscription)
 
         def unsubscribe() -> None:
-            if listener in self._listeners:
-                self._listeners.remove(listener)
+            if subscription in self._listeners:
+                self._listeners.remove(subscription)
 
         return unsubscribe
 
     def emit(self, event: str, level: int, *, error: BaseException | None = None, **fields: Any) -> None:
         """Pass one event to all listeners. If a listener raises, this is logged and the other listeners still run."""
-        emitted = Event(event, level, fields, error)
-        for listener in tuple(self._listeners):
+        emitted: Event | None = None
+        for listener, takes in tuple(self._listeners):
             try:
-                listener(emitted)
+                if takes(level):
+                    if emitted is None:
+                        emitted = Event(event, level, fields, error)
+                    listener(emitted)
             except Exception:
                 logger.exception("an event listener failed", extra={"event": "listener_failed"})
 

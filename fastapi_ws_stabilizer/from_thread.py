@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import inspect
 import sys
 from asyncio import _get_running_loop as running_loop
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, Final, Protocol, TypeVar, overload
+from typing import Any, Final, TypeVar, overload
 
 from fastapi_ws_stabilizer.errors import ManagerNotRunningError, ThreadCallTimeoutError, WrongLoopError
 from fastapi_ws_stabilizer.hub.broadcast import BroadcastResult
+from fastapi_ws_stabilizer.node import Node
 from fastapi_ws_stabilizer.tasks import start_from_thread
+from fastapi_ws_stabilizer.wire.encoded import encode
 
 T = TypeVar("T")
 
@@ -22,33 +25,6 @@ DEFAULT_TIMEOUT: Final = 30.0
 
 class _CallCancelledError(Exception):
     """The call raised `CancelledError`, but the task that runs it was not cancelled."""
-
-
-class ThreadTarget(Protocol):
-    """The part of a manager that `FromThread` uses."""
-
-    _loop: asyncio.AbstractEventLoop | None
-
-    async def broadcast(
-        self,
-        message: Any,
-        exclude_client: str | None = None,
-        *,
-        room: str | Iterable[str] | None = None,
-        exclude: Any = None,
-        coalesce_key: Any = None,
-        volatile: bool = False,
-        history: bool = True,
-    ) -> BroadcastResult:
-        """Queue a message for all clients, or for those in a room."""
-
-    async def send_to_client(
-        self, client_id: str, message: Any, *, coalesce_key: Any = None, volatile: bool = False
-    ) -> bool:
-        """Queue a message for a client."""
-
-    async def disconnect(self, client_id: str, code: int = 1000, reason: str = "") -> None:
-        """Close a client's connections."""
 
 
 class FromThread:
@@ -64,10 +40,14 @@ class FromThread:
             already queued is still sent.
     """
 
-    __slots__ = ("_manager",)
+    __slots__ = ("_get_node",)
 
-    def __init__(self, manager: ThreadTarget) -> None:
-        self._manager = manager
+    def __init__(self, node: Callable[[], Node]) -> None:
+        self._get_node = node  # a function, because a restarted manager has a new node
+
+    @property
+    def _node(self) -> Node:
+        return self._get_node()
 
     def broadcast(
         self,
@@ -97,18 +77,10 @@ class FromThread:
             MessageEncodeError: The message cannot be encoded. It was sent to no client.
             TypeError: `exclude` is neither a client id, nor a socket, nor several of them.
         """
-
-        async def broadcast() -> BroadcastResult:
-            return await self._manager.broadcast(
-                message,
-                exclude_client,
-                room=room,
-                exclude=exclude,
-                coalesce_key=coalesce_key,
-                volatile=volatile,
-                history=history,
-            )
-
+        frame = encode(message, coalesce_key, volatile=volatile)
+        broadcast = functools.partial(
+            self._node.hub.broadcast, frame, room, exclude, exclude_client=exclude_client, history=history
+        )
         return self.run(broadcast, timeout=timeout)
 
     def send_to_client(
@@ -135,11 +107,8 @@ class FromThread:
         Raises:
             MessageEncodeError: The message cannot be encoded.
         """
-
-        async def send() -> bool:
-            return await self._manager.send_to_client(client_id, message, coalesce_key=coalesce_key, volatile=volatile)
-
-        return self.run(send, timeout=timeout)
+        frame = encode(message, coalesce_key, volatile=volatile)
+        return self.run(self._node.hub.send_to_client, client_id, frame, timeout=timeout)
 
     def disconnect(
         self, client_id: str, code: int = 1000, reason: str = "", *, timeout: float = DEFAULT_TIMEOUT
@@ -156,7 +125,7 @@ class FromThread:
             ConnectionNotFoundError: The client is neither connected nor detached.
             ValueError: `code` cannot be sent.
         """
-        self.run(self._manager.disconnect, client_id, code, reason, timeout=timeout)
+        self.run(self._node.disconnect, client_id, code, reason, timeout=timeout)
 
     @overload
     def run(self, call: Callable[..., Awaitable[T]], /, *args: Any, timeout: float = DEFAULT_TIMEOUT) -> T: ...
@@ -209,7 +178,7 @@ class FromThread:
             raise
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
-        loop = self._manager._loop
+        loop = self._node.loop
         if loop is None or not loop.is_running():
             raise ManagerNotRunningError
         if running_loop() is loop:

@@ -5,27 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from fastapi import HTTPException, WebSocket
 from starlette.requests import HTTPConnection
 
-from fastapi_ws_stabilizer.auth.signed_tokens import ReconnectTokens
-from fastapi_ws_stabilizer.auth.tickets import Tickets
+from fastapi_ws_stabilizer.auth.signed_tokens import RECONNECT_TOKEN, TICKET, SignedTokens
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, DisconnectReason, check_close_code
 from fastapi_ws_stabilizer.compat.starlette import wrap_lifespan
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.doctor.checks import run_checks
 from fastapi_ws_stabilizer.doctor.collect import CheckOptions, collect_context, run_startup_checks
 from fastapi_ws_stabilizer.doctor.findings import Finding
 from fastapi_ws_stabilizer.errors import (
-    ConnectionNotFoundError,
     InvalidTokenError,
-    MemoryLimitExceededError,
     ShutdownError,
     TokenExpiredError,
     WrongLoopError,
@@ -34,19 +29,19 @@ from fastapi_ws_stabilizer.events import Counters, EventBus
 from fastapi_ws_stabilizer.from_thread import FromThread
 from fastapi_ws_stabilizer.handlers.dispatcher import Dispatcher
 from fastapi_ws_stabilizer.handlers.hooks import HookRegistry
-from fastapi_ws_stabilizer.handlers.registration import EventDecorators
+from fastapi_ws_stabilizer.handlers.registration import HookRegistrar, MessageRegistrar
 from fastapi_ws_stabilizer.handlers.registry import HandlerRegistry
 from fastapi_ws_stabilizer.handshake.client_id import Moment
+from fastapi_ws_stabilizer.handshake.request import ServeOptions
 from fastapi_ws_stabilizer.handshake.routes import UnmatchedRouteLogger
 from fastapi_ws_stabilizer.hub.broadcast import BroadcastResult
 from fastapi_ws_stabilizer.limits.connections import shutdown_error
 from fastapi_ws_stabilizer.metrics.timings import Timings
 from fastapi_ws_stabilizer.node import Node
-from fastapi_ws_stabilizer.observability.logs import get_logger, write_event
+from fastapi_ws_stabilizer.observability.logs import get_logger, is_logged, write_event
 from fastapi_ws_stabilizer.room import Room
-from fastapi_ws_stabilizer.servers.detect import exits_on_signal, has_several_workers, websocket_library_advice
 from fastapi_ws_stabilizer.servers.uvicorn.options import uvicorn_options
-from fastapi_ws_stabilizer.shutdown.drain import Drain, ShutdownReport
+from fastapi_ws_stabilizer.shutdown.drain import NodeShutdown, ShutdownReport
 from fastapi_ws_stabilizer.shutdown.signals import SignalHandler
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.socket_context import (
@@ -55,7 +50,6 @@ from fastapi_ws_stabilizer.socket_context import (
     identity_dependency,
     reject_handshake,
 )
-from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from fastapi_ws_stabilizer.wire.encoded import encode
 from fastapi_ws_stabilizer.wire.handshake import served_subprotocols
 from fastapi_ws_stabilizer.wire.identifiers import check_client_id
@@ -77,7 +71,7 @@ def _running_loop() -> asyncio.AbstractEventLoop:
         raise WrongLoopError("no_asyncio") from None
 
 
-class WebSocketConnectionManager(EventDecorators):
+class WebSocketConnectionManager:
     """Manager of all WebSocket connections of one application.
 
     ```python
@@ -101,33 +95,96 @@ class WebSocketConnectionManager(EventDecorators):
         events: Event bus to which listeners subscribe.
     """
 
+    on_handshake: HookRegistrar = HookRegistrar("handshake")
+    """Call a function before a connection is accepted: `hook(ws)`.
+
+    It can read the socket, set its `user_data`, and reject the client by raising an `HTTPException`. It is not called
+    for `manager.connect()`, because your code has accepted that WebSocket before.
+    """
+    on_connect: HookRegistrar = HookRegistrar("connect")
+    """Call a function when a connection is accepted and registered: `hook(ws)`.
+
+    It can send, and reject the client by closing the socket or by raising. `HTTPException(403)` closes with 4403.
+    """
+    on_disconnect: HookRegistrar = HookRegistrar("disconnect")
+    """Call a function when a connection has closed: `hook(ws, reason)`, with a `DisconnectReason`.
+
+    It is called exactly once for each connection for which connect hooks started, after the remaining messages have
+    been handled. It may take `disconnect_grace` seconds.
+    """
+    on_resume: HookRegistrar = HookRegistrar("resume")
+    """Call a function when a client has resumed its session: `hook(ws, outcome)`, with a `ResumeOutcome`.
+
+    It is called instead of the connect hooks, after the disconnect hooks of the previous connection. `ws.user_data` and
+    `ws.rooms` are those of the session. Raising rejects the client, as in a connect hook.
+    """
+    on_session_end: HookRegistrar = HookRegistrar("session_end")
+    """Call a function when a session has ended: `hook(ws, reason)`, with the reason of its last disconnect.
+
+    A session ends with a close code such as 1000, or when the client does not resume within `session_ttl`. For a plain
+    client without a reconnect token the session ends with its connection.
+    """
+    on_auth: HookRegistrar = HookRegistrar("auth")
+    """Call a function with the credential of a `stabilizer.v1.json` client: `hook(ws, credential)`.
+
+    It is called for the hello, before the client has a session, with `None` if the hello has no credential. It is
+    called again for each new credential. To reject, raise an `HTTPException(401)`: the server closes with 4401, and the
+    client gets a new credential. If the function returns the seconds until the credential expires, the server asks the
+    client for a new one in time.
+    """
+    on_error: HookRegistrar = HookRegistrar("error")
+    """Call a function with each bug in an endpoint, a hook, a handler or a task of a socket: `hook(ws, error)`.
+
+    The server logs the bug and closes the connection with 1011, whatever the function does.
+    """
+    on_slow: HookRegistrar = HookRegistrar("slow")
+    """Call a function when a client does not read its messages: `hook(ws, how)`, with a `SlowConsumer`.
+
+    It is called once when the client lags, once when the server drops messages to it, and once when the server
+    disconnects it as a slow consumer. After the client has caught up, each can happen again. `ws.queued_messages` and
+    `ws.dropped_messages` show the extent. The server does not wait for the function.
+    """
+    on_join: HookRegistrar = HookRegistrar("join")
+    """Call a function when a client has joined a room: `hook(room, presence)`, with a `Room` and a `Presence`.
+
+    It is called once for each client, regardless of its number of connections. In one room, hooks are called one after
+    the other, in the order in which clients joined and left.
+    """
+    on_leave: HookRegistrar = HookRegistrar("leave")
+    """Call a function when a client has left a room: `hook(room, presence)`, with a `Room` and a `Presence`.
+
+    It is called when the last connection of the client leaves with `ws.leave`, is closed by the client with 1000, or is
+    closed by the application. After a lost connection it is called when `presence_grace` has passed, unless the client
+    has returned.
+    """
+    on_message: MessageRegistrar = MessageRegistrar()
+    """Call a function with messages, from `ws.run()`: `handler(ws, message)` or `handler(ws)`.
+
+    `@manager.on_message("chat")` takes JSON objects with the `type` `chat`. `@manager.on_message` takes every message
+    without a typed handler. The annotation of `message` sets its type: a pydantic model, `dict`, `str`, `bytes`, or
+    another type that pydantic validates. An invalid message gets an error reply, and the connection stays open.
+    """
+
     def __init__(self, config: WebSocketConfig | None = None) -> None:
         if config is not None and not isinstance(config, WebSocketConfig):
             raise TypeError(f"config must be a WebSocketConfig, not {config!r}: {_correct_call(config)}")
         self.config: WebSocketConfig = config or WebSocketConfig()
         self.events: EventBus = EventBus()
-        self.events.subscribe(write_event)
+        self.events.subscribe(write_event, takes=is_logged)
         if self.config.enable_metrics:
             self.events.timings = Timings()
-        super().__init__(
-            HookRegistry(self.events, self.config.disconnect_grace, self.config.hello_timeout), HandlerRegistry()
-        )
+        self._handlers = HandlerRegistry()
+        self._hooks = HookRegistry(self.events, self.config.disconnect_grace, self.config.hello_timeout)
         # The first connection may start the manager. Work for all connections must not run in that one's context.
         self._context = contextvars.copy_context()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._shut = False
         self._started_at = 0.0
         secrets = [secret.get_secret_value().encode() for secret in self.config.reconnect_secret or ()]
-        self._tokens = ReconnectTokens(secrets, self.config.reconnect_token_ttl.total_seconds())
-        self._tickets = Tickets(secrets, self.config.ticket_ttl)
-        self._reported_workers = False
+        self._tokens = SignedTokens(RECONNECT_TOKEN, secrets, self.config.reconnect_token_ttl.total_seconds())
+        self._tickets = SignedTokens(TICKET, secrets, self.config.ticket_ttl)
         self._reported_findings: set[str] = set()
         self._app: Any = None
-        self._tasks = TaskSet(lambda _, __: None)  # the code that awaits the task gets its failure
-        self._drain: Drain | None = None
-        self._drained: asyncio.Task[ShutdownReport] | None = None
         self._signals = SignalHandler(self.events, self._drain_before_exit)
-        self._node = self._create_node()
+        self._create_node(None)
 
     if not TYPE_CHECKING:  # with `__getattr__`, a type checker would accept every name
 
@@ -151,50 +208,42 @@ class WebSocketConnectionManager(EventDecorators):
         """
         self._check_other_loop(_running_loop())
         self._context = contextvars.copy_context()
-        self._shut = False
-        if self._drain is not None:
-            self._drain.cancel()
-        self._drain = self._drained = None
-        self._node.resume_accepting()
+        self._shutdown.cancel()
         self._require_node()
         if self.config.handle_signals:
             self._signals.install()
 
     def _require_node(self, *, from_connection: bool = False) -> Node:
         loop = _running_loop()
-        if self._shut and self._loop in (None, loop):
+        if self._shutdown.has_begun and self._node.loop in (None, loop):
             raise shutdown_error(self.config.drain_window)
-        if self._loop is loop:
+        if self._node.loop is loop:
             return self._node
         self._check_other_loop(loop)
         # The first start, or the previous loop has ended: TestClient without `with` makes a loop for each connection.
-        self._loop = loop
-        self._shut = False
         self._started_at = monotonic()
-        self._drain = self._drained = None
-        self._node = self._context.run(self._create_node)
-        logger = get_logger()
-        if "log_level" in self.config.model_fields_set or logger.level == logging.NOTSET:
-            logger.setLevel(self.config.log_level)  # a default must not override configure_logging()
-        if problem := websocket_library_advice():
-            self.events.emit("websocket_library_missing", logging.ERROR, problem=problem)
-        if from_connection:
-            self._report_missing_lifespan()
-        refuses, guarded = self._hooks.has("handshake"), self._hooks.has("handshake", "auth")
+        self._context.run(self._create_node, loop)
+        self._set_log_level()
         run_startup_checks(
-            self.events, self.config, self._app, refuses=refuses, guarded=guarded, reported=self._reported_findings
+            self.events,
+            self.config,
+            self._app,
+            refuses=self._hooks.has("handshake"),
+            guarded=self._hooks.has("handshake", "auth"),
+            has_lifespan=not from_connection,
+            reported=self._reported_findings,
         )
         return self._node
 
-    def _report_missing_lifespan(self) -> None:
-        """Warn once that a connection starts this manager: its sockets work, but nothing drains at a shutdown."""
-        if "lifespan_missing" not in self._reported_findings:
-            self._reported_findings.add("lifespan_missing")
-            advice = (
-                "no lifespan has started the manager: write FastAPI(lifespan=manager.lifespan), manager.install(app), "
-                "or `async with manager.lifespan(app)` in a lifespan of your own; in tests, `with TestClient(app)`"
-            )
-            self.events.emit("lifespan_missing", logging.WARNING, advice=advice)
+    def _create_node(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        dispatcher = Dispatcher(self._handlers, self.config, self.events)
+        self._node = Node(self.config, self.events, self._hooks, dispatcher, self._tokens, loop)
+        self._shutdown = NodeShutdown(self._node, self.config, self.events, self._signals)
+
+    def _set_log_level(self) -> None:
+        logger = get_logger()
+        if "log_level" in self.config.model_fields_set or logger.level == logging.NOTSET:
+            logger.setLevel(self.config.log_level)  # a default must not override configure_logging()
 
     async def _node_for(self, websocket: WebSocket) -> Node:
         """Return the node for a handshake; reject the handshake if the manager is shut down."""
@@ -209,15 +258,11 @@ class WebSocketConnectionManager(EventDecorators):
         Raises:
             WrongLoopError: The other event loop is in use.
         """
-        current = self._loop
+        current = self._node.loop
         if current is None or current is loop or current.is_closed():
             return
         if current.is_running() or self._node.registry:
             raise WrongLoopError("two_loops")
-
-    def _create_node(self) -> Node:
-        dispatcher = Dispatcher(self._handlers, self.config, self.events)
-        return Node(self.config, self.events, self._hooks, dispatcher, self._tokens, self._loop, self._report_workers)
 
     async def graceful_shutdown(self, timeout: float | None = None) -> ShutdownReport:
         """Drain like `drain`, then release all resources. After a drain, return the report of that drain.
@@ -230,25 +275,7 @@ class WebSocketConnectionManager(EventDecorators):
                 connections that are left.
         """
         self._node.hub.check_loop()
-        timeout = self.config.drain_timeout if timeout is None else timeout
-        until = monotonic() + timeout
-        own_connections = self._node.connections_of_current_task()
-        try:
-            window = 0.0 if exits_on_signal() else self.config.drain_window
-            report = await self._drain_within(timeout, window, own_connections)
-        finally:
-            self._signals.restore()
-            if own_connections:  # waiting here would abort the connection of the calling code
-                self._tasks.spawn(self._stop_after_drain(self._node, until), name="ws-stop")
-            else:
-                await self._node.stop(max(1.0, until - monotonic()))
-        self.events.emit("shutdown", logging.INFO, **vars(report))
-        return report
-
-    async def _stop_after_drain(self, node: Node, until: float) -> None:
-        if self._drained is not None:
-            await wait_for_all([self._drained], max(0.0, until - monotonic()))
-        await node.stop(max(1.0, until - monotonic()))
+        return await self._shutdown.stop(timeout)
 
     async def drain(self, timeout: float | None = None) -> ShutdownReport:
         """Reject new connections, close the open ones over `drain_window`, and wait for them to end.
@@ -267,34 +294,11 @@ class WebSocketConnectionManager(EventDecorators):
                 connections that are left.
         """
         self._node.hub.check_loop()
-        own_connections = self._node.connections_of_current_task()
-        return await self._drain_within(timeout, self.config.drain_window, own_connections)
+        return await self._shutdown.drain(timeout)
 
     async def _drain_before_exit(self) -> ShutdownReport:
-        """Drain because of a signal, without a window if the server exits at once.
-
-        Without a window, more clients get a close frame before the process exits.
-        """
-        # A signal can interrupt the code of any connection. The drain still waits for that connection.
-        return await self._drain_within(None, 0.0 if exits_on_signal() else self.config.drain_window)
-
-    async def _drain_within(
-        self, timeout: float | None, window: float, own_connections: Set[Connection] = frozenset()
-    ) -> ShutdownReport:
-        timeout = self.config.drain_timeout if timeout is None else timeout
-        self._shut = True
-        self._node.stop_accepting()
-        running = self._drained
-        if self._drain is None or running is None or (running.done() and (running.cancelled() or running.exception())):
-            self._drain = Drain(self.events, window, timeout, self._node.sessions.__len__)
-            work = self._drain.run(self._node.connections, self._node.admission)
-            running = self._drained = self._tasks.spawn(work, name="ws-drain", context=self._context.copy())
-        else:
-            self._drain.shorten(timeout)
-        if own_connections and not running.done():
-            return await self._drain.wait_for_others(self._node.connections, own_connections)
-        await wait_for_all([running], None)
-        return running.result()
+        """Drain because of a signal."""
+        return await self._shutdown.drain_before_exit()
 
     @asynccontextmanager
     async def lifespan(self, app: Any) -> AsyncIterator[dict[str, Any]]:
@@ -483,11 +487,8 @@ class WebSocketConnectionManager(EventDecorators):
         return SocketContext(
             self._node_for,
             websocket,
-            client_id,
-            identity=identity,
-            expires_in=expires_in,
-            control_frames=control_frames,
-            subprotocols=served_subprotocols(subprotocols),
+            ServeOptions(client_id, identity, expires_in, control_frames),
+            served_subprotocols(subprotocols),
         )
 
     # ── connections that you accept yourself ──
@@ -518,9 +519,9 @@ class WebSocketConnectionManager(EventDecorators):
         try:
             node = self._require_node(from_connection=True)
         except ShutdownError as error:
-            self._node.reject_adoption(websocket, error, client_id)
+            self._node.acceptor.reject_adoption(websocket, error, client_id)
             raise
-        connection = await node.adopt(websocket, client_id, metadata)
+        connection = await node.acceptor.adopt(websocket, client_id, metadata)
         socket: StableSocket = connection.socket
         return socket
 
@@ -537,23 +538,11 @@ class WebSocketConnectionManager(EventDecorators):
             ConnectionNotFoundError: The client is neither connected nor detached.
             ValueError: `code` cannot be sent.
         """
-        check_close_code(code)
-        self._node.hub.check_loop()
-        connections = self._node.resolve(client_id)
-        detached = [] if self._node.current_connection(client_id) else self._node.detached.of_client(client_id)
-        if not connections and not detached:
-            raise ConnectionNotFoundError(client_id)
-        targets: list[Any] = [*connections, *detached]
-        for target in targets:
-            target.close(DisconnectReason.APPLICATION, code=code, reason=reason, from_outside=True)
+        self._node.disconnect(client_id, code, reason)
 
     async def handle_pong(self, client_id: str) -> None:
         """Record a pong of a client, for code that reads pongs itself. Do nothing if the client is not connected."""
-        self._node.hub.check_loop()
-        now = monotonic()
-        for connection in self._node.resolve(client_id):
-            connection.liveness.on_frame(now)
-            connection.liveness.on_pong(now)
+        self._node.record_pong(client_id)
 
     # ── sending ──
 
@@ -606,9 +595,7 @@ class WebSocketConnectionManager(EventDecorators):
             TypeError: `exclude` is neither a client id, nor a socket, nor several of them.
         """
         frame = encode(message, coalesce_key, volatile=volatile)
-        if exclude_client is not None:
-            exclude = exclude_client if exclude is None else (exclude_client, exclude)
-        return await self._node.hub.broadcast(frame, room, exclude, history=history)
+        return await self._node.hub.broadcast(frame, room, exclude, exclude_client=exclude_client, history=history)
 
     def room(self, name: str) -> Room:
         """Return a room, which need not exist.
@@ -672,31 +659,11 @@ class WebSocketConnectionManager(EventDecorators):
             ConnectionNotFoundError: The client is not connected.
             MemoryLimitExceededError: The value exceeds a memory limit. No connection is changed.
         """
-        self._node.hub.check_loop()
-        connections = self._node.resolve(client_id)
-        if not connections:
-            raise ConnectionNotFoundError(client_id)
-        written: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        try:
-            for connection in connections:
-                data = connection.socket.user_data
-                previous = {key: data[key]} if key in data else {}
-                data[key] = value
-                written.append((data, previous))
-        except MemoryLimitExceededError:
-            for changed, previous in written:
-                changed.update(previous)
-                if not previous:
-                    del changed[key]
-            raise
+        self._node.set_user_data(client_id, key, value)
 
     async def get_user_data(self, client_id: str, key: str) -> Any | None:
         """Return one entry of a client's `ws.user_data`; `None` if there is no such entry or client."""
-        self._node.hub.check_loop()
-        for connection in self._node.resolve(client_id):
-            if key in connection.socket.user_data:
-                return connection.socket.user_data[key]
-        return None
+        return self._node.get_user_data(client_id, key)
 
     # ── reconnect tokens ──
 
@@ -722,15 +689,7 @@ class WebSocketConnectionManager(EventDecorators):
         if isinstance(client, StableSocket):
             return client.reconnect_token()
         check_client_id(client)
-        self._node.hub.check_loop()
-        self._report_workers()
-        newest = next(reversed(self._node.resolve(client)), None)
-        return self._node.resumption.issue_token(client, newest)
-
-    def _report_workers(self) -> None:
-        if self.config.reconnect_secret is None and not self._reported_workers and has_several_workers():
-            self._reported_workers = True
-            self.events.emit("reconnect_secret_missing", logging.WARNING)
+        return self._node.generate_token(client)
 
     async def validate_reconnect_token(self, token: str) -> str:
         """Consume a reconnect token and return the client id that it was issued for.
@@ -749,9 +708,7 @@ class WebSocketConnectionManager(EventDecorators):
         if not self.config.enable_reconnect:
             raise InvalidTokenError("disabled")
         self._node.hub.check_loop()
-        claim = self._node.resumption.consume(token)
-        self._node.resumption.mark_verified(claim)
-        return claim.client_id
+        return self._node.lifecycle.verify_for_current_task(token)
 
     # ── tickets ──
 
@@ -763,7 +720,7 @@ class WebSocketConnectionManager(EventDecorators):
         Raises:
             ValueError: `client_id` is empty, or breaks the rule for names.
         """
-        self._report_workers()
+        self._node.tokens.report_missing_secret()
         return self._tickets.issue(client_id)
 
     async def ticket(self, connection: HTTPConnection) -> str:
@@ -779,7 +736,7 @@ class WebSocketConnectionManager(EventDecorators):
         if ticket is None:
             raise HTTPException(401, "no ticket: send one as ?ticket=")
         try:
-            return self._tickets.redeem(ticket)
+            return self._tickets.consume(ticket).client_id
         except (InvalidTokenError, TokenExpiredError) as error:
             self.events.emit("ticket_refused", logging.INFO, why=getattr(error, "problem", "expired"))
             raise HTTPException(401, error.reason) from error
@@ -804,17 +761,9 @@ class WebSocketConnectionManager(EventDecorators):
         """
         if not client_id or not isinstance(client_id, str):
             raise ValueError(f"client_id must be a non-empty str, not {client_id!r}")
-        self._node.hub.check_loop()
-        self._tokens.revoke(client_id)
+        ended = self._node.revoke(client_id, reason)
         self._tickets.revoke(client_id)
-        node = self._node
-        node.admission.revoke(client_id)
-        targets: list[Any] = [*node.registry.of_client(client_id), *node.detached.of_client(client_id)]
-        for target in targets:
-            target.close(DisconnectReason.APPLICATION, code=SESSION_ENDED, reason=reason, from_outside=True)
-        node.resumption.forget(client_id)
-        self.events.emit("client_revoked", logging.INFO, client_id=client_id, ended=len(targets))
-        return len(targets)
+        return ended
 
     # ── other threads ──
 
@@ -824,7 +773,7 @@ class WebSocketConnectionManager(EventDecorators):
 
         Each call runs on the manager's event loop and blocks its thread until the result is available.
         """
-        return FromThread(self)
+        return FromThread(lambda: self._node)
 
     # ── status ──
 
@@ -836,12 +785,12 @@ class WebSocketConnectionManager(EventDecorators):
     @property
     def running(self) -> bool:
         """Whether the manager accepts connections: it neither drains nor is shut down."""
-        return not self._shut
+        return not self._shutdown.has_begun
 
     @property
     def uptime_seconds(self) -> float:
         """Seconds since the manager started; 0 before."""
-        return monotonic() - self._started_at if self._loop is not None else 0.0
+        return monotonic() - self._started_at if self._node.loop is not None else 0.0
 
 
 def _correct_call(config: Any) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import _get_running_loop as running_loop
-from collections.abc import AsyncIterator, Coroutine, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import WebSocket
 from pydantic import GetCoreSchemaHandler
@@ -16,10 +17,12 @@ from starlette.websockets import WebSocketState
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason
-from fastapi_ws_stabilizer.connection.connection import Connection
+from fastapi_ws_stabilizer.connection.client_address import ClientAddressResolver
+from fastapi_ws_stabilizer.connection.connection import AnyConnection, Connection
 from fastapi_ws_stabilizer.connection.ended_connection import EndedConnection
 from fastapi_ws_stabilizer.connection.inbox import InboxClosed, Item
 from fastapi_ws_stabilizer.connection.memory_account import MemoryAccount
+from fastapi_ws_stabilizer.connection.pending import PendingConnection
 from fastapi_ws_stabilizer.connection.pump import drop_without_reader, on_inbox_full
 from fastapi_ws_stabilizer.errors import (
     ConcurrentReceiveError,
@@ -27,6 +30,7 @@ from fastapi_ws_stabilizer.errors import (
     MessageFormatError,
     SocketClosed,
 )
+from fastapi_ws_stabilizer.hub.hub import Hub
 from fastapi_ws_stabilizer.hub.presence import PresenceList
 from fastapi_ws_stabilizer.memory.metered_dict import MeteredDict
 from fastapi_ws_stabilizer.sessions.session import Session
@@ -40,36 +44,25 @@ from fastapi_ws_stabilizer.wrong_names import OF_SOCKET, missing
 
 T = TypeVar("T")
 
-AnyConnection = Connection | EndedConnection
-"""Connection of a socket: the facts about it replace it after its end."""
-
 READER_START_GRACE = 0.1
 """Seconds that a reader task of the endpoint has to start reading after `wait_closed()` was called."""
 
 
-class Services(Protocol):
-    """Services of a manager for its sockets."""
+@dataclass(frozen=True)
+class SocketServices:
+    """Services of a node for all its sockets.
 
-    def run(self, socket: StableSocket, concurrency: int) -> Coroutine[Any, Any, None]:
-        """Dispatch every message of a socket to the handlers."""
+    Attributes:
+        hub: The rooms.
+        addresses: Resolver of client addresses.
+        run_handlers: Dispatches every message of a connection to the handlers, at most so many at once.
+        issue_token: Issues a reconnect token for a connection.
+    """
 
-    def join(self, connection: AnyConnection, room: str, metadata: Mapping[str, Any] | None) -> PresenceList:
-        """Add a connection to a room and return the presence list."""
-
-    def leave_room(self, connection: AnyConnection, room: str) -> bool:
-        """Remove a connection from a room; `False` if it is not in the room."""
-
-    def rooms_of(self, connection: AnyConnection) -> tuple[str, ...]:
-        """Return the rooms that a connection or its session is in, or was in when it ended."""
-
-    def history(self, connection: AnyConnection, room: str, count: int, *, newcomer: bool) -> None:
-        """Send the last messages of a room to a connection that has joined it, except those that it already got."""
-
-    def address_of(self, connection: AnyConnection) -> str:
-        """Return the address of the client of a connection."""
-
-    def reconnect_token(self, connection: AnyConnection) -> str:
-        """Create a reconnect token for a connection."""
+    hub: Hub
+    addresses: ClientAddressResolver
+    run_handlers: Callable[[AnyConnection, int], Coroutine[Any, Any, None]]
+    issue_token: Callable[[Connection], str]
 
 
 class StableSocket:
@@ -96,8 +89,8 @@ class StableSocket:
 
     def __init__(
         self,
-        connection: Connection,
-        services: Services,
+        connection: Connection | PendingConnection,
+        services: SocketServices,
         *,
         metadata: Mapping[str, Any] | None = None,
         identity: Any = None,
@@ -205,7 +198,7 @@ class StableSocket:
         return 0 if self._metadata is None else self._metadata.held_bytes
 
     @property
-    def _account(self) -> MemoryAccount | None:
+    def _account(self) -> MemoryAccount | PendingConnection | None:
         """Account of the connection in the memory budget; `None` after its end."""
         return None if isinstance(self._connection, EndedConnection) else self._connection.account
 
@@ -240,6 +233,25 @@ class StableSocket:
             MemoryLimitExceededError: The copy does not fit.
         """
         self.user_data.update({**user_data, **self.user_data})
+
+    def _attach(self, connection: Connection) -> None:
+        """Take the connection of the accepted handshake, and hand the data of the handshake hooks over to it.
+
+        Raises:
+            MemoryLimitExceededError: The session has user data, and that of the hooks does not fit in addition. Only
+                the data of the hooks is lost.
+        """
+        self._connection = connection
+        if self._metadata is not None:
+            self._metadata.owner = connection.recipient.account
+        if self._user_data is None:
+            return
+        session = session_of(connection)
+        if session is None:
+            self._user_data.owner = connection.account
+        else:
+            user_data, self._user_data = self._user_data, None
+            session.adopt_user_data(user_data)
 
     def _detach_user_data(self) -> None:
         """Stop counting the data that belongs to this closed connection alone."""
@@ -399,7 +411,7 @@ class StableSocket:
     @property
     def address(self) -> str:
         """Address of the client, as `trusted_proxies` report it, else the address of the peer."""
-        return self._services.address_of(self._connection)
+        return self._services.addresses.address_of(self.websocket)
 
     async def wait_closed(self) -> CloseInfo:
         """Wait until the connection is closed or closing, and return its close info. Cancelling is safe.
@@ -407,8 +419,13 @@ class StableSocket:
         If your code has read no message after 0.1 s of waiting, and no task waits for a message, the endpoint counts as
         one that does not read, as after `ignore_messages()`. For an endpoint that has read before, a full inbox stays
         for `inbox_pause_timeout`.
+
+        Raises:
+            NotOpenError: The handshake was rejected.
         """
         connection = self._connection
+        if isinstance(connection, PendingConnection):
+            connection = await connection.wait_accepted()
         connection.check_loop()
         if isinstance(connection, EndedConnection) or connection.close_info is not None:
             return await connection.wait_closing()
@@ -441,7 +458,7 @@ class StableSocket:
         connection = self._connection
         connection.check_opened()
         connection.check_loop()
-        if not isinstance(connection, EndedConnection):
+        if isinstance(connection, Connection):
             connection.inbox.reads = 0
             drop_without_reader(connection)
 
@@ -457,7 +474,8 @@ class StableSocket:
     async def _receive_item(self) -> Item:
         """Wait for the next message, parsed if the client uses `stabilizer.v1.json`. Cancelling is safe."""
         connection = self._connection
-        connection.check_opened()
+        if not connection.opened:
+            raise await connection.closed_error()
         connection.check_loop()
         try:
             return await connection.inbox.get()
@@ -519,7 +537,7 @@ class StableSocket:
     async def __anext__(self) -> str | bytes:
         """Return the next message, for `async for`. Cancelling is safe."""
         if not self._connection.opened:
-            self._connection.check_opened()
+            raise await self._connection.closed_error()
         if running_loop() is not self._connection.resources.loop:
             self._connection.check_loop()
         try:  # without receive(), because an idle connection would hold its coroutine frame
@@ -568,7 +586,8 @@ class StableSocket:
             ConcurrentReceiveError: Another task is receiving.
             Exception: An exception of a handler ends the run and closes the connection.
         """
-        return self._services.run(self, concurrency)  # not awaited here, which saves a frame for each idle connection
+        # Not awaited here, which saves a frame for each idle connection.
+        return self._services.run_handlers(self._connection, concurrency)
 
     # ── rooms ──
 
@@ -595,17 +614,19 @@ class StableSocket:
             SocketClosed: The connection is closed.
             NotOpenError: The connection is not accepted yet.
         """
-        await self._connection.still_open()
-        newcomer = history > 0 and room not in self._services.rooms_of(self._connection)
-        presence = self._services.join(self._connection, room, metadata)
+        recipient, hub = (await self._connection.still_open()).recipient, self._services.hub
+        newcomer = history > 0 and room not in self.rooms
+        presence = hub.join(recipient, room, metadata)
         if history > 0:
-            self._services.history(self._connection, room, history, newcomer=newcomer)
+            hub.replay_history(recipient, room, history, newcomer=newcomer)
         return presence
 
     async def leave(self, room: str) -> bool:
         """Leave a room; `False` if the connection is not in it. Its presence ends immediately, without a grace."""
         self._connection.check_loop()
-        return self._services.leave_room(self._connection, room)
+        hub = self._services.hub
+        member = hub.rooms.get(room, self._connection.recipient_id)  # after the end, its session or detached state
+        return member is not None and hub.leave(member, room)
 
     @property
     def rooms(self) -> tuple[str, ...]:
@@ -614,7 +635,11 @@ class StableSocket:
         After the end of the connection, these are the rooms that it was in at that time. The rooms of a session are
         live until the session ends.
         """
-        return self._services.rooms_of(self._connection)
+        recipient = self._connection.recipient
+        if recipient is not None and recipient.close_info is None:
+            return self._services.hub.rooms.rooms_of(recipient)
+        close_info = self.close_info if recipient is None else recipient.close_info
+        return () if close_info is None else close_info.rooms
 
     # ── sending ──
 
@@ -697,8 +722,7 @@ class StableSocket:
             SocketClosed: The connection is closed.
             NotOpenError: The connection is not accepted yet.
         """
-        self._connection.check_open()
-        return self._services.reconnect_token(self._connection)
+        return self._services.issue_token(self._connection.check_open())
 
     # ── closing ──
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from fastapi_ws_stabilizer.handshake.client_id import (
     seconds_until_expiry,
 )
 from fastapi_ws_stabilizer.handshake.rejection import REFUSALS
+from fastapi_ws_stabilizer.handshake.request import ServeOptions
 from fastapi_ws_stabilizer.node import Node
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.wire.handshake import SERVED_KEY
@@ -102,44 +104,30 @@ class SocketContext:
         self,
         node_for: NodeProvider,
         websocket: WebSocket,
-        client_id: str | None,
-        *,
-        identity: Any,
-        expires_in: float | None,
-        control_frames: bool,
+        options: ServeOptions,
         subprotocols: tuple[str, ...] = (),
     ) -> None:
         if subprotocols:
             websocket.scope[SERVED_KEY] = subprotocols
-        self._arguments: tuple[NodeProvider, WebSocket, str | None, Any, float | None, bool] | None
-        self._arguments = node_for, websocket, client_id, identity, expires_in, control_frames
+        self._arguments: tuple[NodeProvider, WebSocket, ServeOptions] | None = node_for, websocket, options
 
     async def __aenter__(self) -> StableSocket:
         if self._arguments is None:
             raise RuntimeError("manager.serve() returns a context manager that can be entered only once")
-        node_for, websocket, client_id, identity, expires_in, control_frames = self._arguments
+        node_for, websocket, options = self._arguments
         self._arguments = None  # one object less for each open connection
         self._node = await node_for(websocket)
         async with handshake_scope(self._node, websocket) as handshake:
-            self._connection = await self._node.accept(
-                handshake,
-                client_id_from_request(websocket) if client_id is None else client_id,
-                identity=identity,
-                expires_in=expires_in,
-                control_frames=control_frames,
-            )
+            if options.client_id is None:
+                options = replace(options, client_id=client_id_from_request(websocket))
+            self._connection = await self._node.acceptor.accept(handshake, options)
         socket: StableSocket = self._connection.socket
         return socket
 
     async def __aexit__(
         self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
     ) -> bool:
-        failure = await self._node.close_after_endpoint(self._connection, error)
-        if failure is None:
-            return True
-        if failure is error:
-            return False
-        raise failure from error
+        return await self._node.closer.exit_endpoint(self._connection, error)
 
 
 def anonymous_dependency(

@@ -140,9 +140,16 @@ class Control(asyncio.Protocol):
     async def do_nothing(self) -> None:
         """Do nothing: measures the cost of a command, and reads the CPU clock."""
 
-    async def do_collect(self) -> None:
-        """Collect garbage, so that each run begins in the same state."""
-        gc.collect()
+    async def do_collect(self, automatic: bool = True) -> dict[str, Any]:
+        """Collect garbage, so that each run begins in the same state; report the number of objects found.
+
+        Without `automatic`, no further garbage is collected until the next such command.
+        """
+        if automatic:
+            gc.enable()
+        else:
+            gc.disable()
+        return {"found": gc.collect()}
 
     async def do_prepare(self, kind: str, count: int, size: int) -> dict[str, Any]:
         """Make messages in advance, so that making them is not measured."""

@@ -14,14 +14,12 @@ from fastapi import HTTPException
 from starlette.requests import HTTPConnection
 
 from fastapi_ws_stabilizer.auth.signed_tokens import looks_like_token
+from fastapi_ws_stabilizer.wire.handshake import SUBPROTOCOL_KEY
 from fastapi_ws_stabilizer.wire.v1.frames import AUTH_PREFIX, SUBPROTOCOL
 from fastapi_ws_stabilizer.wire.v1.hello import offered_credential
 
 MAX_CREDENTIAL_BYTES: Final = 8 * 1024
 """Maximum size of a credential in bytes. A longer value counts as no credential."""
-
-SUBPROTOCOL_KEY: Final = "fastapi_ws_stabilizer.subprotocol"
-"""Scope key of the subprotocol to answer the handshake with. It is a marker, not a secret."""
 
 HANDSHAKE_SCOPE_KEY: Final = "fastapi_ws_stabilizer.handshake"
 """Scope key of the handshake. It is set before any dependency runs that may need the first message."""

@@ -1,5 +1,8 @@
 """Signed tokens that prove a client id to any worker: reconnect tokens and tickets.
 
+A plain client restores its state with a reconnect token. An HTTP route issues a ticket to a logged-in user for opening
+a socket. A ticket is part of a URL, so it appears in access logs, but a used ticket is worthless.
+
 A token contains nothing secret: the client id, the time of issue, the time of expiry and a unique number. Its signature
 covers all of these and the kind of token.
 """
@@ -15,14 +18,11 @@ import struct
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Final
 
 from fastapi_ws_stabilizer.clock import wall
 from fastapi_ws_stabilizer.errors import InvalidTokenError, TokenExpiredError, TokenKind
 from fastapi_ws_stabilizer.wire.identifiers import check_client_id, is_name
-
-PREFIX: Final = "wsr1."
-"""Prefix of every reconnect token of this version. A token of another system is not reported as an invalid one."""
 
 MAX_SIGNED_TOKEN_CHARS: Final = 8192
 """Maximum length of a token in characters. A longer token is rejected before anything is decoded."""
@@ -33,11 +33,33 @@ MAX_USED: Final = 100_000
 MAX_REVOKED: Final = 100_000
 """Maximum number of clients with revoked tokens that are remembered."""
 
-_CONTEXT: Final = b"fastapi-ws-stabilizer reconnect token 1\x00"
-"""Part of each signature, so that other data signed with the same secret is not a valid reconnect token."""
-
 _HEAD: Final = struct.Struct(">QQ12sI")  # issued and expiry in milliseconds, number, bytes of the client id
 _SIGNATURE_BYTES: Final = hashlib.sha256().digest_size
+
+
+@dataclass(frozen=True)
+class TokenPurpose:
+    """Purpose of a token. A token of one purpose is not valid for another, although the same secret signs both.
+
+    Attributes:
+        kind: Name of the kind of token in errors.
+        prefix: Prefix of every token of this purpose and version. A token of another system is not reported as an
+            invalid one.
+        context: Part of each signature, so that other data signed with the same secret is not a valid token.
+    """
+
+    kind: TokenKind
+    prefix: str
+    context: bytes
+
+
+RECONNECT_TOKEN: Final = TokenPurpose(
+    kind="reconnect token", prefix="wsr1.", context=b"fastapi-ws-stabilizer reconnect token 1\x00"
+)
+"""A plain client restores its state with it."""
+
+TICKET: Final = TokenPurpose(kind="ticket", prefix="wst1.", context=b"fastapi-ws-stabilizer ticket 1\x00")
+"""A client opens one socket with it."""
 
 
 @dataclass(frozen=True)
@@ -58,23 +80,18 @@ class TokenClaims:
 
 
 class SignedTokens:
-    """Issuer and verifier of tokens of one kind. Each token is valid once in this process.
+    """Issuer and verifier of the tokens of one purpose. Each token is valid once in this process.
+
+    A worker does not know which tokens another worker has accepted. Across workers only its lifetime protects a token.
 
     Args:
+        purpose: Purpose of the tokens, `RECONNECT_TOKEN` or `TICKET`.
         secrets_: Signing keys. The first key signs, all keys verify. Without keys, a random key is used.
         ttl: Lifetime of a token in seconds.
-
-    Attributes:
-        prefix: Prefix of the tokens.
-        context: Part of each signature, so that a token of one kind is not valid as another kind.
-        kind: Name of the kind in errors.
     """
 
-    prefix: ClassVar[str]
-    context: ClassVar[bytes]
-    kind: ClassVar[TokenKind]
-
-    def __init__(self, secrets_: Sequence[bytes], ttl: float) -> None:
+    def __init__(self, purpose: TokenPurpose, secrets_: Sequence[bytes], ttl: float) -> None:
+        self._purpose = purpose
         self._keys = tuple(secrets_) or (secrets.token_bytes(32),)
         self._ttl_ms = int(ttl * 1000)
         self._used: OrderedDict[bytes, tuple[int, int]] = OrderedDict()  # number → issued, until
@@ -99,40 +116,41 @@ class SignedTokens:
         issued = max(now, self._revoked.get(client_id, -1) + 1, self._issued_after + 1)
         self._latest = max(self._latest, issued)
         body = _HEAD.pack(issued, now + self._ttl_ms, secrets.token_bytes(12), len(name)) + name
-        return self.prefix + _text(body + _sign(self._keys[0], body, self.context))
+        return self._purpose.prefix + _text(body + self._sign(self._keys[0], body))
 
     def read(self, token: str) -> TokenClaims:
         """Verify a token and return its content, without using it up.
 
         Raises:
-            InvalidTokenError: The text is not a token of this kind, was altered or truncated, or was signed with an
+            InvalidTokenError: The text is not a token of this purpose, was altered or truncated, or was signed with an
                 unknown secret.
             TokenExpiredError: The token has expired.
         """
-        if not isinstance(token, str) or not token.startswith(self.prefix) or len(token) > MAX_SIGNED_TOKEN_CHARS:
-            raise InvalidTokenError("malformed", kind=self.kind)
+        prefix = self._purpose.prefix
+        if not isinstance(token, str) or not token.startswith(prefix) or len(token) > MAX_SIGNED_TOKEN_CHARS:
+            raise self._invalid("malformed")
         try:
-            text = token[len(self.prefix) :].encode("ascii")
+            text = token[len(prefix) :].encode("ascii")
             raw = base64.b64decode(text + b"=" * (-len(text) % 4), altchars=b"-_", validate=True)
         except (UnicodeEncodeError, binascii.Error):
-            raise InvalidTokenError("malformed", kind=self.kind) from None
+            raise self._invalid("malformed") from None
         body, signature = raw[:-_SIGNATURE_BYTES], raw[-_SIGNATURE_BYTES:]
-        if len(body) < _HEAD.size or _text(raw) != token[len(self.prefix) :]:  # one encoding for each token
-            raise InvalidTokenError("malformed", kind=self.kind)
+        if len(body) < _HEAD.size or _text(raw) != token[len(prefix) :]:  # one encoding for each token
+            raise self._invalid("malformed")
         matches = False
         for key in self._keys:  # always all keys, so that the duration does not reveal which key matches
-            matches |= hmac.compare_digest(_sign(key, body, self.context), signature)
+            matches |= hmac.compare_digest(self._sign(key, body), signature)
         if not matches:
-            raise InvalidTokenError("signature", kind=self.kind)
+            raise self._invalid("signature")
         issued, until, number, length = _HEAD.unpack_from(body)
         name = body[_HEAD.size :]
         if len(name) != length:
-            raise InvalidTokenError("malformed", kind=self.kind)
+            raise self._invalid("malformed")
         if until <= _now():
-            raise TokenExpiredError(kind=self.kind)
+            raise TokenExpiredError(kind=self._purpose.kind)
         client_id = name.decode("utf-8", "surrogatepass")
         if not is_name(client_id):  # another version with the same secret may allow such a name
-            raise InvalidTokenError("malformed", kind=self.kind)
+            raise self._invalid("malformed")
         return TokenClaims(client_id, issued, until, number)
 
     def check(self, token: str, client_id: str | None = None) -> TokenClaims:
@@ -149,12 +167,12 @@ class SignedTokens:
         """
         claim = self.read(token)
         if client_id is not None and claim.client_id != client_id:
-            raise InvalidTokenError("other_client", kind=self.kind)
+            raise self._invalid("other_client")
         self.check_not_revoked(claim)
         if claim.number in self._used:
-            raise InvalidTokenError("used", kind=self.kind)
+            raise self._invalid("used")
         if claim.issued <= self._issued_after:
-            raise TokenExpiredError(kind=self.kind)
+            raise TokenExpiredError(kind=self._purpose.kind)
         return claim
 
     def check_not_revoked(self, claim: TokenClaims) -> None:
@@ -164,7 +182,7 @@ class SignedTokens:
             InvalidTokenError: The token was revoked.
         """
         if claim.issued <= self._revoked.get(claim.client_id, -1):
-            raise InvalidTokenError("revoked", kind=self.kind)
+            raise self._invalid("revoked")
 
     def consume(self, token: str, client_id: str | None = None) -> TokenClaims:
         """Verify a token and use it up. Raises the same errors as `check`."""
@@ -191,6 +209,12 @@ class SignedTokens:
             self._issued_after = max(self._issued_after, moment)
             del self._revoked[first]
 
+    def _invalid(self, problem: str) -> InvalidTokenError:
+        return InvalidTokenError(problem, kind=self._purpose.kind)
+
+    def _sign(self, key: bytes, body: bytes) -> bytes:
+        return hmac.new(key, self._purpose.context + body, hashlib.sha256).digest()
+
     def _remember(self, claim: TokenClaims) -> None:
         """Remember until its expiry that a token was used.
 
@@ -208,21 +232,9 @@ class SignedTokens:
             del self._used[number]
 
 
-class ReconnectTokens(SignedTokens):
-    """Issuer and verifier of reconnect tokens, with which plain clients restore their state."""
-
-    prefix = PREFIX
-    context = _CONTEXT
-    kind = "reconnect token"
-
-
 def looks_like_token(text: str | None) -> bool:
     """Return whether a text looks like a reconnect token of this library, not a credential of the application."""
-    return text is not None and text.startswith(PREFIX)
-
-
-def _sign(key: bytes, body: bytes, context: bytes = _CONTEXT) -> bytes:
-    return hmac.new(key, context + body, hashlib.sha256).digest()
+    return text is not None and text.startswith(RECONNECT_TOKEN.prefix)
 
 
 def _text(raw: bytes) -> str:

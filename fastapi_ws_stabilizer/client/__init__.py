@@ -8,13 +8,14 @@ from fastapi_ws_stabilizer.client.errors import (
     BufferFullError,
     ClientClosedError,
     ClientError,
+    HttpRejection,
     MessageTooLargeError,
     NotStartedError,
     RefusedError,
     SessionLostError,
     UnreadableFrameError,
 )
-from fastapi_ws_stabilizer.client.owner import Gap
+from fastapi_ws_stabilizer.client.events import Gap
 from fastapi_ws_stabilizer.client.transport import Transport, TransportClosedError
 from fastapi_ws_stabilizer.errors import RequestError, RequestTimeoutError
 from fastapi_ws_stabilizer.wire.v1.frames import Message
@@ -25,6 +26,7 @@ __all__ = [
     "ClientClosedError",
     "ClientError",
     "Gap",
+    "HttpRejection",
     "Message",
     "MessageTooLargeError",
     "NotStartedError",

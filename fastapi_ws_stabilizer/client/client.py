@@ -6,34 +6,26 @@ import asyncio
 import inspect
 import itertools
 import logging
-import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator
 from typing import Any, Final, Literal, NoReturn
 
 from fastapi_ws_stabilizer.client.backoff import Backoff
-from fastapi_ws_stabilizer.client.connection import ClientConnection
-from fastapi_ws_stabilizer.client.errors import (
-    ClientClosedError,
-    ClientError,
-    MessageTooLargeError,
-    NotStartedError,
-    RefusedError,
-    UnreadableFrameError,
-)
+from fastapi_ws_stabilizer.client.connection import ClientConnection, ConnectionLost, ConnectionOptions
+from fastapi_ws_stabilizer.client.errors import ClientClosedError, NotStartedError, close_text
 from fastapi_ws_stabilizer.client.events import ClientEvents, F, logger
-from fastapi_ws_stabilizer.client.inbound import ANY, InboundMessages
-from fastapi_ws_stabilizer.client.owner import ConnectionLost, Gap
+from fastapi_ws_stabilizer.client.inbound import ANY
+from fastapi_ws_stabilizer.client.options import check_not_negative, check_option_names, check_positive
 from fastapi_ws_stabilizer.client.reconnect import ReconnectPolicy
-from fastapi_ws_stabilizer.client.requests import PendingRequests
 from fastapi_ws_stabilizer.client.send_buffer import PendingMessage, SendBuffer
-from fastapi_ws_stabilizer.client.transport import Connect, default_connector
+from fastapi_ws_stabilizer.client.session import ClientSession
+from fastapi_ws_stabilizer.client.target import Provider, Target
+from fastapi_ws_stabilizer.client.transport import Connect, default_connector, default_options
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.errors import RequestTimeoutError
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from fastapi_ws_stabilizer.wire.v1.frames import Message
 
-Provider = Callable[[], "str | Awaitable[str]"]
 State = Literal["idle", "connecting", "open", "waiting", "closed"]
 
 STABLE_AFTER: Final = 5.0
@@ -42,12 +34,8 @@ STABLE_AFTER: Final = 5.0
 START_WARNING_DELAY: Final = 1.0
 """Seconds after the first message until a warning says that the client is not started."""
 
-MAX_TRUNCATIONS: Final = 2
-"""Number of connections that may be lost during the same message before the client skips it. The server sends the
-message again on each connection."""
 
-
-class Client(ClientEvents):
+class Client:
     """Session with a server of this library, over as many connections as needed.
 
     ```python
@@ -79,7 +67,13 @@ class Client(ClientEvents):
         flush_timeout: Seconds that `close` gives the server to accept queued messages.
         probe_timeout: Seconds that the server has to answer a probe.
         dial: Function that opens connections; by default it uses the `websockets` library.
-        options: Options of `websockets.connect`: `ssl`, `additional_headers`, `proxy`, ...
+        options: Options of `websockets.connect`: `ssl`, `additional_headers`, `proxy`, ... Invalid with `dial`.
+
+    Raises:
+        TypeError: An option does not exist, `url` is neither a string nor a function, or `auth` is no function.
+        ValueError: An option has an invalid value.
+        RuntimeError: No event loop runs.
+        ImportError: The `websockets` library is not installed. The error says how to install it.
     """
 
     def __init__(
@@ -103,57 +97,45 @@ class Client(ClientEvents):
         dial: Connect | None = None,
         **options: Any,
     ) -> None:
+        if dial is None:
+            check_option_names(options, _OPTIONS | default_options(), of="a client")
+        else:
+            check_option_names(options, _OPTIONS, of="a client with `dial`")
+        check_positive(connect_timeout=connect_timeout, probe_timeout=probe_timeout)
+        check_positive(max_buffered=max_buffered, max_buffered_bytes=max_buffered_bytes)
+        check_not_negative(min_delay=min_delay, base_delay=base_delay, max_delay=max_delay)
+        check_not_negative(stable_after=stable_after, flush_timeout=flush_timeout)
+        if first_connect_timeout is not None:
+            check_positive(first_connect_timeout=first_connect_timeout)
         if overflow not in ("reject", "drop_oldest"):
             raise ValueError(f"overflow must be 'reject' or 'drop_oldest', not {overflow!r}")
-        if not (isinstance(url, str) or callable(url)):
-            raise TypeError(
-                f"url must be a string such as 'wss://example.com/ws', or a function that returns one, not {url!r}"
-            )
+        self._target = Target(url, auth, dial or default_connector(options))
         try:
-            loop = asyncio.get_running_loop()
+            self._loop = asyncio.get_running_loop()
         except RuntimeError:
             raise RuntimeError(
                 "a client needs a running event loop: call connect() in an `async def` that asyncio.run() runs"
             ) from None
-        self._url = url
-        self._auth = auth
-        self._connect_timeout = connect_timeout
-        self._replay = replay_on_lost
-        self.deflate = deflate
-        self._stable_after = stable_after
-        self._first_connect_timeout = first_connect_timeout
-        self._flush_timeout = flush_timeout
-        self._first_timer: asyncio.TimerHandle | None = None
-        self._failed_attempts = 0
-        self._last_failure = ""
-        self.probe_timeout = probe_timeout
-        self._dial = dial or default_connector(**options)
-        self._reconnects = ReconnectPolicy(
-            Backoff(base_delay, max_delay, min_delay), can_reauthenticate=auth is not None
-        )
         self._tasks = TaskSet(self._task_failed)
-        super().__init__(self._tasks)
-        self.buffer: SendBuffer = SendBuffer(max_buffered, max_buffered_bytes, overflow)
-        self._requests = PendingRequests()
-        self.incoming: InboundMessages = InboundMessages(
-            self._tasks, self._reply, lambda: bool(len(self._requests) or len(self.buffer))
-        )
+        self._events = ClientEvents(self._tasks)
+        buffer = SendBuffer(max_buffered, max_buffered_bytes, overflow)
+        self._session = ClientSession(self._tasks, self._events, buffer, replays=replay_on_lost)
+        self._connection: ClientConnection | None = None
+        self._connection_options = ConnectionOptions(connect_timeout, stable_after, probe_timeout, deflate)
+        backoff = Backoff(base_delay, max_delay, min_delay)
+        self._reconnects = ReconnectPolicy(backoff, can_reauthenticate=self._target.can_reauthenticate)
+        self._first_connect_timeout = first_connect_timeout
+        self._first_timer: asyncio.TimerHandle | None = None
+        self._flush_timeout = flush_timeout
         self._ids = itertools.count(1)
-        self._keys = f"{secrets.token_hex(6)}-"
+        self._keys = f"{secrets.token_hex(6)}-" if replay_on_lost else None  # prefix of this client's idempotency keys
         self._state: State = "idle"
-        self._attempt: ClientConnection | None = None
         self._runner: asyncio.Task[None] | None = None
-        self._wakeup: asyncio.Future[None] = loop.create_future()
+        self._wakeup: asyncio.Future[None] = self._loop.create_future()
         self._close_error: ClientClosedError | None = None
-        self._unreadable = self._rejected = 0
+        self._failed_attempts = 0
+        self._last_failure: ConnectionLost | None = None
         self._warns_unstarted = False
-        # State of the session, which outlives each connection.
-        self.instance_id: str = secrets.token_hex(8)
-        self.session: str | None = None
-        self.token: str | None = None
-        self.last_seq: int = 0
-        self.attempts = 0
-        self._truncated = (0, 0)  # number of the last message before a truncated one, and how often it was truncated
 
     def __repr__(self) -> str:
         return f"<Client {self._state} session={self.session}>"
@@ -168,7 +150,17 @@ class Client(ClientEvents):
     @property
     def rtt(self) -> float | None:
         """Last measured round trip in seconds; `None` before the first measurement."""
-        return None if self._attempt is None else self._attempt.rtt
+        return None if self._connection is None else self._connection.rtt
+
+    @property
+    def session(self) -> str | None:
+        """Id of the session; `None` before the first connection."""
+        return self._session.id
+
+    @property
+    def attempts(self) -> int:
+        """Number of opened connections, including those that the server closed before its welcome."""
+        return self._session.attempts
 
     @property
     def closed(self) -> ClientClosedError | None:
@@ -178,7 +170,7 @@ class Client(ClientEvents):
     @property
     def unreadable_frames(self) -> int:
         """Number of frames of the server that the client has skipped because it could not read them."""
-        return self._unreadable
+        return self._session.unreadable_frames
 
     def start(self) -> Client:
         """Start to connect, and return without waiting for the connection.
@@ -191,13 +183,8 @@ class Client(ClientEvents):
         if self._runner is None:
             self._runner = self._tasks.spawn(self._run(), name="ws-client")
             if self._first_connect_timeout is not None:
-                loop = asyncio.get_running_loop()
-                self._first_timer = loop.call_later(self._first_connect_timeout, self._never_connected)
+                self._first_timer = self._loop.call_later(self._first_connect_timeout, self._never_connected)
         return self
-
-    def _never_connected(self) -> None:
-        last = f"; last attempt: {self._last_failure}" if self._last_failure else ""
-        self._finish(ClientClosedError(4408, f"no connection within {self._first_connect_timeout:g} s{last}"))
 
     def _check_started(self) -> None:
         if self._runner is None and self._close_error is None:
@@ -230,7 +217,7 @@ class Client(ClientEvents):
             self.start()
             await self.wait_open()
         except BaseException:  # Python does not call `__aexit__` in this case
-            self._finish(ClientClosedError(1000), ours=True)
+            self._finish(ClientClosedError(1000), is_ours=True)
             await self.close()
             raise
         return self
@@ -246,18 +233,18 @@ class Client(ClientEvents):
             NotStartedError: The client is not started.
         """
         self._check_started()
-        opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        opened: asyncio.Future[None] = self._loop.create_future()
 
         def look(*_: object) -> None:
             if self._state in ("open", "closed") and not opened.done():
                 opened.set_result(None)
 
-        self._listen("state", look)
+        self._events.add("state", look)
         try:
             look()
             await opened
         finally:
-            self._stop_listening("state", look)
+            self._events.remove("state", look)
         if self._close_error is not None:
             raise self._close_error
 
@@ -275,26 +262,27 @@ class Client(ClientEvents):
         try:
             if self._close_error is None and runner is not None:
                 await self._flush()
-            self._finish(ClientClosedError(code, reason), ours=True)
+            self._finish(ClientClosedError(code, reason), is_ours=True)
             if runner is not None and runner is not asyncio.current_task():
                 await wait_for_all([runner], 10.0)
         finally:  # also if `close` is cancelled
-            self._finish(ClientClosedError(code, reason), ours=True)
+            self._finish(ClientClosedError(code, reason), is_ours=True)
             left = self._tasks.cancel()
         await wait_for_all(left, 1.0)
 
     async def _flush(self) -> None:
         deadline = monotonic() + self._flush_timeout
-        self.incoming.stop_blocking()  # acknowledgements come after messages that your code may no longer read
-        await wait_for_all(self.buffer.unaccepted_futures(), self._flush_timeout)
-        if self._attempt is not None:  # volatile messages are written but not acknowledged
-            await self._attempt.flushed(max(0.0, deadline - monotonic()))
+        # Acknowledgements come after messages that your code may no longer read.
+        self._session.inbound.stop_blocking()
+        await wait_for_all(self._session.buffer.unaccepted_futures(), self._flush_timeout)
+        if self._connection is not None:  # volatile messages are written but not acknowledged
+            await self._connection.flush(max(0.0, deadline - monotonic()))
 
     def reconnect(self) -> None:
         """Drop the connection or stop waiting, and reconnect now. The session continues."""
         self._reconnects.reset_backoff()
-        if self._attempt is not None:
-            self._attempt.mark_lost(4000, "reconnect", at_once=True)
+        if self._connection is not None:
+            self._connection.mark_lost(4000, "reconnect", at_once=True)
         self._reconnect_now()
 
     def probe(self) -> None:
@@ -303,8 +291,8 @@ class Client(ClientEvents):
         If the server does not answer soon, the client reconnects. While the client waits for the next attempt, it
         starts the attempt now.
         """
-        if self._attempt is not None:
-            self._attempt.probe()
+        if self._connection is not None:
+            self._connection.probe()
         self._reconnect_now()
 
     def _reconnect_now(self) -> None:
@@ -335,7 +323,7 @@ class Client(ClientEvents):
             MessageTooLargeError: The message is larger than the server accepts.
             ValueError: The data cannot be encoded as JSON.
         """
-        return self._queue("msg", data, event=event, key=key or self._key()).done
+        return self._queue(data, event=event, key=key or self._new_key()).done
 
     def send_volatile(self, data: Any, *, event: str | None = None) -> bool:
         """Send a message only if it can be sent now; return `False` otherwise.
@@ -346,8 +334,8 @@ class Client(ClientEvents):
             MessageTooLargeError: The message is larger than the server accepts.
             ValueError: The data cannot be encoded as JSON.
         """
-        attempt = self._attempt
-        return attempt is not None and attempt.send_volatile(data, event)
+        connection = self._connection
+        return connection is not None and connection.send_volatile(data, event)
 
     async def request(self, event: str, data: Any = None, *, timeout: float = 10.0, key: str | None = None) -> Any:
         """Send a message to a handler of the server, and return the handler's result.
@@ -364,61 +352,32 @@ class Client(ClientEvents):
         """
         self._check_started()
         request_id = f"c{next(self._ids)}"
-        message = self._queue("msg", data, event=event, id=request_id, key=key or self._key())
-        future = self._requests.open(request_id, message)
+        message = self._queue(data, event=event, id=request_id, key=key or self._new_key())
+        future = self._session.requests.open(request_id, message)
         try:
             if await wait_for_all([future], timeout):
                 return future.result()
         finally:
-            self._requests.forget(request_id)
-            self.buffer.cancel(message)
+            self._session.requests.forget(request_id)
+            self._session.buffer.cancel(message)
         raise RequestTimeoutError(timeout)
 
-    def _queue(self, type_: str, data: Any, **fields: Any) -> PendingMessage:
+    def _queue(self, data: Any, **fields: Any) -> PendingMessage:
         if self._close_error is not None:
             raise self._close_error
-        message = PendingMessage(type_, data, fields)
-        self.buffer.add(message)
-        if self._attempt is not None:
-            self._attempt.wake()
-        elif self._runner is None and not self._warns_unstarted:
+        message = PendingMessage("msg", data, fields)
+        self._session.buffer.add(message)
+        if self._runner is None and not self._warns_unstarted:
             self._warns_unstarted = True
-            asyncio.get_running_loop().call_later(START_WARNING_DELAY, self._warn_unstarted)
+            self._loop.call_later(START_WARNING_DELAY, self._warn_unstarted)
         return message
 
     def _warn_unstarted(self) -> None:
         if self._runner is None and self._close_error is None:
             logger.warning("messages are queued but not sent: %s", NotStartedError())
 
-    def _key(self) -> str | None:
-        return f"{self._keys}{next(self._ids)}" if self._replay else None
-
-    def _reply(self, request_id: str, data: Any, error: dict[str, str] | None) -> None:
-        try:
-            message = self._queue("reply", data if error is None else None, re=request_id, error=error)
-        except Exception as problem:  # the data comes from your code, and encoding it may raise anything
-            self._cannot_reply(request_id, problem)
-            return
-
-        def look(done: asyncio.Future[None]) -> None:
-            # The server of a later connection may have a lower limit than the one for which the answer was queued.
-            problem = None if done.cancelled() else done.exception()
-            if isinstance(problem, MessageTooLargeError):
-                self._cannot_reply(request_id, problem)
-
-        message.done.add_done_callback(look)
-
-    def _cannot_reply(self, request_id: str, problem: BaseException) -> None:
-        """Answer with an error instead of data that cannot be sent, so that the server does not wait."""
-        if self._close_error is not None:
-            return
-        self.emit("error", problem)
-        cause = str(problem) if isinstance(problem, ClientError) else "it cannot be encoded"
-        error = {"code": "unsendable", "message": f"the client's answer cannot be sent: {cause}"}
-        try:
-            self._queue("reply", None, re=request_id, error=error)
-        except Exception as also:
-            logger.warning("the client cannot answer request %r of the server: %s", request_id, also)
+    def _new_key(self) -> str | None:
+        return None if self._keys is None else f"{self._keys}{next(self._ids)}"
 
     # ── receiving ──
 
@@ -433,7 +392,7 @@ class Client(ClientEvents):
         """
 
         def register(handler: F) -> F:
-            self.incoming.on(event, handler)
+            self._session.inbound.on(event, handler)
             return handler
 
         return register
@@ -448,96 +407,43 @@ class Client(ClientEvents):
         messages until your code iterates again.
         """
         self._check_started()
-        return self.incoming.loop()
+        return self._session.inbound.loop()
 
     async def __anext__(self) -> Message:
         self._check_started()
-        message = await self.incoming.get()
+        message = await self._session.inbound.get()
         if message is None:
             raise StopAsyncIteration
         return message
 
-    # ── callbacks of a connection ──
+    # ── listeners ──
 
-    def _set_state(self, state: State) -> None:
-        if state != self._state:
-            self._state = state
-            self.emit("state", state)
+    def on_open(self, listener: F) -> F:
+        """Call `listener(outcome)` when a connection opens: `none`, `full`, `gap` or `lost`."""
+        return self._events.add("open", listener)
 
-    def report_unreadable(self, error: UnreadableFrameError) -> None:
-        """Record a frame of the server that cannot be read."""
-        self._unreadable += 1
-        logger.log(logging.WARNING if self._unreadable == 1 else logging.DEBUG, "%s", error)
-        self.emit("error", error)
+    def on_gap(self, listener: F) -> F:
+        """Call `listener(gap)` when messages of the server were missed, with a `Gap`."""
+        return self._events.add("gap", listener)
 
-    def refused(self, error: RefusedError) -> None:
-        """Record a message that the server has rejected."""
-        self._rejected += 1
-        logger.log(
-            logging.WARNING if self._rejected == 1 else logging.INFO, "the server has rejected a message: %s", error
-        )
-        self.emit("error", error)
+    def on_close(self, listener: F) -> F:
+        """Call `listener(code, reason)` when a connection ends or an attempt fails."""
+        return self._events.add("close", listener)
 
-    def answered(self, request_id: str, data: Any, error: Any) -> None:
-        """Resolve a request."""
-        self._requests.answered(request_id, data, error)
+    def on_state(self, listener: F) -> F:
+        """Call `listener(state)` when the state changes."""
+        return self._events.add("state", listener)
 
-    def opened(self, outcome: str) -> None:
-        """Record that a connection is open."""
-        if self._first_timer is not None:
-            self._first_timer.cancel()
-        if self._failed_attempts:
-            logger.info("connected to %s after %d failed attempts", self._log_url, self._failed_attempts)
-            self._failed_attempts = 0
-        self._set_state("open")
-        self.emit("open", outcome)
+    def on_drain(self, listener: F) -> F:
+        """Call `listener(after, within)`, in seconds, when the server drains.
 
-    def stable(self) -> None:
-        """Reset the backoff, because a connection has been open for `stable_after` seconds."""
-        self._reconnects.on_stable()
-
-    def mark_truncated(self) -> None:
-        """Record a connection that was lost during a large message of the server.
-
-        The server sends the message again on the next connection. If that fails each time, the message would block all
-        later ones forever, so the client finally skips it and reports a gap. The server does not send a volatile
-        message again, see `clear_truncated`.
+        The client reconnects automatically.
         """
-        before, times = self._truncated
-        self._truncated = (self.last_seq, times + 1 if before == self.last_seq else 1)
-        if self._truncated[1] >= MAX_TRUNCATIONS:
-            self.last_seq += 1
-            self._truncated = (0, 0)
-            self.emit("gap", Gap(False, "unfinished", self.last_seq, self.last_seq))
+        return self._events.add("drain", listener)
 
-    def clear_truncated(self) -> None:
-        """Forget the truncated message, because the server does not send it again."""
-        self._truncated = (0, 0)
-
-    def restart_session(self, accepted: int) -> None:
-        """Start over, because the server has replaced the requested session by a new one."""
-        self._truncated = (0, 0)
-        self.buffer.restart_session(accepted, replay=self._replay)
-        self.incoming.restart_session()
-        self._requests.session_lost()
-
-    async def credential(self, *, force: bool) -> str | None:
-        """Return the credential that the `auth` function gives, or `None`."""
-        if self._auth is None:
-            return None
-        value = self._auth(force=force) if _takes_force(self._auth) else self._auth()
-        value = await value if inspect.isawaitable(value) else value
-        return None if value is None else str(value)
-
-    async def address(self) -> str:
-        """Return the URL."""
-        value = self._url if isinstance(self._url, str) else self._url()
-        return await value if inspect.isawaitable(value) else value
-
-    @property
-    def is_credential_rejected(self) -> bool:
-        """Whether the server has rejected the last credential."""
-        return self._reconnects.is_credential_rejected
+    def on_error(self, listener: F) -> F:
+        """Call `listener(error)` on an error that does not end the connection."""
+        return self._events.add("error", listener)
 
     # ── connecting ──
 
@@ -545,72 +451,87 @@ class Client(ClientEvents):
         try:
             while self._close_error is None:
                 self._set_state("connecting")
-                lost = await self._one_connection()
+                lost = await self._run_connection()
                 if self._close_error is not None:
                     break
-                self.emit("close", lost.code, lost.reason)
+                self._events.emit("close", lost.code, lost.reason)
                 if lost.code == 4429:
-                    self.buffer.reduce_window()
+                    self._session.buffer.reduce_window()
                 delay = self._reconnects.next_delay(lost)
                 if self._reconnects.abandons_session:
-                    self.token = None
+                    self._session.token = None
                 if delay is None:
-                    self._finish(ClientClosedError(lost.code, lost.reason))
+                    self._finish(ClientClosedError(lost.code, lost.reason, lost.rejection))
                     break
                 if self._close_error is not None:  # a listener has closed the client
                     break
                 self._log_lost(lost, delay)
                 self._set_state("waiting")
-                self._wakeup = asyncio.get_running_loop().create_future()
+                self._wakeup = self._loop.create_future()
                 if delay > 0:
                     await wait_for_all([self._wakeup], delay)
         finally:
             self._finish(self._close_error or ClientClosedError(1006, "cancelled"))
 
-    async def _one_connection(self) -> ConnectionLost:
-        attempt = self._attempt = ClientConnection(self, self._tasks, self._connect_timeout, self._stable_after)
+    async def _run_connection(self) -> ConnectionLost:
+        connection = ClientConnection(self._session, self._target, self._tasks, self._connection_options)
+        self._connection = connection
         try:
-            return await attempt.run(self._dial)
+            welcome = await connection.open(renews_credential=self._reconnects.is_credential_rejected)
+            if welcome is not None:
+                self._on_connected(self._session.attach(welcome))
+                await connection.serve()
         finally:
-            self._attempt = None
+            lost = await connection.close()
+            self._connection = None
+        return lost
+
+    def _on_connected(self, outcome: str) -> None:
+        if self._first_timer is not None:
+            self._first_timer.cancel()
+        if self._failed_attempts:
+            logger.info("connected to %s after %d failed attempts", self._target, self._failed_attempts)
+            self._failed_attempts = 0
+        self._set_state("open")
+        self._events.emit("open", outcome)
+
+    def _set_state(self, state: State) -> None:
+        if state != self._state:
+            self._state = state
+            self._events.emit("state", state)
 
     def _log_lost(self, lost: ConnectionLost, delay: float) -> None:
         """Log a lost connection or a failed attempt. The first of several failures is a warning."""
-        cause = f"code {lost.code}{f' ({lost.reason})' if lost.reason else ''}"
+        cause = close_text(lost.code, lost.reason, lost.rejection)
         if lost.was_open:
-            logger.info("the connection to %s is lost: %s; next attempt in %.1f s", self._log_url, cause, delay)
+            logger.info("the connection to %s is lost: %s; next attempt in %.1f s", self._target, cause, delay)
             return
         self._failed_attempts += 1
-        self._last_failure = cause
+        self._last_failure = lost
         level = logging.WARNING if self._failed_attempts == 1 else logging.INFO
-        logger.log(level, "cannot connect to %s: %s; next attempt in %.1f s", self._log_url, cause, delay)
+        logger.log(level, "cannot connect to %s: %s; next attempt in %.1f s", self._target, cause, delay)
 
-    @property
-    def _log_url(self) -> str:
-        """The URL for logs, without credentials and query."""
-        if not isinstance(self._url, str):
-            return "the server"
-        return _SECRET.sub("", self._url)
+    def _never_connected(self) -> None:
+        reason, last = f"no connection within {self._first_connect_timeout:g} s", self._last_failure
+        if last is not None:
+            reason = f"{reason}; last attempt: {close_text(last.code, last.reason)}"
+        self._finish(ClientClosedError(4408, reason, None if last is None else last.rejection))
 
-    def _finish(self, error: ClientClosedError, *, ours: bool = False) -> None:
+    def _finish(self, error: ClientClosedError, *, is_ours: bool = False) -> None:
         if self._close_error is not None:
             return
         self._close_error = error
         if self._first_timer is not None:
             self._first_timer.cancel()
-        if not ours:
-            logger.warning(
-                "the client of %s is permanently closed: code %d (%s)", self._log_url, error.code, error.reason
-            )
-        if left := sum(not done.done() for done in self.buffer.unaccepted_futures()):
+        if not is_ours:
+            cause = close_text(error.code, error.reason, error.rejection)
+            logger.warning("the client of %s is permanently closed: %s", self._target, cause)
+        if left := sum(not done.done() for done in self._session.buffer.unaccepted_futures()):
             logger.warning("the client is closed, but the server has not accepted %d messages", left)
-        if self._attempt is not None:
-            self._attempt.mark_lost(error.code if error.code in (1000, 4000) else 1000, error.reason)
+        if self._connection is not None:
+            self._connection.mark_lost(error.code if error.code in (1000, 4000) else 1000, error.reason)
         self._reconnect_now()
-        self.token = None
-        self.buffer.fail_all(error)
-        self._requests.give_up(error)
-        self.incoming.close(None if ours else lambda: ClientClosedError(error.code, error.reason))
+        self._session.close(error, is_ours=is_ours)
         self._set_state("closed")
 
     def _task_failed(self, task: asyncio.Task[Any], error: BaseException) -> None:
@@ -621,18 +542,10 @@ class Client(ClientEvents):
 
 _HOW_TO_USE: Final = "write `async with connect(url) as client:`, or `client = connect(url).start()`"
 
-_SECRET: Final = re.compile(r"(?<=://)[^/?#]*@|[?#].*", re.DOTALL)
-"""The credentials and the query of a URL."""
+_OPTIONS: Final = frozenset(inspect.signature(Client).parameters) - {"url", "options"}
+"""Names of the options that are not passed on."""
 
 
 def connect(url: str | Provider, **options: Any) -> Client:
     """Create a client for `async with`. The arguments are those of `Client`."""
     return Client(url, **options)
-
-
-def _takes_force(function: Callable[..., Any]) -> bool:
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    return any(one.name == "force" or one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)

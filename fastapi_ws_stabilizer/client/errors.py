@@ -5,7 +5,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Final
+
 from fastapi_ws_stabilizer.errors import RequestError, WebSocketStabilizerError
+
+MAX_BODY_CHARS: Final = 200
+"""Maximum number of characters of a server's text that an error shows."""
+
+
+@dataclass(frozen=True)
+class HttpRejection:
+    """HTTP response of a server that rejected a handshake.
+
+    Attributes:
+        status: HTTP status.
+        body: Start of the body as one line, at most 200 characters.
+    """
+
+    status: int
+    body: str
+
+    @classmethod
+    def from_response(cls, status: int, body: bytes | bytearray) -> HttpRejection:
+        """Return the rejection in a response."""
+        return cls(status, shortened(body.decode("utf-8", "replace")))
+
+
+def shortened(text: str) -> str:
+    """Return the start of a text of the server as one line of at most 200 printable characters."""
+    start = text[: 4 * MAX_BODY_CHARS]  # more than one character may become one space
+    line = " ".join("".join(char if char.isprintable() else " " for char in start).split())
+    is_cut = len(line) > MAX_BODY_CHARS or len(text) > len(start)
+    return f"{line[: MAX_BODY_CHARS - 1]}…" if is_cut else line
+
+
+def close_text(code: int, reason: str, rejection: HttpRejection | None = None) -> str:
+    """Return a close code, its reason and the body of a rejection as text for people."""
+    details = [reason] if reason else []
+    if rejection is not None and rejection.body:
+        details.append(f"the server says: {rejection.body}")
+    return f"code {code} ({'; '.join(details)})" if details else f"code {code}"
 
 
 class ClientError(WebSocketStabilizerError):
@@ -18,15 +58,18 @@ class ClientClosedError(ClientError):
     Attributes:
         code: The final close code; 1000 after your own `close()`.
         reason: The close reason.
+        rejection: The HTTP response with its `status` and the start of its `body`, if the server rejected the
+            handshake; otherwise `None`.
     """
 
-    def __init__(self, code: int, reason: str = "") -> None:
+    def __init__(self, code: int, reason: str = "", rejection: HttpRejection | None = None) -> None:
         super().__init__(code, reason)
         self.code = code
         self.reason = reason
+        self.rejection = rejection
 
     def __str__(self) -> str:
-        return f"the client is permanently closed: code {self.code}{f' ({self.reason})' if self.reason else ''}"
+        return f"the client is permanently closed: {close_text(self.code, self.reason, self.rejection)}"
 
 
 class NotStartedError(ClientError, RuntimeError):

@@ -1,10 +1,11 @@
-"""Event emitter of a client."""
+"""Events of a client, and their listeners."""
 
 from __future__ import annotations
 
 import inspect
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from fastapi_ws_stabilizer.tasks import TaskSet
@@ -16,48 +17,44 @@ F = TypeVar("F", bound=Callable[..., Any])
 EVENTS: Final = ("open", "gap", "close", "state", "drain", "error")
 
 
+@dataclass(frozen=True)
+class Gap:
+    """Messages of the server that this client will not get.
+
+    Attributes:
+        session_lost: Whether the server started a new session without any state of the old one.
+        why: Cause from the server: `overflow`, `epoch`, `unknown`, `expired`, `denied`, ...; or `unfinished` from the
+            client, for a message during which the connection was lost twice.
+        first: Number of the first missed message.
+        last: Number of the last missed message; `None` if the session is a new one.
+    """
+
+    session_lost: bool
+    why: str | None
+    first: int
+    last: int | None
+
+
 class ClientEvents:
-    """Listeners of one client, with a method (usable as a decorator) for each event.
+    """Listeners of one client, by event.
 
     An async listener runs in its own task. An exception in a listener is logged and affects no other listener.
+
+    Args:
+        tasks: Task set for async listeners.
     """
 
     def __init__(self, tasks: TaskSet) -> None:
-        self._listener_tasks = tasks
+        self._tasks = tasks
         self._listeners: dict[str, list[Callable[..., Any]]] = {event: [] for event in EVENTS}
 
-    def on_open(self, listener: F) -> F:
-        """Call `listener(outcome)` when a connection opens: `none`, `full`, `gap` or `lost`."""
-        return self._listen("open", listener)
-
-    def on_gap(self, listener: F) -> F:
-        """Call `listener(gap)` when messages of the server were missed, with a `Gap`."""
-        return self._listen("gap", listener)
-
-    def on_close(self, listener: F) -> F:
-        """Call `listener(code, reason)` when a connection ends or an attempt fails."""
-        return self._listen("close", listener)
-
-    def on_state(self, listener: F) -> F:
-        """Call `listener(state)` when the state changes."""
-        return self._listen("state", listener)
-
-    def on_drain(self, listener: F) -> F:
-        """Call `listener(after, within)`, in seconds, when the server drains.
-
-        The client reconnects automatically.
-        """
-        return self._listen("drain", listener)
-
-    def on_error(self, listener: F) -> F:
-        """Call `listener(error)` on an error that does not end the connection."""
-        return self._listen("error", listener)
-
-    def _listen(self, event: str, listener: F) -> F:
+    def add(self, event: str, listener: F) -> F:
+        """Call a listener on every further event of this name, and return the listener."""
         self._listeners[event].append(listener)
         return listener
 
-    def _stop_listening(self, event: str, listener: Callable[..., Any]) -> None:
+    def remove(self, event: str, listener: Callable[..., Any]) -> None:
+        """Remove a listener."""
         self._listeners[event].remove(listener)
 
     def emit(self, event: str, *args: Any) -> None:
@@ -66,7 +63,7 @@ class ClientEvents:
             try:
                 result = listener(*args)
                 if inspect.isawaitable(result):
-                    self._listener_tasks.spawn(_as_coroutine(result), name=f"ws-client-on-{event}")
+                    self._tasks.spawn(_as_coroutine(result), name=f"ws-client-on-{event}")
             except Exception:
                 logger.exception("a listener for %r failed", event)
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
-import logging
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
+from fastapi_ws_stabilizer.client.errors import ClientClosedError, ClientError, MessageTooLargeError
+from fastapi_ws_stabilizer.client.events import ClientEvents, logger
+from fastapi_ws_stabilizer.client.requests import PendingRequests
+from fastapi_ws_stabilizer.client.send_buffer import PendingMessage, SendBuffer
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.errors import RequestError
 from fastapi_ws_stabilizer.tasks import TaskSet
 from fastapi_ws_stabilizer.wire.v1.frames import Message
-
-logger = logging.getLogger("fastapi_ws_stabilizer.client")
 
 ANY: Final = "*"
 """Name for all events without their own handler."""
@@ -30,7 +32,6 @@ ABANDONED_CHECK_INTERVAL: Final = 1.0
 """Interval in seconds at which the client checks for an abandoned reader."""
 
 Handler = Callable[..., Any]
-Reply = Callable[[str, Any, "dict[str, str] | None"], None]
 
 
 def event_of(message: Message) -> str | None:
@@ -42,7 +43,10 @@ def event_of(message: Message) -> str | None:
 
 
 class MessageIterator:
-    """One `async for` over the messages without a handler. It is collected when the loop is left."""
+    """One `async for` over the messages without a handler. It is collected when the loop is left.
+
+    It is not an async generator, because a generator ends at the first cancelled read, for example at a timeout.
+    """
 
     def __init__(self, incoming: InboundMessages) -> None:
         self._incoming = incoming
@@ -65,15 +69,17 @@ class InboundMessages:
 
     Args:
         tasks: The task set for that task.
-        reply: Function that answers a request.
-        waits: Function that returns whether the client itself waits for the server: for an answer or an
-            acknowledgement.
+        events: Listeners of the client.
+        buffer: Messages to send: the answers to the server's requests, and those whose acknowledgement the client
+            awaits.
+        requests: Requests whose answers the client awaits.
     """
 
-    def __init__(self, tasks: TaskSet, reply: Reply, waits: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, tasks: TaskSet, events: ClientEvents, buffer: SendBuffer, requests: PendingRequests) -> None:
         self._tasks = tasks
-        self._reply = reply
-        self._waits = waits
+        self._events = events
+        self._buffer = buffer
+        self._requests = requests
         self._handlers: dict[str, list[Handler]] = {}
         self._to_handle: deque[tuple[Message, int]] = deque()  # each with the number of its session
         self._to_read: deque[Message] = deque()
@@ -84,7 +90,7 @@ class InboundMessages:
         self._iterators: weakref.WeakSet[MessageIterator] = weakref.WeakSet()
         self._changed = asyncio.Event()
         self._closed = False
-        self._error: Callable[[], Exception] | None = None
+        self._error: ClientClosedError | None = None
         self._unhandled_logged = False
 
     def on(self, event: str, handler: Handler) -> None:
@@ -131,7 +137,8 @@ class InboundMessages:
             if self._iterators or len(self._to_read) < MAX_UNREAD:  # a loop exists, or the handlers are slow
                 read_at = monotonic()
             read_at = max(read_at, self._read_at)
-            if monotonic() - read_at >= ABANDONED_AFTER and (self._handlers or self._waits()):
+            awaits_more = self._handlers or len(self._requests) or len(self._buffer)
+            if monotonic() - read_at >= ABANDONED_AFTER and awaits_more:
                 self._has_reader = False
 
     def loop(self) -> AsyncIterator[Message]:
@@ -144,13 +151,13 @@ class InboundMessages:
         """Return the next message without a handler; `None` after the end. Cancelling is safe.
 
         Raises:
-            Exception: The error for which the client was closed.
+            ClientClosedError: The client is closed, and not by your code.
         """
         self._has_reader = True
         while not self._to_read:
             if self._closed:
                 if self._error is not None:
-                    raise self._error()
+                    raise copy.copy(self._error)  # otherwise each raise would make its traceback longer
                 return None
             self._changed.clear()
             await self._changed.wait()
@@ -168,11 +175,11 @@ class InboundMessages:
         """Start a new session. Requests of the old session are handled but not answered."""
         self._session += 1
 
-    def close(self, error: Callable[[], Exception] | None = None) -> None:
+    def close(self, error: ClientClosedError | None = None) -> None:
         """End the stream of messages.
 
         Args:
-            error: Factory of the error that iterators raise; without it their loops just end.
+            error: Error that iterators raise; without it their loops just end.
         """
         self._closed, self._error = True, error
         self._changed.set()
@@ -208,6 +215,35 @@ class InboundMessages:
                 error = {"code": "handler_failed", "message": "a handler of the client failed"}
         if message.id is not None and session == self._session:
             self._reply(message.id, answer, error)
+
+    def _reply(self, request_id: str, data: Any, error: dict[str, str] | None) -> None:
+        """Queue the answer to a request. If it cannot be sent, the server gets an error instead."""
+        try:
+            message = PendingMessage("reply", data if error is None else None, {"re": request_id, "error": error})
+            self._buffer.add(message)
+        except Exception as problem:  # the data comes from your code, and encoding it may raise anything
+            self._reply_unsendable(request_id, problem)
+            return
+
+        def on_done(done: asyncio.Future[None]) -> None:
+            # The server of a later connection may have a lower limit than the one for which the answer was queued.
+            problem = None if done.cancelled() else done.exception()
+            if isinstance(problem, MessageTooLargeError):
+                self._reply_unsendable(request_id, problem)
+
+        message.done.add_done_callback(on_done)
+
+    def _reply_unsendable(self, request_id: str, problem: BaseException) -> None:
+        """Answer with an error instead of data that cannot be sent, so that the server does not wait."""
+        if self._closed:
+            return
+        self._events.emit("error", problem)
+        cause = str(problem) if isinstance(problem, ClientError) else "it cannot be encoded"
+        error = {"code": "unsendable", "message": f"the client's answer cannot be sent: {cause}"}
+        try:
+            self._buffer.add(PendingMessage("reply", None, {"re": request_id, "error": error}))
+        except Exception as also:
+            logger.warning("the client cannot answer request %r of the server: %s", request_id, also)
 
     def _cancelled(self) -> bool:
         """Return whether the task that calls the handlers is being cancelled."""

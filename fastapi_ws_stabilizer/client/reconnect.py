@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from fastapi_ws_stabilizer.client.backoff import Backoff, ReconnectAction, action_for
-from fastapi_ws_stabilizer.client.owner import ConnectionLost
+from fastapi_ws_stabilizer.client.connection import ConnectionLost
 from fastapi_ws_stabilizer.close_codes import SUPERSEDED
 
 MAX_RESYNCS: Final = 2
@@ -40,17 +40,15 @@ class ReconnectPolicy:
         """Reset the backoff, because your code asks for an attempt now."""
         self._backoff.reset()
 
-    def on_stable(self) -> None:
-        """Forget all failures, because a connection is stable."""
-        self._backoff.reset()
-        self._auth_failures = self._resyncs = 0
-
     def next_delay(self, lost: ConnectionLost) -> float | None:
         """Return the seconds until the next attempt; `None` if the client must not reconnect.
 
         Args:
             lost: How the last connection or attempt has ended.
         """
+        if lost.was_stable:
+            self._backoff.reset()
+            self._auth_failures = self._resyncs = 0
         code, action = lost.code, action_for(lost.code)
         self.abandons_session = code == SUPERSEDED  # another connection has the session
         if code == 4412:

@@ -23,13 +23,7 @@ class PendingRequests:
         """Add a request, and return the future of its answer. It fails if the message fails."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._open[request_id] = future, message
-
-        def look(done: asyncio.Future[None]) -> None:
-            error = None if done.cancelled() else done.exception()
-            if error is not None:  # an acknowledgement is no answer
-                _fail(future, error)
-
-        message.done.add_done_callback(look)
+        _fail_with(message, future)
         return future
 
     def forget(self, request_id: str) -> None:
@@ -48,17 +42,42 @@ class PendingRequests:
         else:
             _fail(future, request_error(error))
 
-    def session_lost(self) -> None:
-        """Fail the requests that the lost session had accepted. They will never be answered."""
-        for future, message in self._open.values():
-            if message.done.done():
-                _fail(future, SessionLostError())
+    def session_lost(self, *, replay: bool) -> list[PendingMessage]:
+        """Fail the requests that the lost session had accepted, because it will never answer them.
 
-    def give_up(self, error: ClientError) -> None:
-        """Fail all requests."""
+        Args:
+            replay: Whether the client asks again in the new session instead.
+
+        Returns:
+            The messages to send again, in their order.
+        """
+        waiting = [(future, message) for future, message in self._open.values() if not future.done()]
+        accepted = [(future, message) for future, message in waiting if message.is_accepted]
+        if not replay:
+            for future, _ in accepted:
+                _fail(future, SessionLostError())
+            return []
+        for future, message in accepted:
+            message.renew()
+            _fail_with(message, future)
+        return [message for _, message in accepted]
+
+    def close(self, error: ClientError) -> None:
+        """Fail all requests, because the client is closed."""
         for future, _ in self._open.values():
             _fail(future, error)
         self._open.clear()
+
+
+def _fail_with(message: PendingMessage, future: asyncio.Future[Any]) -> None:
+    """Fail a request if its message fails. An acknowledgement is no answer."""
+
+    def on_done(done: asyncio.Future[None]) -> None:
+        error = None if done.cancelled() else done.exception()
+        if error is not None:
+            _fail(future, error)
+
+    message.done.add_done_callback(on_done)
 
 
 def _fail(future: asyncio.Future[Any], error: BaseException) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Iterable
 from typing import Any, Final, Literal
 
 from fastapi_ws_stabilizer.client.errors import BufferFullError, ClientError, MessageTooLargeError, SessionLostError
@@ -82,6 +83,15 @@ class PendingMessage:
         event: str | None = self._fields.get("event")
         return event
 
+    @property
+    def is_accepted(self) -> bool:
+        """Whether the server has accepted the message."""
+        return self.done.done() and not self.done.cancelled() and self.done.exception() is None
+
+    def renew(self) -> None:
+        """Replace the future by a new one, because an accepted message is sent again in another session."""
+        self.done = asyncio.get_running_loop().create_future()
+
     def accept(self) -> None:
         """Complete the future: the server has accepted the message."""
         if not self.done.done():
@@ -124,6 +134,7 @@ class SendBuffer:
 
     Attributes:
         max_frame: Largest frame that the server accepts, in bytes.
+        ready: Event that is set when there may be something to send. The writer of the connection waits for it.
     """
 
     def __init__(self, max_messages: int, max_bytes: int, overflow: Literal["reject", "drop_oldest"]) -> None:
@@ -131,6 +142,8 @@ class SendBuffer:
         self._max_bytes = max_bytes
         self._drop_oldest = overflow == "drop_oldest"
         self.max_frame = NO_LIMIT
+        self.ready = asyncio.Event()
+        self._closed: ClientError | None = None
         self._next = 1
         self._sent: deque[PendingMessage] = deque()  # sent on this or an earlier connection, with a number
         self._to_resend: deque[PendingMessage] = deque()  # the part of them that this connection has not sent yet
@@ -155,9 +168,12 @@ class SendBuffer:
         """Add a message.
 
         Raises:
+            ClientClosedError: The client is closed.
             MessageTooLargeError: The message is larger than the server accepts.
             BufferFullError: The buffer is full.
         """
+        if self._closed is not None:
+            raise self._closed
         if message.size + SEQ_BYTES > self.max_frame:
             raise MessageTooLargeError(message.size, self.max_frame)
         while len(self) >= self._max_messages or (len(self) and self._bytes + message.size > self._max_bytes):
@@ -166,6 +182,7 @@ class SendBuffer:
             self._fail_message(self._unsent.popleft(), BufferFullError())
         self._unsent.append(message)
         self._bytes += message.size
+        self.ready.set()
 
     def cancel(self, message: PendingMessage) -> bool:
         """Remove an unsent message; return `False` if it was sent."""
@@ -212,6 +229,7 @@ class SendBuffer:
             self._window = min(self._window + 1, MAX_WINDOW)
             self._accepted.append((message.seq, message.event))
             message.accept()
+        self.ready.set()  # the window may have grown
 
     def retry_from(self, seq: int) -> bool:
         """Send a message and all later ones again, because the server has rejected it for some time.
@@ -254,11 +272,18 @@ class SendBuffer:
         for message in self._to_resend:
             message.sent_at = now
 
-    def restart_session(self, accepted: int, *, replay: bool) -> list[PendingMessage]:
+    def restart_session(
+        self, accepted: int, *, replay: bool, again: Iterable[PendingMessage] = ()
+    ) -> list[PendingMessage]:
         """Start a new session. Messages of the old one fail, or are sent again with new numbers.
 
         Replies fail, sent or not, because the requests ended with the old session. In the new session another request
         may have the same id.
+
+        Args:
+            accepted: Number of the last message that the server has accepted in the new session.
+            replay: Whether unaccepted messages of the old session are sent again.
+            again: Accepted messages of the old session that are sent again before all others.
 
         Returns:
             The messages that failed.
@@ -270,14 +295,17 @@ class SendBuffer:
         self._accepted.clear()
         failed = [message for message in before if not replay or message.type == "reply"]
         failed += [message for message in self._unsent if message.type == "reply"]
-        replayed = before if replay else ()
+        again = tuple(again)
+        self._bytes += sum(message.size for message in again)
+        replayed = (*again, *before) if replay else again
         self._unsent = deque(message for message in (*replayed, *self._unsent) if message.type != "reply")
         for message in failed:
             self._fail_message(message, SessionLostError())
         return failed
 
-    def fail_all(self, error: ClientError) -> None:
-        """Fail all messages, because nothing more is sent."""
+    def close(self, error: ClientError) -> None:
+        """Fail all messages, and reject further ones with the same error."""
+        self._closed = error
         for message in (*self._sent, *self._unsent):
             message.fail(error)
         self._sent.clear()

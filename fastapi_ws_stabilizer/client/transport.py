@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Awaitable, Callable, Sequence
+from types import ModuleType
 from typing import Any, Protocol
+
+from fastapi_ws_stabilizer.client.errors import HttpRejection
 
 
 class TransportClosedError(Exception):
@@ -13,19 +16,26 @@ class TransportClosedError(Exception):
     Attributes:
         code: Close code; 1006 without one.
         reason: Close reason.
+        rejection: HTTP response of the server if it rejected the handshake; otherwise `None`.
     """
 
-    def __init__(self, code: int, reason: str = "") -> None:
+    def __init__(self, code: int, reason: str = "", rejection: HttpRejection | None = None) -> None:
         super().__init__(code, reason)
         self.code = code
         self.reason = reason
+        self.rejection = rejection
 
 
 class UnreadableMessageError(TransportClosedError):
-    """The WebSocket is closed, because a message of the server is too large or not UTF-8."""
+    """The WebSocket is closed, because a message of the server is too large, not UTF-8 or not a valid frame.
+
+    Attributes:
+        why: What is wrong with the message.
+    """
 
     def __init__(self, why: str) -> None:
         super().__init__(4412, f"unreadable message of the server: {why}")
+        self.why = why
 
 
 class Transport(Protocol):
@@ -72,7 +82,7 @@ Connect = Callable[[str, Sequence[str]], Awaitable[Transport]]
 It raises `TransportClosedError` if that fails, or `ClientClosedError` with a final code if it can never succeed."""
 
 
-def default_connector(**options: Any) -> Connect:
+def default_connector(options: dict[str, Any]) -> Connect:
     """Return a connect function that uses the `websockets` library.
 
     Args:
@@ -81,11 +91,24 @@ def default_connector(**options: Any) -> Connect:
     Raises:
         ImportError: The library is not installed. The error says how to install it.
     """
+    dial: Connect = _library().connector(options)
+    return dial
+
+
+def default_options() -> frozenset[str]:
+    """Return the names of the options that `default_connector` accepts.
+
+    Raises:
+        ImportError: The library is not installed. The error says how to install it.
+    """
+    names: frozenset[str] = _library().OPTIONS
+    return names
+
+
+def _library() -> ModuleType:
     try:
-        module = importlib.import_module("fastapi_ws_stabilizer.client.websockets_transport")
+        return importlib.import_module("fastapi_ws_stabilizer.client.websockets_transport")
     except ImportError as missing:
         raise ImportError(
             'the client needs the websockets library: pip install "fastapi-ws-stabilizer[client]"'
         ) from missing
-    dial: Connect = module.connector(options)
-    return dial

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import InvalidURI
+from websockets.exceptions import InvalidHandshake, InvalidStatus, InvalidURI
 
-from fastapi_ws_stabilizer.client.errors import ClientClosedError
+from fastapi_ws_stabilizer.client.errors import ClientClosedError, HttpRejection, shortened
 from fastapi_ws_stabilizer.client.transport import Connect, Transport, TransportClosedError, UnreadableMessageError
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.net.tcp import send_progress
@@ -19,14 +20,35 @@ from fastapi_ws_stabilizer.wire.v1.frames import MAX_SENT_BYTES
 INVALID_TARGET: Final = 4400
 """Close code for an invalid URL or invalid options, with which no attempt can succeed."""
 
-
 CLOSE_GRACE: Final = 0.5
 """Seconds that a server has to close the network connection after its close frame. The library waits for that, and
 hypercorn does not close it while messages arrive."""
 
 
+def _option_names() -> frozenset[str]:
+    """Return the options of `connect`, and those that it passes to asyncio for the network connection."""
+    of_library = {one.name for one in _parameters(connect.__init__) if one.kind is inspect.Parameter.KEYWORD_ONLY}
+    of_network = {one.name for one in _parameters(asyncio.BaseEventLoop.create_connection)} - {
+        "self",
+        "protocol_factory",
+    }
+    of_proxy = {f"proxy_{name}" for name in of_network} if "proxy" in of_library else set()
+    return frozenset(of_library | of_network | of_proxy | {"unix", "path"})
+
+
+def _parameters(function: Any) -> Iterable[inspect.Parameter]:
+    return inspect.signature(function).parameters.values()
+
+
+OPTIONS: Final = _option_names()
+"""Names of the options of `connector`."""
+
+
 class CountingConnection(ClientConnection):
     """Connection of the library that counts received bytes, including those of incomplete messages.
+
+    It is a subclass, because the library has no hook for the bytes of an incomplete message. Its option
+    `create_connection` is documented for subclasses, and asyncio calls `data_received` on them.
 
     Attributes:
         received_bytes: Number of bytes received so far.
@@ -115,6 +137,12 @@ def connector(options: dict[str, Any]) -> Connect:
     """
 
     async def dial(url: str, subprotocols: Sequence[str]) -> Transport:
+        opened: list[CountingConnection] = []
+
+        def create(*args: Any, **more: Any) -> CountingConnection:
+            opened.append(CountingConnection(*args, **more))
+            return opened[-1]
+
         try:
             connection = await connect(
                 url,
@@ -124,13 +152,16 @@ def connector(options: dict[str, Any]) -> Connect:
                     "open_timeout": None,
                     "close_timeout": 5,
                     "max_size": MAX_SENT_BYTES,
-                    "create_connection": CountingConnection,
+                    "create_connection": create,
                     **options,
                 },
             )
         except OSError as error:  # before ValueError: an error for an invalid certificate is both, and is not final
             raise _attempt_error(error) from error
         except (InvalidURI, TypeError, ValueError) as error:
+            is_answered = any(connection.received_bytes for connection in opened)
+            if is_answered and not isinstance(error, InvalidURI):  # websockets 14, if the answer is not HTTP
+                raise _attempt_error(error) from error
             raise ClientClosedError(INVALID_TARGET, f"invalid URL or options: {error}") from error
         except Exception as error:
             raise _attempt_error(error) from error
@@ -139,23 +170,29 @@ def connector(options: dict[str, Any]) -> Connect:
     return dial
 
 
-_FINAL_STATUS: Final = {401: 4401, 403: 4403, 404: 4404, 406: 4406}
+_FINAL_STATUS: Final = {400: 4400, 401: 4401, 403: 4403, 404: 4404, 406: 4406, 410: 4410}
 _PASSING_STATUS: Final = {429: 4429, 503: 4503}
 
 
 def _attempt_error(error: Exception) -> TransportClosedError:
     """Return the close code that matches a failed attempt.
 
-    Unlike a browser, this client can see the HTTP status.
+    Unlike a browser, this client can see the HTTP response.
     """
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
+    if not isinstance(error, InvalidStatus):
+        what = str(error) or repr(error)
+        if isinstance(error, InvalidHandshake) and error.__cause__ is not None:  # it says what the server has sent
+            what = f"{what}: {error.__cause__}"
+        return TransportClosedError(1006, shortened(what))
+    response = error.response
+    status = response.status_code
+    rejection = HttpRejection.from_response(status, response.body or b"")
     if status in _FINAL_STATUS:
-        return TransportClosedError(_FINAL_STATUS[status], f"HTTP {status}")
+        return TransportClosedError(_FINAL_STATUS[status], f"HTTP {status}", rejection)
     if status in _PASSING_STATUS:
-        wait = response.headers.get("Retry-After", "") if response is not None else ""
+        wait = response.headers.get("Retry-After", "")
         # The header has whole seconds, the same for many clients, so a random fraction spreads them.
         part = random.randrange(1000)  # noqa: S311 (spreads load)
         hint = f"; retry={int(wait) * 1000 + part}" if wait.isdigit() and len(wait) < 5 else ""
-        return TransportClosedError(_PASSING_STATUS[status], f"HTTP {status}{hint}")
-    return TransportClosedError(1006, f"HTTP {status}" if status else str(error) or repr(error))
+        return TransportClosedError(_PASSING_STATUS[status], f"HTTP {status}{hint}", rejection)
+    return TransportClosedError(1006, f"HTTP {status}", rejection)

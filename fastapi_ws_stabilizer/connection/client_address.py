@@ -9,6 +9,7 @@ from fastapi import WebSocket
 from fastapi_ws_stabilizer.compat.starlette import asgi_callables
 from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
 from fastapi_ws_stabilizer.net.proxies import TrustedProxies
+from fastapi_ws_stabilizer.wire.handshake import header_values
 
 
 class ClientAddressResolver:
@@ -24,13 +25,15 @@ class ClientAddressResolver:
 
     def address_of(self, websocket: WebSocket) -> str:
         """Return the address of a client: as a trusted proxy reports it, else the address of the peer."""
-        return self._proxies.client_address(self._peer_of(websocket), header_values(websocket, b"x-forwarded-for"))
+        return self._proxies.client_address(
+            self._peer_of(websocket), header_values(websocket.scope, b"x-forwarded-for")
+        )
 
     def hosts_of(self, websocket: WebSocket) -> list[str]:
         """Return the hosts of this server that a handshake names: in Host, and in X-Forwarded-Host of a proxy."""
-        hosts = header_values(websocket, b"host")
+        hosts = header_values(websocket.scope, b"host")
         if self._has_proxies and self._proxies.trusts(self._peer_of(websocket)):
-            forwarded = header_values(websocket, b"x-forwarded-host")
+            forwarded = header_values(websocket.scope, b"x-forwarded-host")
             hosts += [host.strip() for value in forwarded for host in value.split(",")]
         return hosts
 
@@ -44,11 +47,3 @@ class ClientAddressResolver:
         if peer is not None:
             return peer
         return None if websocket.client is None else websocket.client.host
-
-
-def header_values(websocket: WebSocket, name: bytes) -> list[str]:
-    """Return the values of all headers with a name in lower case.
-
-    `websocket.headers` would stay in memory for the lifetime of the connection.
-    """
-    return [value.decode("latin-1") for key, value in websocket.scope["headers"] if key == name]

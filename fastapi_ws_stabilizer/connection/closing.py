@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Final
 
 from fastapi_ws_stabilizer.connection.connection import Connection
@@ -24,6 +25,10 @@ class ClosingConnections:
 
     def __len__(self) -> int:
         return len(self._connections)
+
+    def __iter__(self) -> Iterator[Connection]:
+        """Iterate over a copy of all connections, oldest first."""
+        return iter(tuple(self._connections.values()))
 
     def add(self, connection: Connection) -> None:
         """Add a connection that has started to close."""

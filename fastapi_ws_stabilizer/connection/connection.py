@@ -35,12 +35,14 @@ from fastapi_ws_stabilizer.connection.inbox import Inbox, Item, Pause
 from fastapi_ws_stabilizer.connection.liveness import Liveness
 from fastapi_ws_stabilizer.connection.memory_account import MemoryAccount
 from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
+from fastapi_ws_stabilizer.connection.pending import PendingConnection
 from fastapi_ws_stabilizer.connection.protocol import PLAIN, ClientProtocol
 from fastapi_ws_stabilizer.connection.pump import read_pump
 from fastapi_ws_stabilizer.connection.quota import InboundQuota
 from fastapi_ws_stabilizer.connection.resources import SharedResources
 from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
 from fastapi_ws_stabilizer.connection.teardown import Teardown
+from fastapi_ws_stabilizer.connection.uvicorn_reader import UvicornReader
 from fastapi_ws_stabilizer.errors import NotOpenError, closed_error_for
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.limits.connections import Reservation
@@ -110,6 +112,7 @@ class Connection:
         "_closing",
         "_pump",
         "_quota",
+        "_reader",
         "_shim",
         "_tasks",
         "_teardown",
@@ -185,6 +188,7 @@ class Connection:
         self.inherited_state = False
         self.session_end_reported = False
         self._pump: asyncio.Task[None] | None = None
+        self._reader: UvicornReader | None = None
         self._shim: AsgiShim | None = None
         self._tasks: TaskSet | None = None
         self._closing: asyncio.Future[None] | None = None
@@ -247,15 +251,12 @@ class Connection:
                 own_pings=config.heartbeat_type is HeartbeatType.PING,
             )
             outbox.on_attached(compress=config.compression is CompressionMode.DEFLATE)
+        elif (protocol := self.server_transport.pushing_protocol) is not None:
+            self._reader = UvicornReader(self, protocol)
         else:
             # All pumps share one name, because a name for each would cost memory for every idle connection.
             self._pump = start(read_pump(self, receive), name="ws-pump", context=self.context)
         outbox.flush()  # sends the welcome, since the endpoint may begin with a long computation
-
-    def adopt_protocol(self, protocol: ClientProtocol) -> None:
-        """Speak another protocol, which was negotiated before the connection was opened."""
-        self.protocol = protocol
-        self.outbox = self._create_outbox()
 
     def belongs_to(self, resources: SharedResources) -> bool:
         """Whether this connection was opened with these resources and not by another manager."""
@@ -310,8 +311,8 @@ class Connection:
         if not self.opened:
             raise NotOpenError
 
-    def check_open(self) -> None:
-        """Check that the connection is open and that this is its event loop.
+    def check_open(self) -> Connection:
+        """Check that the connection is open and that this is its event loop, and return it.
 
         Raises:
             SocketClosed: The connection is closed.
@@ -321,8 +322,9 @@ class Connection:
         self.check_loop()
         if not self.opened or self.close_info is not None:
             raise self._error()
+        return self
 
-    async def still_open(self) -> None:
+    async def still_open(self) -> Connection:
         """Check like `check_open`, but yield before raising, so that a loop that catches all errors lets others run.
 
         Raises:
@@ -333,6 +335,7 @@ class Connection:
         self.check_loop()
         if not self.opened or self.close_info is not None:
             raise await self.closed_error()
+        return self
 
     async def closed_error(self) -> Exception:
         """Return the error for code that uses a closed connection."""
@@ -704,8 +707,13 @@ class Connection:
             self._shim.release(ended)
         for part in (self.outbox, self.protocol, self.teardown):
             self.attempt(part.release)
-        self._tasks = self._account = self._pump = self.context = None
+        self._tasks = self._account = self._pump = self._reader = self.context = None
         self.attempt(self.resources.listener.on_ended, self, ended)
+
+    def stop_reader(self) -> None:
+        """Ignore all further events of the server."""
+        if self._reader is not None:
+            self._reader.stop()
 
     def stop_sending(self) -> None:
         """Stop sending, without a close frame."""
@@ -805,3 +813,7 @@ class Connection:
         self.close(close_info.cause, code=close_info.code, reason=close_info.reason)
         if bug is not None:
             await self.report_bug("tied_task_failed", bug)
+
+
+AnyConnection = PendingConnection | Connection | EndedConnection
+"""Connection of a socket: a stand-in until the handshake is accepted, and the facts about it after its end."""

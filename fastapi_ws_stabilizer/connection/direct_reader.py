@@ -3,70 +3,66 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import contextvars
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
-from fastapi_ws_stabilizer.connection.pump import (
-    begin_pause,
-    close_on_disconnect_event,
-    drop_unread,
-    end_pause,
-    on_inbox_full,
-)
+from fastapi_ws_stabilizer.connection.push_reader import PushReader
 from fastapi_ws_stabilizer.servers.direct import DirectTransport
-from fastapi_ws_stabilizer.wire.v1.frames import Message
 
 if TYPE_CHECKING:
     from fastapi_ws_stabilizer.connection.connection import Connection
 
+VIOLATION_GRACE: Final = 1.0
+"""Maximum seconds in which the endpoint can read and answer the messages that came before a protocol violation."""
 
-class DirectReader:
-    """The `DirectReceiver` of one connection. The server's protocol calls it from the event loop.
 
-    When the inbox is full, the transport stops reading and TCP slows the client down. Messages that were parsed along
-    with the one that filled the inbox are still accepted. Their size is at most one read of the server, or a few
-    kilobytes of a compressed read.
+class _PendingFailure:
+    """Failure of a connection that waits until the endpoint has read all messages, for `VIOLATION_GRACE` at most.
+
+    The inbox calls it after each read, and when it closes.
     """
 
-    __slots__ = ("_connection", "_direct", "_outbox", "_reads", "_since", "_timer")
+    __slots__ = ("_connection", "_fail", "_timer")
+
+    def __init__(self, connection: Connection, fail: Callable[[], None], context: contextvars.Context) -> None:
+        self._connection = connection
+        self._fail: Callable[[], None] | None = fail
+        self._timer = asyncio.get_running_loop().call_later(VIOLATION_GRACE, self._fail_now, context=context)
+        connection.inbox.notify_when_room(self)
+
+    def __call__(self) -> None:
+        if self._fail is None:
+            return
+        connection = self._connection
+        if len(connection.inbox) and connection.close_info is None:
+            connection.inbox.notify_when_room(self)
+        else:  # not at once, because the reader has not answered the last message yet
+            self._timer.cancel()
+            asyncio.get_running_loop().call_soon(self._fail_now)
+
+    def _fail_now(self) -> None:
+        fail, self._fail = self._fail, None
+        if fail is not None:
+            fail()
+
+
+class DirectReader(PushReader):
+    """The `DirectReceiver` of one connection."""
+
+    __slots__ = ("_direct", "_outbox")
 
     def __init__(self, connection: Connection, direct: DirectTransport, outbox: DirectOutbox) -> None:
-        self._connection = connection
+        super().__init__(connection)
         self._direct = direct
         self._outbox = outbox
-        self._reads = 0
-        self._since = 0.0
-        self._timer: asyncio.TimerHandle | None = None
 
     def data_received(self) -> bool:
         """Note received bytes, possibly only a part of a message. Return whether the connection is still open."""
         self._connection.liveness.last_seen = monotonic()  # only a whole frame clears `awaiting_since`
         return self._connection.close_info is None
-
-    def message_received(self, message: str | bytes) -> None:
-        """Handle a received message. Hot path."""
-        connection = self._connection
-        try:  # inline, because a wrapper call would cost more for each message
-            if connection.close_info is not None:
-                connection.events.counters.messages_discarded += 1
-                return
-            connection.liveness.awaiting_since = None
-            item = connection.protocol.decode(connection, message)
-            if item is None:
-                return
-            inbox = connection.inbox
-            full = bool(inbox.held_bytes) and inbox.full and not drop_unread(connection)
-            if full and on_inbox_full(connection) and item is message:
-                connection.events.counters.messages_discarded += 1
-                return
-            inbox.put(item, item.size if isinstance(item, Message) else None)
-            if full and connection.pause is None:
-                self._pause()
-        except Exception as error:  # a bug in this package; the server would close the connection without a report
-            connection.events.emit_exception("internal_task_failed", error, task="ws-link")
-            connection.on_connection_lost(error)
 
     def ping_received(self) -> None:
         """Handle a received ping frame."""
@@ -79,16 +75,21 @@ class DirectReader:
         if unsolicited := self._connection.liveness.on_pong_frame(payload, monotonic()):
             self._connection.on_control_frame(unsolicited)
 
+    def violation_received(self, fail: Callable[[], None]) -> None:
+        """Call `fail` once the endpoint has read all messages, at the latest after `VIOLATION_GRACE` seconds."""
+        connection = self._connection
+        if len(connection.inbox) and connection.inbox.has_reader and connection.close_info is None:
+            _PendingFailure(connection, fail, self._outbox.limits.context)
+        else:
+            fail()
+
     def connection_lost(self, event: Mapping[str, Any]) -> None:
         """Start teardown after the server has lost the connection."""
-        self._stop_timer()
-        connection = self._connection
+        super().connection_lost(event)
         try:
-            close_on_disconnect_event(connection, event)
-            connection.stop_sending()  # also if the connection was already closing and still flushing
-        except Exception as error:  # otherwise the server would not remove the connection from its own list
-            connection.events.emit_exception("internal_task_failed", error, task="ws-link")
-            connection.on_connection_lost(error)
+            self._connection.stop_sending()  # also if it was already closing and still flushing
+        except Exception as error:
+            self._report_bug(error)
 
     def pause_writing(self) -> None:
         """Pause writing because the transport's buffer is above its high-water mark."""
@@ -102,45 +103,8 @@ class DirectReader:
         """Flush the outbox before the server closes the connection."""
         self._outbox.on_flush_due()
 
-    # ── a full inbox ──
-
-    def _pause(self) -> None:
-        connection = self._connection
-        begin_pause(connection)
+    def _pause_reading(self) -> None:
         self._direct.pause_reading()
-        self._reads, self._since = connection.inbox.reads, monotonic()
-        connection.inbox.notify_when_room(self._resume)
-        self._watch(connection.config.inbox_pause_timeout)
 
-    def _resume(self) -> None:
-        self._stop_timer()
-        self._connection.pause = None
-        self._connection.liveness.on_frame(monotonic())  # the pause must not count as silence
+    def _resume_reading(self) -> None:
         self._direct.resume_reading()
-
-    def _watch(self, delay: float) -> None:
-        # Reading can resume and pause again in endpoint code. A cancelled timer would hold that code's context.
-        context = self._outbox.limits.context
-        self._timer = asyncio.get_running_loop().call_later(delay, self._check_reads, context=context)
-
-    def _check_reads(self) -> None:
-        """Check whether the endpoint has read since the last check."""
-        self._timer = None
-        connection = self._connection
-        if connection.close_info is not None:
-            return
-        now, timeout = monotonic(), connection.config.inbox_pause_timeout
-        if connection.inbox.reads != self._reads:
-            self._reads, self._since = connection.inbox.reads, now
-            begin_pause(connection)
-        if drop_unread(connection):  # there is room, so reading continues
-            return
-        if now - self._since >= timeout:
-            end_pause(connection)
-        else:
-            self._watch(timeout - (now - self._since))
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None

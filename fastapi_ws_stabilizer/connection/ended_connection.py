@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
 from fastapi_ws_stabilizer.connection.end_errors import yield_after_error
-from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxLimits, Item
+from fastapi_ws_stabilizer.connection.inbox import Item
+from fastapi_ws_stabilizer.connection.pending import NO_INBOX
 from fastapi_ws_stabilizer.errors import closed_error_for
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.queueing import Recipient
@@ -16,9 +17,6 @@ from fastapi_ws_stabilizer.wire.v1.frames import Message
 
 if TYPE_CHECKING:
     from fastapi_ws_stabilizer.connection.connection import Connection
-
-_INBOX: Final = Inbox(InboxLimits(0, 0))
-_INBOX.close(discard=True)
 
 
 class EndedConnection:
@@ -59,7 +57,7 @@ class EndedConnection:
         self.outcome = connection.outcome
         self.protocol = connection.protocol
         self.resources = connection.resources
-        self.inbox = connection.inbox if len(connection.inbox) and not self.protocol.acknowledges else _INBOX
+        self.inbox = connection.inbox if len(connection.inbox) and not self.protocol.acknowledges else NO_INBOX
 
     @property
     def recipient(self) -> Recipient | None:

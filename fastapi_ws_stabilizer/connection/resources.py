@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 class ConnectionListener(Protocol):
     """Listener of all connections of a node. Methods that are not async must not block."""
 
+    def on_admitted(self, connection: Connection) -> None:
+        """Add an open connection that may stay to all registries."""
+
     def on_closing(self, connection: Connection) -> None:
         """Remove a connection that has started to close from all registries."""
 

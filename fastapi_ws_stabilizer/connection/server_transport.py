@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from fastapi_ws_stabilizer.close_codes import SERVER_CODES
 from fastapi_ws_stabilizer.compat.starlette import close_frame_was_received, forget_task, transport_of, unwrap_send
+from fastapi_ws_stabilizer.compat.uvicorn import PUSHING_CLASS, can_push_events
 from fastapi_ws_stabilizer.net.tcp import (
     kernel_unacked_bytes,
     seconds_since_received,
@@ -55,6 +56,13 @@ class ServerTransport:
         if not has_direct_transport(scope) or owner is None or owner is not self._receiver or owner.in_use:
             return None
         return owner  # type: ignore[no-any-return]
+
+    @property
+    def pushing_protocol(self) -> Any:
+        """The server's protocol object, if it can pass on its events and no middleware wraps `receive`; else `None`."""
+        receiver = self._receiver
+        pushes = type(receiver).__name__ == PUSHING_CLASS and can_push_events(receiver)
+        return receiver if pushes else None
 
     @property
     def peer(self) -> str | None:

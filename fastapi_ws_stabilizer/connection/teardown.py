@@ -163,6 +163,7 @@ class Teardown:
             self._abort_timer.cancel()
             self._abort_timer = None
         attempt(connection.stop_reading)
+        attempt(connection.stop_reader)
         attempt(self.cancel_endpoint)
         if not connection.endpoint.has_ended:
             attempt(self._abandon_endpoint)

@@ -7,7 +7,7 @@ import math
 import multiprocessing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.doctor.auth_middleware import unguarded_routes
@@ -21,6 +21,7 @@ from fastapi_ws_stabilizer.doctor.servers import find_server, running_server, wi
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handshake.routes import shadowed_routes
 from fastapi_ws_stabilizer.platforms.platform import Platform
+from fastapi_ws_stabilizer.servers.detect import websocket_library_advice
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,12 @@ def collect_context(
     )
 
 
+LIFESPAN_ADVICE: Final = (
+    "no lifespan has started the manager: write FastAPI(lifespan=manager.lifespan), manager.install(app), "
+    "or `async with manager.lifespan(app)` in a lifespan of your own; in tests, `with TestClient(app)`"
+)
+
+
 def run_startup_checks(
     events: EventBus,
     config: WebSocketConfig,
@@ -100,6 +107,7 @@ def run_startup_checks(
     *,
     refuses: bool,
     guarded: bool = False,
+    has_lifespan: bool = True,
     reported: set[str],
 ) -> None:
     """Run the checks that need only the process itself, and report each finding once.
@@ -113,8 +121,14 @@ def run_startup_checks(
         app: The app of the manager, if it is known.
         refuses: Whether hooks reject connections before the accept.
         guarded: Whether hooks authenticate clients.
+        has_lifespan: Whether a lifespan has started the manager, and not its first connection.
         reported: Codes that were reported already. The function adds to it.
     """
+    if problem := websocket_library_advice():
+        events.emit("websocket_library_missing", logging.ERROR, problem=problem)
+    if not has_lifespan and "lifespan_missing" not in reported:
+        reported.add("lifespan_missing")
+        events.emit("lifespan_missing", logging.WARNING, advice=LIFESPAN_ADVICE)
     try:
         server = running_server()
         options = None

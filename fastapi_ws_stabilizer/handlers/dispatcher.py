@@ -9,8 +9,7 @@ from typing import Any
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.connection.connection import Connection
-from fastapi_ws_stabilizer.connection.ended_connection import EndedConnection
+from fastapi_ws_stabilizer.connection.connection import AnyConnection, Connection
 from fastapi_ws_stabilizer.connection.inbox import InboxClosed, Item
 from fastapi_ws_stabilizer.errors import BroadcastFailedError, MessageEncodeError, RequestError, SocketClosed
 from fastapi_ws_stabilizer.events import EventBus
@@ -29,7 +28,7 @@ class Dispatcher:
         self._max_bad = config.max_bad_messages
         self._events = events
 
-    async def run(self, connection: Connection | EndedConnection, concurrency: int) -> None:
+    async def run(self, connection: AnyConnection, concurrency: int) -> None:
         """Handle every message of a connection until it closes.
 
         Messages received before the close are handled too. If a handler raises, the other running handlers are
@@ -37,13 +36,13 @@ class Dispatcher:
 
         Raises:
             ValueError: `concurrency` is below 1.
-            SocketClosed: The connection ended long ago, and only the data for session end hooks is left.
+            SocketClosed: The connection has ended.
+            NotOpenError: The connection is not accepted yet.
         """
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, not {concurrency}")
-        if isinstance(connection, EndedConnection):
+        if not isinstance(connection, Connection):
             raise await connection.closed_error()
-        connection.check_opened()
         connection.check_loop()
         if not self._handlers:
             connection.emit("no_message_handlers", logging.WARNING)
@@ -156,7 +155,7 @@ class Dispatcher:
     def _reject(self, connection: Connection, problem: InvalidMessageError, item: Item) -> None:
         self._events.counters.bad_messages += 1
         connection.bad_messages += 1
-        connection.emit("bad_message", logging.INFO, code=problem.code)
+        connection.emit_throttled("bad_message", logging.INFO, problem.code, code=problem.code)
         exceeded = self._max_bad is not None and connection.bad_messages > self._max_bad
         if not exceeded or isinstance(item, Message):  # an accepted message always gets an answer
             self._answer_error(connection, item, problem.code, problem.message)

@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
-from fastapi_ws_stabilizer.errors import BroadcastFailedError, root_cause
+from fastapi_ws_stabilizer.errors import BroadcastFailedError, is_bug, root_cause
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handlers.signatures import Signature, is_async
 from fastapi_ws_stabilizer.hub.presence import Presence
@@ -114,14 +114,23 @@ class HookRegistry:
             await hook(socket, outcome)
 
     async def auth(self, socket: StableSocket, credential: str | None) -> float | None:
-        """Run the auth hooks. An exception rejects the credential.
+        """Run the auth hooks. An exception rejects the credential, and a bug is reported.
 
         Returns:
             Seconds until the credential expires, the shortest that a hook returned, or `None` if no hook returned one.
 
         Raises:
+            Exception: A hook raised it.
             TypeError: A hook returned something other than seconds, True or None.
         """
+        try:
+            return await self._authenticate(socket, credential)
+        except Exception as error:
+            if is_bug(error):
+                await self.report_bug("auth_hook_failed", socket, error)
+            raise
+
+    async def _authenticate(self, socket: StableSocket, credential: str | None) -> float | None:
         limits = []
         for hook in self._hooks["auth"]:
             expires_in = await self._run_in_context(hook, socket, credential)
@@ -150,7 +159,7 @@ class HookRegistry:
 
     async def session_end(self, socket: StableSocket, reason: DisconnectReason) -> None:
         """Run all session end hooks, even if one fails or hangs."""
-        await self._run_all("session_end", _connection_fields(socket), socket, reason)
+        await self._run_all("session_end", socket, reason)
 
     async def _within_limit(self, hook: Hook, *args: Any) -> None:
         await self._run_with_timeout(hook, self._limit, "disconnect_grace", *args)
@@ -163,29 +172,35 @@ class HookRegistry:
 
     async def disconnect(self, socket: StableSocket, reason: DisconnectReason) -> None:
         """Run all disconnect hooks, even if one fails or hangs."""
-        await self._run_all("disconnect", _connection_fields(socket), socket, reason)
+        await self._run_all("disconnect", socket, reason)
 
     async def slow(self, socket: StableSocket, stage: SlowConsumer) -> None:
         """Run all hooks for a slow consumer, even if one fails or hangs."""
-        await self._run_all("slow", _connection_fields(socket), socket, stage)
+        await self._run_all("slow", socket, stage)
 
     async def presence(self, event: str, room: Room, presence: Presence) -> None:
         """Run all hooks for a client that joined or left a room, even if one fails or hangs."""
-        await self._run_all(event, {"room": room.name}, room, presence)
+        await self._run_all(event, room, presence)
 
-    async def _run_all(self, event: str, fields: dict[str, Any], *args: Any) -> None:
+    async def _run_all(self, event: str, subject: StableSocket | Room, detail: Any) -> None:
         for hook in self._hooks[event]:
             try:
-                await self._within_limit(hook, *args)
+                await self._within_limit(hook, subject, detail)
             except BroadcastFailedError as error:
-                self._events.emit("broadcast_failed", logging.WARNING, recipients=error.total, **fields)
+                self._events.emit("broadcast_failed", logging.WARNING, recipients=error.total, **_fields_of(subject))
             except Exception as error:
+                fields = _fields_of(subject)
                 if isinstance(root_cause(error), WebSocketDisconnect):  # the connection had closed, which is not a bug
                     self._events.emit("hook_stopped", logging.DEBUG, hook=event, cause=repr(error), **fields)
                     continue
                 self._events.emit_exception(_FAILED[event], error, **fields)
-                if "connection_id" in fields:
-                    await self.error(args[0], error)
+                if not isinstance(subject, Room):
+                    await self.error(subject, error)
+
+    async def report_bug(self, event: str, socket: StableSocket, error: BaseException) -> None:
+        """Report a bug in user code once, and run the error hooks."""
+        self._events.emit_exception(event, error, **_fields_of(socket))
+        await self.error(socket, error)
 
     async def error(self, socket: StableSocket, error: BaseException) -> None:
         """Run all error hooks, even if one fails or hangs."""
@@ -195,12 +210,14 @@ class HookRegistry:
             except Exception as second:
                 if isinstance(root_cause(second), WebSocketDisconnect):
                     self._events.emit(
-                        "hook_stopped", logging.DEBUG, hook="error", cause=repr(second), **_connection_fields(socket)
+                        "hook_stopped", logging.DEBUG, hook="error", cause=repr(second), **_fields_of(socket)
                     )
                     continue
-                self._events.emit_exception("error_hook_failed", second, **_connection_fields(socket))
+                self._events.emit_exception("error_hook_failed", second, **_fields_of(socket))
 
 
-def _connection_fields(socket: StableSocket) -> dict[str, Any]:
-    """Return the fields that identify a connection in a report."""
-    return {"client_id": socket.client_id, "connection_id": socket.connection_id}
+def _fields_of(subject: StableSocket | Room) -> dict[str, Any]:
+    """Return the fields that identify a connection or a room in a report."""
+    if isinstance(subject, Room):
+        return {"room": subject.name}
+    return {"client_id": subject.client_id, "connection_id": subject.connection_id}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from typing import Final
+from typing import Any, Final
 
 from fastapi import WebSocket, WebSocketException
 from starlette.datastructures import MutableHeaders
@@ -14,20 +14,35 @@ from starlette.websockets import WebSocketState
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.compat.starlette import asgi_callables
 from fastapi_ws_stabilizer.config import CompressionMode, DuplicatePolicy, WebSocketConfig
-from fastapi_ws_stabilizer.connection.client_address import ClientAddressResolver, header_values
+from fastapi_ws_stabilizer.connection.client_address import ClientAddressResolver
 from fastapi_ws_stabilizer.connection.closing import MAX_CLOSING, ClosingConnections
+from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
 from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
-from fastapi_ws_stabilizer.errors import ConnectionLimitExceededError, OriginNotAllowedError, ShutdownError
+from fastapi_ws_stabilizer.errors import (
+    ConnectionLimitExceededError,
+    DuplicateClientError,
+    OriginNotAllowedError,
+    ShutdownError,
+)
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handshake.hello import HelloReader, credential_in
-from fastapi_ws_stabilizer.handshake.rejection import Rejector, select_subprotocol
+from fastapi_ws_stabilizer.handshake.rejection import Rejector
+from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
 from fastapi_ws_stabilizer.limits.connections import ConnectionLimiter, Reservation, retry_delay, shutdown_error
 from fastapi_ws_stabilizer.net.origin import OriginPolicy
 from fastapi_ws_stabilizer.net.proxies import rate_limit_key
+from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.tasks import LazyEvent, wait_for_all
-from fastapi_ws_stabilizer.wire.handshake import ANSWERED_KEY, HEADERS_KEY, SERVED_KEY
-from fastapi_ws_stabilizer.wire.v1.hello import Hello, offers_v1
+from fastapi_ws_stabilizer.wire.handshake import (
+    ANSWERED_KEY,
+    HEADERS_KEY,
+    SERVED_KEY,
+    header_values,
+    select_subprotocol,
+)
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
+from fastapi_ws_stabilizer.wire.v1.hello import Hello
 
 MAX_ROUTES: Final = 64
 """Maximum number of routes for which an unanswered subprotocol is reported."""
@@ -91,7 +106,7 @@ class Handshake:
         self.admission = admission
         self.parent = parent
         self.websocket = websocket
-        self.speaks_v1 = offers_v1(websocket.scope.get("subprotocols") or ())
+        self.speaks_v1 = SUBPROTOCOL in (websocket.scope.get("subprotocols") or ())
         self.reservation = reservation
         self._hello_reader = hello_reader
         self._hello: Hello | None = None
@@ -140,7 +155,7 @@ class Handshake:
                 if link is not None:
                     link.refuse_compression()
             scope = websocket.scope
-            subprotocol = select_subprotocol(websocket)
+            subprotocol = select_subprotocol(scope)
             headers: MutableHeaders | None = scope.pop(HEADERS_KEY, None)
             await websocket.accept(subprotocol, None if headers is None else headers.raw)
             if subprotocol is not None:
@@ -192,7 +207,7 @@ class Handshake:
 
 
 class AdmissionController:
-    """Admission of handshakes for one manager: shutdown, origin, address, rates and capacity.
+    """Admission of handshakes for one manager: shutdown, origin, address, rates, capacity and duplicates.
 
     Args:
         config: The limits and the allowed origins.
@@ -200,6 +215,7 @@ class AdmissionController:
         addresses: The resolver of client addresses.
         rejector: The rejector of this manager.
         hello_reader: The reader of hellos, which gives up pending clients when the server is full.
+        registry: The open connections.
         closing_connections: The connections in teardown.
     """
 
@@ -210,18 +226,21 @@ class AdmissionController:
         addresses: ClientAddressResolver,
         rejector: Rejector,
         hello_reader: HelloReader,
+        registry: ConnectionRegistry,
         closing_connections: ClosingConnections,
     ) -> None:
         self._events = events
         self._hello_reader = hello_reader
+        self._registry = registry
         self._closing_connections = closing_connections
+        self._on_duplicate = config.on_duplicate
         self._max_connections = config.max_connections
         self._drain_window = config.drain_window
         self._max_cleanups = config.max_concurrent_cleanup
         self._compresses = config.compression is CompressionMode.DEFLATE
         self._addresses = addresses
-        self._requires_origin = config.require_origin
         self._origins = OriginPolicy(config.allowed_origins, required=config.require_origin)
+        self._requires_origin = config.require_origin
         self.rejector = rejector
         self.limiter = ConnectionLimiter(
             max_connections=config.max_connections,
@@ -267,6 +286,11 @@ class AdmissionController:
         """Return the error for handshakes during shutdown, with a random delay after which to retry."""
         return shutdown_error(self._drain_window)
 
+    def on_established(self, handshake: Handshake) -> None:
+        """Remove a handshake that has become a connection."""
+        handshake.established = True
+        self.forget(handshake)
+
     def forget(self, handshake: Handshake) -> None:
         """Remove a handshake that was established or rejected. Nothing happens if it was removed."""
         self._handshakes.discard(handshake)
@@ -297,8 +321,10 @@ class AdmissionController:
         )
 
     def _check_origin(self, websocket: WebSocket) -> None:
-        origins = header_values(websocket, b"origin")
-        hosts = self._addresses.hosts_of(websocket) if origins or self._requires_origin else []
+        origins = header_values(websocket.scope, b"origin")
+        if not origins and not self._requires_origin:  # most clients that are not browsers
+            return
+        hosts = self._addresses.hosts_of(websocket)
         problem = self._origins.problem(origins, hosts)
         if problem is not None:
             raise OriginNotAllowedError(problem, ", ".join(hosts))
@@ -331,3 +357,42 @@ class AdmissionController:
         )
         self._handshakes.add(handshake)
         return handshake
+
+    # ── after the client is identified ──
+
+    def confirm(
+        self, reservation: Reservation, client_id: str, *, session: Session | None = None, has_token: bool = False
+    ) -> None:
+        """Confirm the reservation of an identified client.
+
+        Args:
+            reservation: The connection slot.
+            client_id: The client.
+            session: The session that the client has proven.
+            has_token: Whether the client has a reconnect token. Its other connections are then half-open, and are
+                replaced.
+
+        Raises:
+            ConnectionLimitExceededError: The server is full.
+            TooManyConnectionsError: The client or its address has too many connections.
+        """
+        policy = self._on_duplicate
+        replaces = policy is DuplicatePolicy.REPLACE or (policy is DuplicatePolicy.REJECT and has_token)
+        replaced: list[Any] = self.others(client_id, session) if replaces else []
+        if session is not None and session.connection is not None:
+            replaced.append(session.connection)
+        reservation.confirm(client_id, replaces=[one.reservation for one in replaced if one.reservation is not None])
+
+    def check_duplicate(self, client_id: str, session: Session | None) -> None:
+        """Check that a client is not connected, if `on_duplicate="reject"`.
+
+        Raises:
+            DuplicateClientError: The client has a connection that `session` does not take over.
+        """
+        if self._on_duplicate is DuplicatePolicy.REJECT and self.others(client_id, session):
+            raise DuplicateClientError(client_id)
+
+    def others(self, client_id: str, session: Session | None) -> list[Connection]:
+        """Return the connections of a client except for those of `session`, which it may take over."""
+        connections = self._registry.of_client(client_id)
+        return [one for one in connections if session is None or one.recipient is not session]

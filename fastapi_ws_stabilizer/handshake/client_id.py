@@ -1,4 +1,4 @@
-"""Client ids and the expiry of identities."""
+"""What a handshake says of its client: client id, reconnect token, and the expiry of the identity."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from uuid import UUID, uuid4
 
 from fastapi import HTTPException, WebSocket
 
+from fastapi_ws_stabilizer.auth.signed_tokens import looks_like_token
 from fastapi_ws_stabilizer.clock import wall
 from fastapi_ws_stabilizer.wire.identifiers import NAME_RULE, is_name
 
@@ -18,6 +19,12 @@ Moment = datetime | float | None
 
 MAX_TERM: Final = 10 * 365 * 86_400.0
 """Longest term of an identity in seconds. A longer term counts as no expiry, because no timer waits that long."""
+
+TOKEN_PARAMETERS: Final = ("reconnect_token", "token")
+"""Query parameters that may contain a reconnect token.
+
+A login may use `token` too, so a value without the prefix of a reconnect token is ignored.
+"""
 
 
 def client_id_from_request(websocket: WebSocket) -> str | None:
@@ -35,6 +42,12 @@ def client_id_from_request(websocket: WebSocket) -> str | None:
     if not is_name(client_id):
         raise HTTPException(400, f"client_id: {NAME_RULE}")
     return client_id
+
+
+def reconnect_token_from_request(websocket: WebSocket) -> str | None:
+    """Return the reconnect token in the query, or `None`."""
+    found = (websocket.query_params.get(name) for name in TOKEN_PARAMETERS)
+    return next((token for token in found if token is not None and looks_like_token(token)), None)
 
 
 def fresh_client_id() -> str:

@@ -1,23 +1,20 @@
-"""The first exchange with a `stabilizer.v1.json` client: hello, credential, session."""
+"""The first frame of a `stabilizer.v1.json` client: the hello, with its credential."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
 from fastapi import WebSocket, WebSocketException
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.close_codes import SUPERSEDED
 from fastapi_ws_stabilizer.compat.starlette import mark_handled
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.errors import ShutdownError
 from fastapi_ws_stabilizer.handshake.rejection import Rejector
 from fastapi_ws_stabilizer.limits.connections import shutdown_error
-from fastapi_ws_stabilizer.sessions.session import Session
-from fastapi_ws_stabilizer.sessions.store import ResumeResult, SessionStore, StaleAttemptError
 from fastapi_ws_stabilizer.tasks import LazyEvent, TaskSet, wait_for_first
 from fastapi_ws_stabilizer.wire.v1.frames import ProtocolError
 from fastapi_ws_stabilizer.wire.v1.hello import Hello, offered_credential, parse_hello
@@ -31,14 +28,12 @@ class HelloReader:
 
     Args:
         config: The options, such as `hello_timeout`.
-        sessions: The store of sessions.
         rejector: The rejector of this manager.
     """
 
-    def __init__(self, config: WebSocketConfig, sessions: SessionStore, rejector: Rejector) -> None:
+    def __init__(self, config: WebSocketConfig, rejector: Rejector) -> None:
         self._timeout = config.hello_timeout
         self._drain_window = config.drain_window
-        self._sessions = sessions
         self._rejector = rejector
         self._tasks = TaskSet(lambda _, __: None)  # a client that disconnects during its handshake is not an error
         self._closed = LazyEvent()
@@ -52,6 +47,11 @@ class HelloReader:
         """A future for each client without a session. It is done when its hello or its authentication ends."""
         return list(self._pending)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether all clients are rejected, including those in a handshake."""
+        return self._closed.is_set
+
     def reopen(self) -> None:
         """Accept hellos again after `close`."""
         if self._closed.is_set:
@@ -60,47 +60,6 @@ class HelloReader:
     def close(self) -> None:
         """Reject all clients from now on, including those in a handshake."""
         self._closed.set()
-
-    async def negotiate(
-        self,
-        websocket: WebSocket,
-        hello: Hello,
-        client_id_of: Callable[[Session | None], str],
-        authenticate: Callable[[str | None], Awaitable[Exception | None]],
-        check_admission: Callable[[str, Session | None], Exception | None],
-    ) -> ResumeResult:
-        """Authenticate a client by its hello, and resume or create its session.
-
-        Args:
-            websocket: The accepted WebSocket.
-            hello: The hello of the client.
-            client_id_of: Returns the client id, given the session that the hello proves.
-            authenticate: Verifies the credential, and returns an error if it is invalid.
-            check_admission: Returns an error if the client may not connect with that session.
-
-        Returns:
-            The session and the result of the resume.
-
-        Raises:
-            WebSocketException: The client was rejected, and the WebSocket is closed.
-        """
-        proven = self._sessions.authenticate(hello)
-        client_id = client_id_of(proven)  # before authentication, because the hooks read the client id
-        with self._pending_handshake(), self._sessions.pinned(proven):
-            error = await authenticate(credential_in(hello, websocket))
-        if error is not None:
-            raise await self._reject(websocket, error, client_id)
-        if self._closed.is_set:
-            raise await self._reject(websocket, self._stopping(), client_id)
-        own_session = self._sessions.authenticate(hello) or self._sessions.superseded_by(hello, client_id)
-        error = check_admission(client_id, own_session)  # before any change to the session
-        if error is not None:
-            raise await self._reject(websocket, error, client_id)
-        try:
-            return self._sessions.resume(hello, client_id)
-        except StaleAttemptError as stale:
-            error = WebSocketException(SUPERSEDED, "a newer connection has the session")
-            raise await self._reject(websocket, error, client_id) from stale
 
     def evict_oldest_pending(self) -> None:
         """Stop waiting for the oldest missing hello, if it is missing for at least `MIN_HELLO_WAIT` seconds."""
@@ -120,11 +79,12 @@ class HelloReader:
         Raises:
             WebSocketException: No valid hello arrived in time. The WebSocket is closed.
         """
-        with self._pending_handshake():
+        with self.pending_handshake():
             return await self._hello(websocket, on_evicted)
 
     @contextmanager
-    def _pending_handshake(self) -> Iterator[None]:
+    def pending_handshake(self) -> Iterator[None]:
+        """Count a client without a session as pending, until its hello or its authentication ends."""
         pending = LazyEvent()
         self._pending.add(pending.future)
         try:
@@ -144,9 +104,9 @@ class HelloReader:
             if not waiting.done():
                 waiting.cancel()
         if self._closed.is_set:
-            raise await self._reject(websocket, self._stopping())
+            raise await self.reject(websocket, self._stopping())
         if not waiting.done():
-            raise await self._reject(websocket, WebSocketException(4408, "no hello received"))
+            raise await self.reject(websocket, WebSocketException(4408, "no hello received"))
         failed = waiting.cancelled() or waiting.exception() is not None
         message: Any = None if failed else waiting.result()
         if message is None or message["type"] != "websocket.receive":
@@ -156,12 +116,12 @@ class HelloReader:
         try:
             return parse_hello((message.get("bytes") or b"") if text is None else text)
         except ProtocolError as problem:
-            raise await self._reject(websocket, WebSocketException(problem.code, str(problem))) from problem
+            raise await self.reject(websocket, WebSocketException(problem.code, str(problem))) from problem
 
     def _stopping(self) -> ShutdownError:
         return shutdown_error(self._drain_window)
 
-    async def _reject(self, websocket: WebSocket, error: Exception, client_id: str | None = None) -> WebSocketException:
+    async def reject(self, websocket: WebSocket, error: Exception, client_id: str | None = None) -> WebSocketException:
         """Close the WebSocket of a client without a session, and return the exception that ends its endpoint."""
         close_info = self._rejector.record_rejection(websocket, error, client_id)
         return await self._rejector.accept_and_close(websocket, close_info.code, close_info.reason)

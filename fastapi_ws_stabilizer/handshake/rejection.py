@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Coroutine
+from collections.abc import Coroutine
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -19,7 +19,6 @@ from fastapi.exceptions import WebSocketRequestValidationError
 from starlette.responses import Response
 from starlette.websockets import WebSocketState
 
-from fastapi_ws_stabilizer.auth.credentials import SUBPROTOCOL_KEY
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import CloseInfo, truncate_reason
 from fastapi_ws_stabilizer.compat.fastapi import http_answer
@@ -41,9 +40,7 @@ from fastapi_ws_stabilizer.limits.connections import MAX_ADDRESSES
 from fastapi_ws_stabilizer.limits.rates import KeyedTokenBuckets, Rate, TokenBucket
 from fastapi_ws_stabilizer.net.proxies import rate_limit_key
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
-from fastapi_ws_stabilizer.wire.handshake import SERVED_KEY, first_offered
-from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
-from fastapi_ws_stabilizer.wire.v1.hello import offers_v1
+from fastapi_ws_stabilizer.wire.handshake import select_subprotocol
 
 DENIAL: Final = "websocket.http.response"
 """ASGI extension of servers that can answer a handshake with any HTTP response."""
@@ -76,21 +73,6 @@ A client that sends an `Origin` and reconnects constantly then costs no more tha
 
 REJECTION_TIMEOUT: Final = 5.0
 """Seconds that the answer to a rejected client may take."""
-
-
-def select_subprotocol(websocket: WebSocket) -> str | None:
-    """Return the subprotocol to answer a handshake with, or `None`.
-
-    It is `stabilizer.v1.json`, else the first subprotocol of the endpoint, else the marker of a credential, if the
-    client offers it. A browser that offers subprotocols rejects an answer without one.
-    """
-    offered: Collection[str] = websocket.scope.get("subprotocols") or ()
-    if offers_v1(offered):
-        return SUBPROTOCOL
-    chosen = first_offered(websocket.scope.get(SERVED_KEY, ()), offered)
-    if chosen is None:
-        chosen = websocket.scope.get(SUBPROTOCOL_KEY)
-    return chosen if chosen in offered else None
 
 
 def to_http_exception(error: WebSocketStabilizerError | WebSocketException) -> HTTPException:
@@ -178,7 +160,7 @@ class Rejector:
         return self._close_code_buckets.take(key, 1.0, monotonic()) > 0
 
     def _closes(self, websocket: WebSocket) -> bool:
-        if websocket.scope.get("subprotocols") and select_subprotocol(websocket) is None:
+        if websocket.scope.get("subprotocols") and select_subprotocol(websocket.scope) is None:
             return False  # any of them may be a credential, and Chrome rejects an answer without one
         if self._policy is RejectPolicy.AUTO:
             return "origin" in websocket.headers and not self._accept_to_close.take(
@@ -203,7 +185,7 @@ class Rejector:
 
         async def close() -> None:
             if accept and websocket.application_state is not WebSocketState.CONNECTED:
-                await websocket.accept(select_subprotocol(websocket))
+                await websocket.accept(select_subprotocol(websocket.scope))
             await websocket.close(code, truncate_reason(reason))
 
         if accept:  # before the close, because one of uvicorn's implementations waits for the answer in it

@@ -97,6 +97,7 @@ class Hub:
         rooms: str | Iterable[str] | None = None,
         exclude: Any = None,
         *,
+        exclude_client: str | None = None,
         history: bool = True,
     ) -> BroadcastResult:
         """Queue a frame for all recipients or for the members of some rooms, once for each.
@@ -105,6 +106,7 @@ class Hub:
             frame: The frame to send.
             rooms: Name or names of rooms; all recipients if omitted.
             exclude: A client id, a socket, or several of them, that do not get the frame.
+            exclude_client: A further client id.
             history: Whether the rooms store the frame in their history.
 
         Raises:
@@ -114,6 +116,8 @@ class Hub:
         self.check_loop()
         if rooms is not None and not isinstance(rooms, str):
             rooms = tuple(rooms)
+        if exclude_client is not None:
+            exclude = exclude_client if exclude is None else (exclude_client, exclude)
         if exclude is not None and not isinstance(exclude, str) and isinstance(exclude, Iterable):
             exclude = tuple(exclude)  # it is read when earlier broadcasts are done
         if rooms is not None:

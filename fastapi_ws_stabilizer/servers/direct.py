@@ -7,7 +7,7 @@ a middleware that wraps `receive` or `send` expects to see the messages.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
 EXTENSION: Final = "fastapi_ws_stabilizer"
@@ -32,6 +32,9 @@ class DirectReceiver(Protocol):
 
     def pong_received(self, payload: bytes) -> None:
         """Process a received pong frame."""
+
+    def violation_received(self, fail: Callable[[], None]) -> None:
+        """Call `fail`, which fails the connection, soon after your code has read the messages before the violation."""
 
     def connection_lost(self, event: Mapping[str, Any]) -> None:
         """Process the end of the connection; `event` is the ASGI `websocket.disconnect`."""

@@ -15,9 +15,6 @@ from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import SessionStore
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 
-MAX_EXPECTED: Final = 100_000
-"""Maximum number of remembered clients with a reconnect token. The client with the oldest token is forgotten first."""
-
 
 class SkippingQueue:
     """Send queue of a detached plain client.
@@ -152,10 +149,7 @@ def key_of_connection(client_id: str, connection_id: str) -> str:
 
 
 class DetachedStateStore:
-    """Store of detached states.
-
-    A plain client has no session that identifies it to the server. So the server expects only clients with a reconnect
-    token back, and only for `ttl` seconds.
+    """Store of detached states, each for `ttl` seconds.
 
     The key of a state is the client id if the client had one connection, else the client id and the connection id.
 
@@ -167,33 +161,12 @@ class DetachedStateStore:
     def __init__(self, ttl: float, max_states: int) -> None:
         self._ttl = ttl
         self._max_states = max_states
-        self._expected: OrderedDict[str, float] = OrderedDict()  # key → expiry of the token, the oldest token first
         self._states: OrderedDict[str, DetachedState] = OrderedDict()  # by key, the oldest first
         self._of_client: dict[str, dict[str, DetachedState]] = {}  # the same, by client id and key
 
     def __len__(self) -> int:
         """Number of stored states."""
         return len(self._states)
-
-    def mark_resumable(self, key: str, seconds: float) -> None:
-        """Record that a client was given a token that is valid for some seconds."""
-        now = monotonic()
-        self._expected[key] = now + seconds
-        self._expected.move_to_end(key)
-        self._forget_resumable(now)
-
-    def is_resumable(self, *keys: str) -> bool:
-        """Whether a client may return with a token for one of these keys."""
-        now = monotonic()
-        return self._ttl > 0 and any(self._expected.get(key, now) > now for key in keys)
-
-    def _forget_resumable(self, now: float) -> None:
-        """Forget expired tokens, and the oldest above the limit."""
-        while self._expected:
-            key, until = next(iter(self._expected.items()))
-            if until > now and len(self._expected) <= MAX_EXPECTED:
-                break
-            del self._expected[key]
 
     def save(self, key: str, state: DetachedState) -> list[DetachedState]:
         """Store the state of a closed connection. It replaces an older state with the same key.
@@ -237,11 +210,8 @@ class DetachedStateStore:
         return True
 
     def discard_of(self, client_id: str) -> list[DetachedState]:
-        """Remove and return all states of a client, and forget its tokens."""
-        discarded = [self._take_out(state.key) for state in self.all_of(client_id)]
-        for key in (client_id, *(state.key for state in discarded)):
-            self._expected.pop(key, None)
-        return discarded
+        """Remove and return all states of a client."""
+        return [self._take_out(state.key) for state in self.all_of(client_id)]
 
     def detached_at(self, state: DetachedState) -> float:
         """Return the time at which a state was stored, on the monotonic clock."""
@@ -254,7 +224,6 @@ class DetachedStateStore:
     def collect(self) -> list[DetachedState]:
         """Remove and return expired states."""
         now, discarded = monotonic(), []
-        self._forget_resumable(now)
         while self._states:
             key, state = next(iter(self._states.items()))
             if state.until > now:
@@ -291,9 +260,9 @@ class DetachedRecipients:
     """
 
     def __init__(self, sessions: SessionStore, states: DetachedStateStore) -> None:
-        self._sessions = sessions
-        self._states = states
+        self.sessions = sessions
+        self.states = states
 
     def of_client(self, client_id: str) -> list[Session | DetachedState]:
         """Return the detached sessions of a client, and the detached states of its plain connections."""
-        return [*self._sessions.detached_of(client_id), *self._states.all_of(client_id)]
+        return [*self.sessions.detached_of(client_id), *self.states.all_of(client_id)]

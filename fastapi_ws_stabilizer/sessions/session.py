@@ -151,6 +151,21 @@ class Session:
 
     # ── memory ──
 
+    def adopt_user_data(self, user_data: MeteredDict) -> None:
+        """Take over user data that was set before its client was known to be this session's.
+
+        If the session has user data already, that dict stays and gets the entries of the new one, because a handler of
+        the previous connection may still write to it.
+
+        Raises:
+            MemoryLimitExceededError: Both do not fit together. The session's own data is unchanged.
+        """
+        if self.user_data is None:
+            user_data.owner, self.user_data = self, user_data
+            return
+        user_data.stop_accounting()
+        self.user_data.update(user_data)
+
     @property
     def account(self) -> Session:
         """This session: it is its own account in the memory budget."""

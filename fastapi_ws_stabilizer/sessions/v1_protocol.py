@@ -15,9 +15,8 @@ from typing import Any, Final
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, CloseInfo, DisconnectReason
 from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType, WebSocketConfig
-from fastapi_ws_stabilizer.connection.connection import Connection
+from fastapi_ws_stabilizer.connection.connection import AnyConnection, Connection
 from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry, to_milliseconds
-from fastapi_ws_stabilizer.connection.ended_connection import EndedConnection
 from fastapi_ws_stabilizer.connection.inbox import Item
 from fastapi_ws_stabilizer.connection.protocol import ClientProtocol, check_not_volatile, is_too_big
 from fastapi_ws_stabilizer.errors import RequestTimeoutError
@@ -62,7 +61,7 @@ PING_BYTES: Final = 64
 """Upper bound for the bytes of a ping frame."""
 
 
-class V1Protocol(DelayedAcks, ClientProtocol):
+class V1Protocol(ClientProtocol):
     """Server side of `stabilizer.v1.json` for one connection.
 
     Args:
@@ -79,6 +78,7 @@ class V1Protocol(DelayedAcks, ClientProtocol):
     __slots__ = (
         "_ack_request",
         "_acknowledged",
+        "_acks",
         "_connection",
         "_idempotency",
         "_rejected_seq",
@@ -88,14 +88,12 @@ class V1Protocol(DelayedAcks, ClientProtocol):
         "session",
     )
 
-    ack_delay = ACK_WITHIN
     acknowledges = True
 
     _connection: Connection
     """The connection, from its opening to its end."""
 
     def __init__(self, resume_result: ResumeResult, config: WebSocketConfig, idempotency: IdempotencyCache) -> None:
-        super().__init__()
         self.session: Session = resume_result.session
         self.resume_result = resume_result
         self._idempotency = idempotency
@@ -104,6 +102,7 @@ class V1Protocol(DelayedAcks, ClientProtocol):
         # Number of the message that the client must send again; 0 for none, -1 if the client cannot do that.
         self._rejected_seq = 0 if resume_result.retries else -1
         self._acknowledged = -1  # the highest number that the client acknowledged on this connection
+        self._acks = DelayedAcks(ACK_WITHIN)
         self._ack_request: asyncio.Handle | None = None
         self._sequenced_count = 0  # numbered messages in both directions at the reaper's last check
 
@@ -177,7 +176,7 @@ class V1Protocol(DelayedAcks, ClientProtocol):
 
     def on_closing(self) -> None:
         """Cancel timers when the connection starts to close."""
-        self._reset_ack()
+        self._acks.reset()
         if self._ack_request is not None:
             self._ack_request.cancel()
 
@@ -264,7 +263,7 @@ class V1Protocol(DelayedAcks, ClientProtocol):
         if seq == next_one:
             return True
         if seq < next_one:  # sent again, because the acknowledgement did not reach the client
-            self._schedule_ack()
+            self._acks.schedule(self._send_ack)
             connection.on_control_frame()
         elif self._rejected_seq == next_one:  # sent before the rejection arrived; the client sends it again later
             connection.quota.on_early_message(connection, raw)
@@ -275,7 +274,7 @@ class V1Protocol(DelayedAcks, ClientProtocol):
     def _accept(self, seq: int) -> None:
         """Mark a message as accepted, regardless of what its handler does."""
         self.session.accepted = seq
-        self._schedule_ack()
+        self._acks.schedule(self._send_ack)
 
     def _handle_control(self, connection: Connection, kind: str, frame: dict[str, Any], raw: str | bytes) -> None:
         session = self.session
@@ -285,7 +284,7 @@ class V1Protocol(DelayedAcks, ClientProtocol):
             self._acknowledge(seq := require_int(frame, "seq"))
             self._count_ack(connection, seq)
         elif kind == "ping":
-            self._reset_ack()
+            self._acks.reset()
             connection.answer(control_frame("pong", ts=ping_timestamp(frame), ack=session.accepted))
         elif kind == "pong":
             if unsolicited := connection.liveness.on_pong(monotonic()):
@@ -475,7 +474,7 @@ class V1Protocol(DelayedAcks, ClientProtocol):
             self._connection.liveness.on_unmeasured_ping()
 
     def _send_ack(self) -> None:
-        self._reset_ack()
+        self._acks.reset()
         connection = self._connection
         if connection.close_info is None and self.is_current:
             connection.answer(control_frame("ack", seq=self.session.accepted))
@@ -488,7 +487,7 @@ class V1Protocol(DelayedAcks, ClientProtocol):
         return True
 
 
-def session_of(connection: Connection | EndedConnection) -> Session | None:
+def session_of(connection: AnyConnection) -> Session | None:
     """Return the session of a connection; `None` for a plain client."""
     protocol = connection.protocol
     return protocol.session if isinstance(protocol, V1Protocol) else None

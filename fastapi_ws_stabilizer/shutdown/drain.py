@@ -8,6 +8,7 @@ of a plain client then.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import random
 from collections.abc import Callable, Iterable, Set
@@ -16,14 +17,18 @@ from typing import Final
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.server_transport import FLUSH_GRACE
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handshake.admission import AdmissionController
 from fastapi_ws_stabilizer.hub.reaper import DRAIN_LEAD
 from fastapi_ws_stabilizer.limits.connections import shutdown_error
+from fastapi_ws_stabilizer.node import Node
 from fastapi_ws_stabilizer.scheduling import LoopBudget
-from fastapi_ws_stabilizer.tasks import wait_for_all, wait_for_first
+from fastapi_ws_stabilizer.servers.detect import exits_on_signal
+from fastapi_ws_stabilizer.shutdown.signals import SignalHandler
+from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all, wait_for_first
 
 CLOSES_PER_SECOND: Final = 100.0
 """Minimum rate of closes, so that a drain of few connections does not take the whole window."""
@@ -229,3 +234,102 @@ class Drain:
                     forced.append(connection)
                     connection.abort()
         return forced
+
+
+class NodeShutdown:
+    """Drain and stop of one node. A node is drained once until it accepts connections again.
+
+    Args:
+        node: The node.
+        config: Options of the manager.
+        events: Event bus for the events of the drain.
+        signals: Signal handler, whose previous handlers are restored before the node stops.
+
+    Attributes:
+        has_begun: Whether the node drains or is stopped, so that it rejects new connections.
+    """
+
+    def __init__(self, node: Node, config: WebSocketConfig, events: EventBus, signals: SignalHandler) -> None:
+        self._node = node
+        self._config = config
+        self._events = events
+        self._signals = signals
+        self._context = contextvars.copy_context()
+        self._tasks = TaskSet(lambda _, __: None)  # the code that awaits the task gets its failure
+        self._drain: Drain | None = None
+        self._running: asyncio.Task[ShutdownReport] | None = None
+        self.has_begun = False
+
+    def cancel(self) -> None:
+        """Cancel the drain, and let the node accept connections again."""
+        if self._drain is not None:
+            self._drain.cancel()
+        self._drain = self._running = None
+        self.has_begun = False
+        self._node.resume_accepting()
+
+    async def drain(self, timeout: float | None) -> ShutdownReport:
+        """Drain the node over `drain_window`, or join the drain that runs. Cancelling ends the wait, but not the drain.
+
+        Args:
+            timeout: Maximum seconds for the whole drain. `None` means `drain_timeout`.
+        """
+        own_connections = self._node.connections_of_current_task()
+        return await self._drain_within(timeout, self._config.drain_window, own_connections)
+
+    async def drain_before_exit(self) -> ShutdownReport:
+        """Drain because of a signal, without a window if the server exits at once.
+
+        Without a window, more clients get a close frame before the process exits. Cancelling ends the wait, but not the
+        drain.
+        """
+        # A signal can interrupt the code of any connection. The drain still waits for that connection.
+        return await self._drain_within(None, self._exit_window)
+
+    async def stop(self, timeout: float | None) -> ShutdownReport:
+        """Drain the node, and then stop it. Cancelling ends the wait, but not the drain.
+
+        Args:
+            timeout: Maximum seconds for the whole shutdown. `None` means `drain_timeout`.
+        """
+        timeout = self._config.drain_timeout if timeout is None else timeout
+        until = monotonic() + timeout
+        own_connections = self._node.connections_of_current_task()
+        try:
+            report = await self._drain_within(timeout, self._exit_window, own_connections)
+        finally:
+            self._signals.restore()
+            if own_connections:  # waiting here would abort the connection of the calling code
+                self._tasks.spawn(self._stop_after_drain(until), name="ws-stop")
+            else:
+                await self._node.stop(max(1.0, until - monotonic()))
+        self._events.emit("shutdown", logging.INFO, **vars(report))
+        return report
+
+    @property
+    def _exit_window(self) -> float:
+        """Seconds over which the closes are spread before the process exits."""
+        return 0.0 if exits_on_signal() else self._config.drain_window
+
+    async def _stop_after_drain(self, until: float) -> None:
+        if self._running is not None:
+            await wait_for_all([self._running], max(0.0, until - monotonic()))
+        await self._node.stop(max(1.0, until - monotonic()))
+
+    async def _drain_within(
+        self, timeout: float | None, window: float, own_connections: Set[Connection] = frozenset()
+    ) -> ShutdownReport:
+        timeout = self._config.drain_timeout if timeout is None else timeout
+        self.has_begun = True
+        self._node.stop_accepting()
+        running = self._running
+        if self._drain is None or running is None or (running.done() and (running.cancelled() or running.exception())):
+            self._drain = Drain(self._events, window, timeout, self._node.sessions.__len__)
+            work = self._drain.run(self._node.connections, self._node.admission)
+            running = self._running = self._tasks.spawn(work, name="ws-drain", context=self._context.copy())
+        else:
+            self._drain.shorten(timeout)
+        if own_connections and not running.done():
+            return await self._drain.wait_for_others(self._node.connections, own_connections)
+        await wait_for_all([running], None)
+        return running.result()

@@ -1,13 +1,18 @@
-"""Parts of the answer to an opening handshake: the subprotocol and headers."""
+"""Parts of an opening handshake and of its answer: the subprotocol and headers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
-from typing import Final
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 
 SERVED_KEY: Final = "fastapi_ws_stabilizer.served_subprotocols"
 """Scope key of the subprotocols that the endpoint of a socket supports, in the server's order of preference."""
+
+SUBPROTOCOL_KEY: Final = "fastapi_ws_stabilizer.subprotocol"
+"""Scope key of the subprotocol to answer the handshake with. It is a marker, not a secret."""
 
 ANSWERED_KEY: Final = "fastapi_ws_stabilizer.answered_subprotocol"
 """Scope key of the subprotocol in the answer to the handshake."""
@@ -37,6 +42,29 @@ def served_subprotocols(names: str | Sequence[str]) -> tuple[str, ...]:
                 f"remove subprotocol {name!r}: the library answers names that start with {_RESERVED!r} itself"
             )
     return served
+
+
+def select_subprotocol(scope: Mapping[str, Any]) -> str | None:
+    """Return the subprotocol to answer a handshake with, or `None`.
+
+    It is `stabilizer.v1.json`, else the first subprotocol of the endpoint, else the marker of a credential, if the
+    client offers it. A browser that offers subprotocols rejects an answer without one.
+    """
+    offered: Collection[str] = scope.get("subprotocols") or ()
+    if SUBPROTOCOL in offered:
+        return SUBPROTOCOL
+    chosen = first_offered(scope.get(SERVED_KEY, ()), offered)
+    if chosen is None:
+        chosen = scope.get(SUBPROTOCOL_KEY)
+    return chosen if chosen in offered else None
+
+
+def header_values(scope: Mapping[str, Any], name: bytes) -> list[str]:
+    """Return the values of all headers with a name in lower case.
+
+    `websocket.headers` would stay in memory for the lifetime of the connection.
+    """
+    return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
 
 
 def first_offered(served: Iterable[str], offered: Collection[str]) -> str | None:

@@ -1,17 +1,22 @@
-"""Frames of RFC 6455 section 5.2 as a server sends them: unfragmented and unmasked."""
+"""Constants of the frames of RFC 6455 section 5.2, and frames as a server sends them: unfragmented and unmasked."""
 
 from __future__ import annotations
 
 import struct
 from typing import Final
 
+CONTINUATION: Final = 0x0
 TEXT: Final = 0x1
 BINARY: Final = 0x2
 CLOSE: Final = 0x8
 PING: Final = 0x9
+PONG: Final = 0xA
 
-_FIN: Final = 0x80
-_RSV1: Final = 0x40  # RFC 7692 section 6: the message is compressed
+FIN: Final = 0x80
+RSV1: Final = 0x40  # RFC 7692 section 6: the message is compressed
+
+MAX_CONTROL_BYTES: Final = 125
+"""Maximum payload of a control frame (section 5.5)."""
 
 _short = struct.Struct("!BB").pack
 _medium = struct.Struct("!BBH").pack
@@ -26,7 +31,7 @@ def frame_bytes(opcode: int, payload: bytes, *, compressed: bool = False) -> byt
         payload: The payload.
         compressed: Whether permessage-deflate has compressed the payload.
     """
-    first = _FIN | (_RSV1 if compressed else 0) | opcode
+    first = FIN | (RSV1 if compressed else 0) | opcode
     length = len(payload)
     if length < 126:
         return _short(first, length) + payload

@@ -96,6 +96,57 @@ def prose(page: Path) -> str:
     return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
+@dataclass(frozen=True)
+class Sentence:
+    """One sentence of a page.
+
+    Attributes:
+        line: The line on which its paragraph, list item or table row begins.
+        text: Its text, without link targets and emphasis.
+    """
+
+    line: int
+    text: str
+
+    @property
+    def words(self) -> int:
+        """The number of its words, without code."""
+        return len([word for word in _CODE.sub("", self.text).split() if re.search(r"\w", word)])
+
+
+_CODE = re.compile(r"`[^`]+`(?:'s)?")
+_ITEM = re.compile(r"(?:[-*+]|\d+\.)\s+")
+_SENTENCE_END = re.compile(r"""(?<=[.!?])["')]*\s+""")
+
+
+def sentences(text: str, *, with_tables: bool) -> Iterator[Sentence]:
+    """Yield the sentences of paragraphs, list items and table cells, but no headings and no blocks of code."""
+    for line, part in _parts(text, with_tables=with_tables):
+        plain = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", part).replace("*", "")
+        joined = _CODE.sub(lambda code: code[0].replace(" ", "\0"), plain)  # a full stop in code ends no sentence
+        for sentence in filter(None, _SENTENCE_END.split(joined)):
+            yield Sentence(line, sentence.replace("\0", " "))
+
+
+def _parts(text: str, *, with_tables: bool) -> Iterator[tuple[int, str]]:
+    """Yield the first line and the text of each paragraph, list item and table cell."""
+    in_code = False
+    first, part = 0, ""
+    for number, line in enumerate([*text.splitlines(), ""], 1):
+        bare = line.strip()
+        is_fence, item = bare.startswith("```"), _ITEM.match(bare)
+        is_other = in_code or is_fence or not bare or bare.startswith(("#", "<!--", "|"))
+        if part and (is_other or item):
+            yield first, part
+            part = ""
+        in_code ^= is_fence
+        if not is_other:
+            text_of_line = bare[item.end() :] if item else bare
+            first, part = (first, f"{part} {text_of_line}") if part else (number, text_of_line)
+        elif with_tables and not in_code and bare.startswith("|") and set(bare) - set("|-: "):
+            yield from ((number, cell) for cell in cells(bare) if cell)
+
+
 def rendered(page: Path) -> str:
     """Return a page with the tables that MkDocs inserts."""
     return reference.on_page_markdown(page.read_text())

@@ -141,7 +141,7 @@ def test_resume_recipe_gives_user_data_back(run: Callable[[Block], ModuleType]) 
     assert within(10, talk) == (True, {"cart": "pears"})
 
 
-def test_joined_runs_after_a_resume_with_the_decorator_of_the_readme(run: Callable[[Block], ModuleType]) -> None:
+def test_on_resume_decorator_runs_joined_after_resume(run: Callable[[Block], ModuleType]) -> None:
     """As the README says, a resume runs `on_resume` only: the others see it if `joined` has that decorator too."""
     module = run(recipe("reconnect_token"))
     assert "`on_resume` then runs instead of `on_connect`" in README

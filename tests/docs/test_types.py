@@ -72,6 +72,40 @@ same: bool = config.on_duplicate is DuplicatePolicy.ALLOW
 policy: DuplicatePolicy = DuplicatePolicy(config.on_duplicate)
 """
 
+DECORATED = """\
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi_ws_stabilizer import StableSocket, WebSocketConnectionManager
+
+manager = WebSocketConnectionManager()
+
+
+@manager.on_connect
+async def plain(ws: StableSocket) -> int:
+    return 1
+
+
+@manager.on_disconnect()
+def with_parentheses(ws: StableSocket) -> str:
+    return ""
+
+
+@manager.on_message
+async def untyped(ws: StableSocket, message: dict[str, int]) -> None: ...
+
+
+@manager.on_message("chat", max_rate=3)
+async def typed(ws: StableSocket, message: dict[str, int]) -> None: ...
+
+
+first: Callable[[StableSocket], Coroutine[Any, Any, int]] = plain
+second: Callable[[StableSocket], str] = with_parentheses
+third: Callable[[StableSocket, dict[str, int]], Coroutine[Any, Any, None]] = untyped
+fourth: Callable[[StableSocket, dict[str, int]], Coroutine[Any, Any, None]] = typed
+"""
+"""Functions whose type a decorator must keep."""
+
 WRONG = """\
 from fastapi_ws_stabilizer import StableSocketDep, WebSocketConfig, WebSocketConnectionManager
 
@@ -83,8 +117,19 @@ manager.kick
 async def endpoint(ws: StableSocketDep) -> None:
     ws.accept
     manager.room("lobby").broadcast
+
+
+manager.on_connect(3)
+
+
+@manager.on_connect
+async def hook(ws: StableSocketDep) -> int:
+    return 1
+
+
+text: str = hook
 """
-WRONG_LINES = [3, 5, 9, 10]
+WRONG_LINES = [3, 5, 9, 10, 13, 21]
 
 PLUGIN = """\
 [mypy]
@@ -133,13 +178,14 @@ def pyright(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a module for each Python block, one with options of enumerations, and one with mistakes."""
+    """Return a folder with a module for each Python block, with options, with decorators, and one with mistakes."""
     folder = tmp_path_factory.mktemp("types") / "modules"
     folder.mkdir()
     for block in blocks("python"):
         code = block.module if block.complete else FRAGMENT + textwrap.indent(block.code, "    ")
         (folder / (re.sub(r"\W", "_", str(block)) + ".py")).write_text(code)
     (folder / "options.py").write_text(OPTIONS)
+    (folder / "decorated.py").write_text(DECORATED)
     (folder / "wrong.py").write_text(WRONG)
     return folder
 
@@ -163,25 +209,25 @@ def is_expected(error: str) -> bool:
 
 @needs_mypy
 def test_page_code_passes_strict_mypy(mypy_errors: list[str]) -> None:
-    """Every Python block type-checks, and an option of an enumeration accepts its string."""
+    """Every Python block type-checks, an option of an enumeration accepts its string, decorators keep types."""
     assert [error for error in mypy_errors if not is_expected(error)] == []
 
 
 @needs_pyright
 def test_page_code_passes_pyright(pyright_errors: list[str]) -> None:
-    """Every Python block type-checks, and an option of an enumeration accepts its string."""
+    """Every Python block type-checks, an option of an enumeration accepts its string, decorators keep types."""
     assert [error for error in pyright_errors if not is_expected(error)] == []
 
 
 @needs_mypy
 def test_wrong_names_and_values_fail_mypy(mypy_errors: list[str]) -> None:
-    """mypy reports values that are not members of the enumeration, and names that do not exist."""
+    """mypy reports values of a wrong type, names that do not exist, and a wrong use of a decorated function."""
     assert [int(error.split(":")[1]) for error in mypy_errors if is_expected(error)] == WRONG_LINES
 
 
 @needs_pyright
 def test_wrong_names_and_values_fail_pyright(pyright_errors: list[str]) -> None:
-    """Pyright reports values that are not members of the enumeration, and names that do not exist."""
+    """Pyright reports values of a wrong type, names that do not exist, and a wrong use of a decorated function."""
     assert [int(error.split(":")[1]) for error in pyright_errors if is_expected(error)] == WRONG_LINES
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.targets.configs import NAMES, PRESETS, makes_a_config, reads_an_environment
+
+pytestmark = pytest.mark.generated
 
 _NAMES = st.sampled_from(NAMES) | st.text(max_size=12)
 _ANYTHING = st.sampled_from(PRESETS) | st.text(max_size=20) | st.integers() | st.floats() | st.binary(max_size=20)

@@ -6,6 +6,8 @@ import pytest
 
 from tests.fuzz.growth import MAX_BLOCKS, MAX_RESIDENT, SAMPLES, GrowingError, GrowthWatch
 
+pytestmark = pytest.mark.generated
+
 
 def watch() -> GrowthWatch:
     """Return a watch over a run of arbitrary duration."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz import strategies
 from tests.fuzz.targets.served import Circumstances, handshake, outcome_of, same_in_pieces
+
+pytestmark = pytest.mark.generated
 
 _CIRCUMSTANCES = st.builds(
     Circumstances,

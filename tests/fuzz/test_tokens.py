@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastapi_ws_stabilizer.auth.signed_tokens import PREFIX
+from fastapi_ws_stabilizer.auth.signed_tokens import RECONNECT_TOKEN
 from tests.fuzz.targets.tokens import tokens
 
-_TEXTS = st.text(max_size=40) | st.text(st.sampled_from("AZaz09-_=+/."), max_size=120).map(PREFIX.__add__)
+pytestmark = pytest.mark.generated
+
+_TEXTS = st.text(max_size=40) | st.text(st.sampled_from("AZaz09-_=+/."), max_size=120).map(
+    RECONNECT_TOKEN.prefix.__add__
+)
 _CHANGES = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 160), st.integers(0, 255)), max_size=4).map(
     lambda changes: b"".join(bytes([how]) + at.to_bytes(2, "big") + bytes([new]) for how, at, new in changes)
 )

@@ -446,6 +446,17 @@ async def boom(ws: StableSocket) -> None:
     raise ValueError("a bug in a handler")
 
 
+# ── WebSockets of the application itself ──
+
+
+@app.websocket("/unattached/{client_id}")
+async def unattached(websocket: WebSocket) -> None:
+    """Echo without the library."""
+    await websocket.accept()
+    async for text in websocket.iter_text():
+        await websocket.send_text(text)
+
+
 # ── adopted WebSockets ──
 
 

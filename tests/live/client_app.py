@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, HTTPException
 
 from fastapi_ws_stabilizer import StableSocket, StableSocketDep, WebSocketConfig, WebSocketConnectionManager
 
@@ -37,6 +37,15 @@ async def ban(ws: StableSocket) -> None:
 @app.get("/received/{client_id}")
 async def list_received(client_id: str) -> list[Any]:
     return received.get(client_id, [])
+
+
+def unknown_room(room: str) -> str:
+    raise HTTPException(404, f"no room is called {room}")
+
+
+@app.websocket("/rooms/{room}")
+async def enter_room(ws: StableSocket = Depends(manager.socket_for(unknown_room))) -> None:
+    await ws.run()
 
 
 @app.websocket("/ws/{client_id}")

@@ -49,3 +49,17 @@ async def test_client_loses_nothing_and_reports_rejected_messages(serve: Serve, 
         assert client.closed.code == 4403
     bugs = [line for line in server.errors() if "ZeroDivisionError" not in line]
     assert len(bugs) <= 1, bugs
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_rejected_client_gets_body_of_http_response(serve: Serve, kind: str) -> None:
+    """The error of a client that the server rejects has the HTTP status and the detail that the app gave."""
+    server = serve(kind, app=APP)
+    with pytest.raises(ClientClosedError, match="no room is called attic") as caught:
+        async with connect(server.url("/rooms/attic")):
+            pass
+    assert (caught.value.code, caught.value.reason) == (4404, "HTTP 404")
+    assert caught.value.rejection is not None
+    assert caught.value.rejection.status == 404
+    assert json.loads(caught.value.rejection.body) == {"detail": "no room is called attic"}
+    assert not server.errors()

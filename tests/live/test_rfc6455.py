@@ -143,14 +143,10 @@ def test_reserved_opcode_fails_with_1002(client: WireClient, opcode: int, payloa
 
 
 def test_invalid_frame_behind_messages_fails_with_1002(client: WireClient) -> None:
-    """A broken frame behind messages fails with 1002, whether or not they are answered (7.1.7)."""
+    """Messages and pings before a broken frame are answered, and it fails with 1002 (7.1.7)."""
     client.write(frame(TEXT, b"first"), frame(PING, b"second"), frame(3), frame(TEXT, b"never"))
-    found = [client.next_frame()]
-    while found[-1].opcode != CLOSE:
-        found.append(client.next_frame())
-    client.eof()
-    assert found.pop().payload[:2] == b"\x03\xea"
-    assert all(before in (Frame(TEXT, b"first"), Frame(PONG, b"second")) for before in found)
+    assert sorted([client.next_frame(), client.next_frame()]) == [Frame(TEXT, b"first"), Frame(PONG, b"second")]
+    assert client.close_info()[0] == 1002
 
 
 # ── 5.4: fragmentation ──
@@ -236,9 +232,9 @@ def test_message_at_size_limit_is_echoed(client: WireClient, opcode: int, cut: i
 
 
 @KINDS
-@pytest.mark.parametrize("length", [MAX_SIZE + 126, 1 << 31, 1 << 32, (1 << 63) - 1])
+@pytest.mark.parametrize("length", [MAX_SIZE + 1, 1 << 31, 1 << 32, (1 << 63) - 1])
 def test_oversized_frame_header_closes_with_1009(client: WireClient, opcode: int, length: int) -> None:
-    """A frame that announces more than the limit and a control frame closes with 1009 before its payload arrives."""
+    """A frame that announces more than the limit closes with 1009 before its payload arrives (7.4.1)."""
     client.write(frame(opcode, b"begin", announced=length))
     assert client.close_info()[0] == 1009
 
@@ -644,10 +640,10 @@ def test_data_after_close_frame_is_ignored(
 
 
 def test_close_frame_inside_fragmented_message_closes(server: LiveServer, client: WireClient) -> None:
-    """A close frame between fragments closes, and the unfinished message is not delivered (5.4, 5.5.1)."""
+    """A close frame between fragments is answered, and the unfinished message is not delivered (5.4, 5.5.1)."""
     received = server.get("/ws-stats/")["messages_received"]
     client.write(frame(TEXT, b"cut", fin=False), close_frame(1000), frame(CONTINUATION, b" off"))
-    assert client.close_info()[0] in (1000, 1002)
+    assert client.close_info()[0] == 1000
     assert server.get("/ws-stats/")["messages_received"] == received
 
 

@@ -314,9 +314,9 @@ async def test_deflate_client_compresses_on_server_without_deflate(serve: Serve,
     client = connect(server.url("/ws/ann"), deflate=True, **QUICK_DIALS)
     received: list[str | bytes] = []
     async with client:
-        assert client._attempt is not None
-        receive = client._attempt._receive
-        client._attempt._receive = lambda raw: received.append(raw) or receive(raw)  # type: ignore[method-assign, func-returns-value]
+        assert client._connection is not None
+        parse = client._connection._parse
+        client._connection._parse = lambda raw: received.append(raw) or parse(raw)  # type: ignore[method-assign, func-returns-value]
         assert await client.request("note", text) == text
     answers = [raw for raw in received if isinstance(raw, bytes)]
     assert [raw[0] for raw in answers] == [2]

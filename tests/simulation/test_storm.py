@@ -15,6 +15,8 @@ from fastapi_ws_stabilizer.sessions.v1_protocol import V1Protocol
 from tests.simulation.storm import SCENARIOS, Outcome, Scenario, Storm
 from tests.support.virtual_time import run_virtually
 
+pytestmark = pytest.mark.generated
+
 SEEDS = range(1, 16)
 MANY_SEEDS = range(1, 501)
 MUTATION_SEEDS = range(1, 101)
@@ -127,7 +129,7 @@ def test_missing_deduplication_breaks_promise(monkeypatch: pytest.MonkeyPatch) -
 
     def always(self: V1Protocol, seq: int) -> bool:
         self.session.accepted = max(self.session.accepted, seq)
-        self._schedule_ack()
+        self._acks.schedule(self._send_ack)
         return True
 
     monkeypatch.setattr(V1Protocol, "_is_next", always)

@@ -165,7 +165,7 @@ class World:
         node = self.stage.manager._node
         holder: Any = None
         if client.detached is not None:
-            holder = node.sessions.get(client.recipient or "") or node.resumption.detached.of(client.client_id)
+            holder = node.sessions.get(client.recipient or "") or node.detached.states.of(client.client_id)
         elif client.line is not None and client.line.socket is not None:
             holder = client.line.socket._connection
         return holder is not None and holder.memory_usage > 0
@@ -189,7 +189,7 @@ class World:
             inboxes[id(connection.inbox)] = (connection.client_id, connection.inbox)
             if connection.close_info is None and connection.protocol.session is None:
                 user_data[id(connection.socket._user_data)] = connection.socket._user_data
-        user_data.update((id(one.user_data), one.user_data) for one in node.resumption.detached._states.values())
+        user_data.update((id(one.user_data), one.user_data) for one in node.detached.states._states.values())
         unread = [(client_id, item) for client_id, inbox in inboxes.values() for item in inbox.unread()]
         return (
             sum(frames.values())

@@ -20,6 +20,7 @@ class RecordingListener(ConnectionListener):
         disconnect_hook: Function that runs as a disconnect hook.
     """
 
+    admitted: list[Connection] = field(default_factory=list)
     closing: list[Connection] = field(default_factory=list)
     closed: list[Connection] = field(default_factory=list)
     evicted: list[Connection] = field(default_factory=list)
@@ -28,6 +29,10 @@ class RecordingListener(ConnectionListener):
     session_ends: list[Connection] = field(default_factory=list)
     bugs: list[BaseException] = field(default_factory=list)
     disconnect_hook: Callable[[Connection], Awaitable[None]] | None = None
+
+    def on_admitted(self, connection: Connection) -> None:
+        """Record the connection."""
+        self.admitted.append(connection)
 
     def on_closing(self, connection: Connection) -> None:
         """Record the connection."""

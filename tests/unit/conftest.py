@@ -9,17 +9,20 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.connection.client_address import ClientAddressResolver
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
 from fastapi_ws_stabilizer.connection.resources import SharedResources
 from fastapi_ws_stabilizer.events import Event, EventBus
+from fastapi_ws_stabilizer.hub.hub import Hub
 from fastapi_ws_stabilizer.hub.presence import Presence
+from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
 from fastapi_ws_stabilizer.limits.inbound import InboundRateLimiter
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.observability.logs import get_logger
 from fastapi_ws_stabilizer.scheduling import FlushScheduler
-from fastapi_ws_stabilizer.socket import StableSocket
+from fastapi_ws_stabilizer.socket import SocketServices, StableSocket
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from tests.support.fake_websocket import FakeServer
 from tests.support.recording_listener import RecordingListener
@@ -53,7 +56,6 @@ class Bench:
     heard: EventRecorder = field(default_factory=EventRecorder)
     events: EventBus = field(default_factory=EventBus)
     listener: RecordingListener = field(default_factory=RecordingListener)
-    rooms: list[str] = field(default_factory=list)
     task_failures: list[BaseException] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -65,51 +67,48 @@ class Bench:
     ) -> tuple[Connection, StableSocket]:
         """Accept the WebSocket and open a connection for it."""
         websocket = await self.server.accepted() if accept else self.server.websocket
+        scheduler = FlushScheduler(1, self.events)
         parts = SharedResources(
             self.listener,
             self.config,
             self.events,
             self.tasks,
-            FlushScheduler(1, self.events),
+            scheduler,
             MemoryBudget(),
             InboundRateLimiter(),
             next_shard=lambda: 0,
         )
+        hub: Hub = Hub(
+            self.config,
+            self.events,
+            scheduler,
+            self.tasks,
+            ConnectionRegistry(),
+            joined=self.ignore,
+            left=self.ignore,
+            wanted=lambda: False,
+        )
+        services = SocketServices(hub, ClientAddressResolver(()), self.run_handlers, self.issue_token)
         endpoint = EndpointTask(cancellable=cancellable)
         self.connection = Connection(websocket, "ann", parts, control_frames=control_frames, endpoint=endpoint)
-        socket = StableSocket(self.connection, self)
+        socket = StableSocket(self.connection, services)
         self.connection.socket = socket
         if accept:
             self.connection.open()
         return self.connection, socket
 
-    async def run(self, socket: StableSocket, concurrency: int) -> None:
+    async def run_handlers(self, connection: Connection, concurrency: int) -> None:
         """Record what was to be dispatched."""
-        self.dispatched = (socket, concurrency)
+        self.dispatched = (connection, concurrency)
 
-    def join(self, connection: Connection, room: str, metadata: Any) -> list[Presence]:
-        """Record the room."""
-        self.rooms.append(room)
-        return [Presence(connection.client_id, room, metadata or {}, 1, 0.0)]
+    @staticmethod
+    def issue_token(_: Connection) -> str:
+        """Return the same text for every connection."""
+        return "token"
 
-    def leave_room(self, connection: Connection, room: str) -> bool:
-        """Forget the room."""
-        if room not in self.rooms:
-            return False
-        self.rooms.remove(room)
-        return True
-
-    def history(self, connection: Connection, room: str, count: int, *, newcomer: bool) -> None:
-        """Record the room with the requested history."""
-        self.rooms.append(f"history of {room}")
-
-    def address_of(self, connection: Connection) -> str:
-        """Return the address of every client here."""
-        return "10.0.0.7"
-
-    def rooms_of(self, connection: Connection) -> tuple[str, ...]:
-        """Return the joined rooms."""
-        return tuple(self.rooms)
+    @staticmethod
+    async def ignore(_: Presence) -> None:
+        """Ignore a join or a leave."""
 
 
 @pytest.fixture

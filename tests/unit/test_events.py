@@ -62,6 +62,32 @@ def test_failing_listener_is_logged_and_others_are_called(caplog: pytest.LogCapt
     assert "broken listener" in caplog.text
 
 
+def test_listener_gets_only_levels_it_takes() -> None:
+    """A listener gets the events of the levels that it takes, and no event is created that no listener takes."""
+    events = EventBus()
+    taken: list[Event] = []
+    every: list[Event] = []
+    events.subscribe(taken.append, takes=lambda level: level >= logging.WARNING)
+    events.emit("quiet", logging.INFO, payload=object())
+    stop = events.subscribe(every.append)
+    events.emit("info", logging.INFO)
+    events.emit("warning", logging.WARNING)
+    stop()
+    assert [event.event for event in taken] == ["warning"]
+    assert [event.event for event in every] == ["info", "warning"]
+
+
+def test_event_without_taker_is_not_created(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event that no listener takes costs one question, and no object."""
+    created: list[str] = []
+    monkeypatch.setattr("fastapi_ws_stabilizer.events.Event", lambda name, *_: created.append(name))
+    events = EventBus()
+    events.subscribe(lambda _: None, takes=lambda level: level >= logging.WARNING)
+    events.emit("connection_opened", logging.INFO, client_id="ann")
+    events.emit("server_full", logging.WARNING)
+    assert created == ["server_full"]
+
+
 def test_emit_exception_emits_error_event() -> None:
     """A bug is emitted at level ERROR with the exception itself."""
     events = EventBus()

@@ -31,7 +31,7 @@ PACKAGE = f"{Path(fastapi_ws_stabilizer.__file__).parent}/"
 SUBPROTOCOL = "stabilizer.v1.json"
 
 FILES = {
-    "handshake": 42,
+    "handshake": 38,
     "message": 7,
     "pong": 4,
     "v1 pong": 9,

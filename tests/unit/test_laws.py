@@ -318,6 +318,7 @@ def test_law_12_only_dependencies_are_imported() -> None:
     }
     assert foreign == {
         ("servers/uvicorn/compat.py", "uvicorn"),
+        ("servers/uvicorn/compat.py", "websockets"),
         ("servers/uvicorn/protocol.py", "websockets"),
         ("servers/uvicorn/deflate.py", "websockets"),
         ("client/websockets_transport.py", "websockets"),
@@ -339,6 +340,7 @@ def test_law_12_modules_with_extras_are_not_imported() -> None:
             "fastapi_ws_stabilizer.servers.uvicorn.compat",
             "fastapi_ws_stabilizer.servers.uvicorn.paced_parser",
             "fastapi_ws_stabilizer.servers.uvicorn.deflate",
+            "fastapi_ws_stabilizer.servers.uvicorn.frame_parser",
             "fastapi_ws_stabilizer.client.websockets_transport",
             "fastapi_ws_stabilizer.doctor.rich_table",
             "fastapi_ws_stabilizer.stats.prometheus",
@@ -348,6 +350,7 @@ def test_law_12_modules_with_extras_are_not_imported() -> None:
         "servers/uvicorn/__init__.py",  # only when its class is accessed
         "servers/uvicorn/protocol.py",
         "servers/uvicorn/paced_parser.py",
+        "servers/uvicorn/frame_parser.py",
     }
 
 

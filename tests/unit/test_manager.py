@@ -133,7 +133,9 @@ async def test_start_with_default_options_logs_no_warning(manager_with: Any) -> 
 
 async def test_missing_websocket_library_is_logged_at_start(manager_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the server cannot serve WebSockets, the start logs what to install."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.manager.websocket_library_advice", lambda: "pip install something")
+    monkeypatch.setattr(
+        "fastapi_ws_stabilizer.doctor.collect.websocket_library_advice", lambda: "pip install something"
+    )
     manager, heard = manager_with(handle_signals=False)
     await manager.start()
     (report,) = heard.of("websocket_library_missing")

@@ -170,11 +170,11 @@ async def test_second_concurrent_receive_raises(bench: Any) -> None:
 
 
 async def test_run_delegates_to_dispatcher(bench: Any) -> None:
-    """`ws.run` passes the socket and the concurrency to the dispatcher."""
+    """`ws.run` passes the connection and the concurrency to the dispatcher."""
     b = bench()
-    _, socket = await b.open()
+    connection, socket = await b.open()
     await socket.run(concurrency=3)
-    assert b.dispatched == (socket, 3)
+    assert b.dispatched == (connection, 3)
 
 
 # ── sending ──

@@ -27,6 +27,11 @@ except ImportError as missing:
         f'{uvicorn.__version__}: pip install -U "fastapi-ws-stabilizer[uvicorn]"'
     ) from missing
 
+try:
+    from websockets.speedups import apply_mask as apply_mask  # re-exported
+except ImportError:  # `websockets` was installed without its C extension
+    from websockets.utils import apply_mask as apply_mask
+
 logger = logging.getLogger("fastapi_ws_stabilizer")
 
 REQUIRED_ATTRIBUTES: Final = (
@@ -35,7 +40,6 @@ REQUIRED_ATTRIBUTES: Final = (
     "config",
     "loop",
     "transport",
-    "curr_msg_data_type",
     "handshake_complete",
     "handshake_initiated",
     "writable",
@@ -43,7 +47,6 @@ REQUIRED_ATTRIBUTES: Final = (
     "close_timer",
     "close_timeout",
     "read_paused",
-    "frames",
     "ping_timer",
     "pong_timer",
 )
@@ -56,27 +59,25 @@ _OURS_OF_CONN: Final = (
     "available_extensions",
     "extensions",
     "max_message_size",
-    "close_sent",
     "close_rcvd",
     "data_to_send",
+    "eof_sent",
     "fail",
     "handshake_exc",
+    "parser",
+    "recv_frame",
     "send_close",
     "state",
-    "writes",
 )
 _METHODS: Final = (
     "connection_lost",
     "data_received",
-    "handle_cont",
-    "handle_parser_exception",
-    "handle_ping",
+    "handle_close",
     "handle_pong",
     "pause_writing",
     "resume_writing",
     "run_asgi",
     "send",
-    "send_receive_event_to_app",
     "shutdown",
     "start_keepalive",
     "stop_keepalive",

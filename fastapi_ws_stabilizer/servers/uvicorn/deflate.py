@@ -10,11 +10,10 @@ import zlib
 from collections.abc import Sequence
 from typing import Any, Final
 
-from websockets.exceptions import NegotiationError, PayloadTooBig, ProtocolError
-from websockets.extensions.permessage_deflate import PerMessageDeflate, ServerPerMessageDeflateFactory
-from websockets.frames import Frame, Opcode
+from websockets.exceptions import NegotiationError
+from websockets.extensions.permessage_deflate import ServerPerMessageDeflateFactory
 
-from fastapi_ws_stabilizer.wire.deflate import TAIL
+from fastapi_ws_stabilizer.wire.deflate import TAIL, InflateLimitError
 
 _WINDOW: Final = 1 << 15
 
@@ -26,61 +25,50 @@ MAX_FINAL_BLOCKS: Final = 16
 ones."""
 
 
-class WholeMessageDeflate(PerMessageDeflate):
-    """Extension that inflates each message separately, past final blocks and up to the limit."""
+class MessageInflater:
+    """Inflater of one message, which takes its bytes as they arrive."""
 
-    inflater: Any
-    inflating = False
-    final_blocks = 0
-    window = b""
+    __slots__ = ("_final_blocks", "_inflater", "_window", "_window_bits")
 
-    def decode(self, frame: Frame, *, max_size: int | None = None) -> Frame:
-        """Inflate one frame.
+    def __init__(self, window_bits: int) -> None:
+        self._window_bits = window_bits
+        self._inflater = zlib.decompressobj(wbits=-window_bits)
+        self._final_blocks = 0
+        self._window = b""
+
+    def inflate(self, compressed: bytes, max_bytes: int, *, last: bool) -> bytes:
+        """Inflate the next bytes of the message.
+
+        Args:
+            compressed: The bytes.
+            max_bytes: Maximum size of the result in bytes.
+            last: Whether they are the last of the message.
 
         Raises:
-            PayloadTooBig: The frame inflates to more than `max_size` bytes.
-            ProtocolError: The compressed data is invalid.
+            InflateLimitError: They inflate to more than `max_bytes` bytes.
+            ValueError: They are invalid.
         """
-        if frame.opcode is Opcode.CONT:
-            if not self.inflating:
-                return frame
-            if frame.rsv1:
-                raise ProtocolError("RSV1 bit set in continuation frame")
-        elif frame.opcode not in (Opcode.TEXT, Opcode.BINARY) or not frame.rsv1:
-            return frame
-        else:
-            self.inflater = zlib.decompressobj(wbits=-self.remote_max_window_bits)
-            self.final_blocks = 0
-        try:
-            data = self._inflate(bytes(frame.data) + (TAIL if frame.fin else b""), max_size)
-        except zlib.error as error:
-            raise ProtocolError("decompression failed") from error
-        self.inflating = not frame.fin
-        if frame.fin:
-            self.inflater, self.window = None, b""
-        else:
-            self.window = (self.window + data)[-_WINDOW:]
-        return Frame(frame.opcode, data, frame.fin, False, frame.rsv2, frame.rsv3)
-
-    def _inflate(self, compressed: bytes, max_size: int | None) -> bytes:
+        if last:
+            compressed += TAIL
         data = b""
-        while True:
-            # One byte more than the limit reveals an excess; 0 would mean no limit.
-            max_bytes = 0 if max_size is None else max_size - len(data) + 1
-            inflated: bytes = self.inflater.decompress(compressed, max_bytes)
-            data += inflated
-            if max_size is not None and len(data) > max_size:
-                raise PayloadTooBig(None, max_size)
-            if not self.inflater.eof:
-                return data
-            compressed = self.inflater.unused_data
-            self.final_blocks += 1
-            if self.final_blocks > MAX_FINAL_BLOCKS:
-                raise ProtocolError("too many final blocks in one message")
-            # The next block may refer to earlier data.
-            self.inflater = zlib.decompressobj(
-                wbits=-self.remote_max_window_bits, zdict=(self.window + data)[-_WINDOW:]
-            )
+        try:
+            while True:
+                # One byte more than the limit reveals an excess; 0 would mean no limit.
+                inflated = self._inflater.decompress(compressed, max(1, max_bytes - len(data) + 1))
+                data += inflated
+                if len(data) > max_bytes:
+                    raise InflateLimitError(f"more than {max_bytes} bytes")
+                self._window = (self._window + inflated)[-_WINDOW:]
+                if not self._inflater.eof:
+                    return data
+                compressed = self._inflater.unused_data
+                self._final_blocks += 1
+                if self._final_blocks > MAX_FINAL_BLOCKS:
+                    raise ValueError("too many final blocks in one message")
+                # The next block may refer to earlier data.
+                self._inflater = zlib.decompressobj(wbits=-self._window_bits, zdict=self._window)
+        except zlib.error as error:
+            raise ValueError("decompression failed") from error
 
 
 class _DeflateFactory(ServerPerMessageDeflateFactory):
@@ -90,14 +78,7 @@ class _DeflateFactory(ServerPerMessageDeflateFactory):
             negotiated.local_max_window_bits < LEAST_WINDOW_BITS
         ):  # websockets before 17 accepts, and every send would fail
             raise NegotiationError(f"zlib needs a window of at least {LEAST_WINDOW_BITS} bits to compress")
-        return answer, WholeMessageDeflate(
-            negotiated.remote_no_context_takeover,
-            negotiated.local_no_context_takeover,
-            negotiated.remote_max_window_bits,
-            negotiated.local_max_window_bits,
-            self.compress_settings,
-        )
+        return answer, negotiated
 
 
 DEFLATE: Final = _DeflateFactory(server_no_context_takeover=True, client_no_context_takeover=True)
-"""Without context takeover a message is compressed once for all recipients. An idle connection holds no compressor."""

@@ -14,42 +14,54 @@ Differences for an attached connection:
 - Bytes are written unchanged: the sender frames, joins and compresses them once for all recipients.
 - Parsed messages go directly to the inbox, without a queue and a task in between.
 
-uvicorn and the `websockets` library still do the parsing, the handshake and the closing handshake.
+`FrameParser` parses the frames of all connections. uvicorn and the `websockets` library still do the handshake and the
+closing handshake.
 """
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Coroutine
-from typing import Any, Final
+from typing import Any
 
-from websockets.exceptions import InvalidState
+from websockets.exceptions import ProtocolError
 from websockets.extensions.permessage_deflate import PerMessageDeflate
+from websockets.frames import Frame, Opcode
 from websockets.protocol import State
 
+from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.servers.direct import EXTENSION, DirectReceiver
 from fastapi_ws_stabilizer.servers.uvicorn.compat import (
     ALWAYS_WRITABLE,
     ReceiverQueue,
+    WebSocketsSansIOProtocol,
     has_waiting_call,
     lacks_handshake_internals,
     missing_internals,
 )
 from fastapi_ws_stabilizer.servers.uvicorn.deflate import DEFLATE
-from fastapi_ws_stabilizer.servers.uvicorn.paced_parser import CLOSE_GRACE, PacedParser
-from fastapi_ws_stabilizer.wire.rfc6455 import CLOSE, PING, frame_bytes
-
-MAX_FRAGMENTS: Final = 1024
-"""Maximum number of separately stored fragments of one message. No size limit covers them, because fragments may be
-empty."""
-
-MAX_CONTROL_BYTES: Final = 125  # RFC 6455 section 5.5
-
-PONG_START: Final = b"\x8a"  # the first byte of a whole pong frame
-CLOSE_START: Final = b"\x88"  # and of a close frame
+from fastapi_ws_stabilizer.servers.uvicorn.frame_parser import (
+    INVALID_DATA,
+    PROTOCOL_ERROR,
+    FrameParser,
+    ProtocolViolation,
+)
+from fastapi_ws_stabilizer.servers.uvicorn.paced_parser import CLOSE_GRACE, MAX_UNPACED_BYTES, PacedParser
+from fastapi_ws_stabilizer.wire.rfc6455 import BINARY, CLOSE, PING, PONG, frame_bytes
 
 
-class StableWebSocketProtocol(PacedParser):
-    """uvicorn's sans-I/O WebSocket protocol as a `DirectTransport`, one for each WebSocket."""
+class StableWebSocketProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's sans-I/O WebSocket protocol as a `DirectTransport`, one for each WebSocket.
+
+    Attributes:
+        sink: The receiver; `None` before a connection is attached, and after its end.
+        parser: Parser of the frames; `None` before the handshake is accepted.
+        paced: Control of the parser, created when it must not parse everything at once; `None` before.
+        own_pings: Whether the receiver sends pings, so that uvicorn does not.
+        early_data: Bytes that arrived before the handshake was answered.
+        is_supported: Whether uvicorn has all internals that are used here. Otherwise it works as without this class.
+    """
 
     queue: Any
     request: Any
@@ -58,11 +70,12 @@ class StableWebSocketProtocol(PacedParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.sink: DirectReceiver | None = None
+        self.parser: FrameParser | None = None
+        self.paced: PacedParser | None = None
+        self.own_pings = False
         self.write_paused = False
         self.window_bits = 0
-        self.max_message_bytes = 0
-        self.fragments = 0
-        self.fragment_bytes = 0
         self.early_data = b""
         self.is_supported = not missing_internals(self)
         if self.is_supported and self.config.ws_per_message_deflate:
@@ -71,13 +84,12 @@ class StableWebSocketProtocol(PacedParser):
     async def send(self, message: Any) -> None:
         """Process an ASGI message. After the accept, parse the bytes that arrived too early."""
         await super().send(message)
-        if self.is_supported and message["type"] == "websocket.http.response.body" and not message.get("more_body"):
+        if self.parser is not None or not self.is_supported:
+            return
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body"):
             self.handshake_complete = True  # otherwise uvicorn logs an application failure for each rejection
-        if self.early_data and self.handshake_complete:
-            early_data, self.early_data = self.early_data, b""
-            if not self.transport.is_closing():
-                self.transport.resume_reading()
-                self.data_received(early_data)
+        if self.handshake_complete:
+            self._start_parser()
 
     def run_asgi(self) -> Coroutine[Any, Any, None]:
         """Run the application, and announce the direct transport in its scope."""
@@ -85,6 +97,23 @@ class StableWebSocketProtocol(PacedParser):
         if self.is_supported:
             self.scope["extensions"][EXTENSION] = {}
         return super().run_asgi()
+
+    def _start_parser(self) -> None:
+        """Parse frames from now on, if the handshake was accepted."""
+        if self.conn.state is not State.OPEN:
+            return
+        inflated_bits = None
+        for extension in self.conn.extensions:
+            if isinstance(extension, PerMessageDeflate):
+                self.window_bits = extension.local_max_window_bits
+                inflated_bits = extension.remote_max_window_bits
+        self.conn.parser.close()  # frees its generators: it parses no frames
+        limit = self.conn.max_message_size
+        self.parser = FrameParser(sys.maxsize if limit is None else limit, inflated_bits)
+        early_data, self.early_data = self.early_data, b""
+        if early_data and not self.transport.is_closing():
+            self.transport.resume_reading()
+            self.data_received(early_data)
 
     # ── direct transport ──
 
@@ -105,14 +134,8 @@ class StableWebSocketProtocol(PacedParser):
         came_before, self.queue = self.queue, ReceiverQueue(sink)
         self.writable = ALWAYS_WRITABLE
         self.request = self.response = None  # the handshake has ended, and nothing reads them again
-        limit = self.conn.max_message_size
-        self.max_message_bytes = max_message_bytes if limit is None else min(limit, max_message_bytes)
-        # The parser counts a control frame between fragments as part of the message. So its limit includes one, and
-        # this class rejects messages between the two limits.
-        self.conn.max_message_size = self.max_message_bytes + MAX_CONTROL_BYTES
-        for extension in self.conn.extensions:
-            if isinstance(extension, PerMessageDeflate):
-                self.window_bits = extension.local_max_window_bits
+        if self.parser is not None:
+            self.parser.max_message_bytes = min(self.parser.max_message_bytes, max_message_bytes)
         self.own_pings = own_pings
         if own_pings:
             self.stop_keepalive()
@@ -136,27 +159,51 @@ class StableWebSocketProtocol(PacedParser):
         """See `DirectTransport`."""
         if self.close_sent or self.transport.is_closing():
             return
-        if self.conn.state is not State.OPEN:
-            return  # the client's close frame was read with the current message, and is answered next
         self.conn.send_close(code, reason)
         self._write_output()
         self.close_sent = True
         self.resume_reading()  # to read the client's answer
-        if self.discarding:
-            self._close_after_grace()
+        if self.paced is not None and self.paced.discarding:
+            self.paced.close_after_grace()
             return
         self.close_timer = self.loop.call_later(self.close_timeout, self.transport.close)
+
+    def pause_reading(self) -> None:
+        """See `DirectTransport`."""
+        parser, sink = self.parser, self.sink
+        if parser is not None and sink is not None and not self.read_paused and not self.transport.is_closing():
+            self.read_paused = True
+            self._paced(parser, sink).stop_reading()
+            if not self.own_pings:
+                self.stop_keepalive()  # its pongs would not be read
+
+    def resume_reading(self) -> None:
+        """See `DirectTransport`."""
+        if self.read_paused:
+            self.read_paused = False
+            if self.paced is not None and not self.transport.is_closing():
+                self.paced.resume_reading()
+                if not self.own_pings and self.ping_timer is None and self.pong_timer is None:
+                    self.start_keepalive()
 
     # ── callbacks of asyncio ──
 
     def data_received(self, data: bytes) -> None:
-        """Process received bytes."""
-        if self.sink is not None:
-            self.read(data)
-            return
+        """Process received bytes. Hot path."""
+        parser, sink = self.parser, self.sink
+        if parser is None:
+            self._on_handshake_data(data)
+        elif sink is not None and (self.paced is not None or len(data) > MAX_UNPACED_BYTES or not sink.data_received()):
+            self._paced(parser, sink).data_received(data)
+        else:
+            parser.feed(data)
+            self._handle_frames(parser)
+
+    def _on_handshake_data(self, data: bytes) -> None:
+        """Process bytes that arrive before the handshake is accepted."""
         if self.is_supported and self.handshake_initiated and not self.handshake_complete:
-            # A client must not send before the answer to its handshake (RFC 6455 section 4.1). The parser would fail,
-            # and uvicorn with it, because no frame can be sent yet. So these bytes are parsed after the answer.
+            # A client must not send before the answer to its handshake (RFC 6455 section 4.1). No frame can be sent
+            # yet, so these bytes are parsed after the answer.
             self.early_data += data
             self.transport.pause_reading()
             return
@@ -210,104 +257,116 @@ class StableWebSocketProtocol(PacedParser):
         super().connection_lost(exc)
         if self.is_supported and self.sink is None:  # one event for each waiting reader: an earlier one, and ours
             self.queue.put_nowait({"type": "websocket.disconnect", "code": 1005})
+        if self.is_supported:
+            self.conn.parser.close()  # a suspended generator and its object refer to each other
+        if self.parser is not None:
+            self.parser.end()
         if self.sink is not None:
-            self.sink = self.queue.sink = None  # breaks a reference cycle
+            self.sink = self.queue.sink = self.paced = None  # each of them refers to this object
 
-    # ── callbacks of the parser ──
+    # ── frames ──
 
-    def send_receive_event_to_app(self) -> None:
-        """Process a complete message."""
+    def _paced(self, parser: FrameParser, sink: DirectReceiver) -> PacedParser:
+        """Return the control of the parser. From its creation on, all data goes through it."""
+        if self.paced is None:
+            self.paced = PacedParser(self, parser, sink, self._handle_frames)
+        return self.paced
+
+    def _handle_frames(self, parser: FrameParser, until: float | None = None) -> bool:
+        """Handle the frames that have arrived. Hot path.
+
+        Args:
+            parser: The parser, to which received bytes were fed.
+            until: Time at which to stop; `None` to handle all frames.
+
+        Returns:
+            Whether it stopped because of the time or because reading was paused, so that frames may be left.
+        """
         sink = self.sink
-        if sink is None:
-            try:
-                super().send_receive_event_to_app()
-            except InvalidState:  # text that is not UTF-8, in the same read as the close frame after it
-                self.frames = []
-            return
-        data = self.frames[0] if len(self.frames) == 1 else b"".join(self.frames)
-        self.frames = []
-        self.fragments = 0
-        if self.close_sent:
-            return
-        if len(data) > self.max_message_bytes:
-            self._fail_too_big()
-            return
-        if self.curr_msg_data_type != "text":
-            sink.message_received(bytes(data))
+        try:
+            while (frame := parser.next_frame()) is not None:
+                opcode, content = frame
+                if opcode > BINARY:
+                    if opcode == CLOSE:
+                        parser.end()  # nothing is read after it
+                    self._handle_control_frame(opcode, content)
+                elif not self.close_sent:
+                    if sink is not None:
+                        sink.message_received(content)
+                    else:
+                        self._queue_message(content)
+                if sink is not None and (self.read_paused or (until is not None and monotonic() >= until)):
+                    return True
+        except ProtocolViolation as violation:
+            parser.end()
+            # Without the exception, whose traceback refers to this frame.
+            fail = functools.partial(self._fail, violation.code, violation.reason)
+            if sink is not None:
+                sink.violation_received(fail)
+            elif self.queue.empty():
+                fail()
+            else:  # an application that waits for a message reads one, and can answer it
+                self.loop.call_soon(fail)
+        return False
+
+    def _queue_message(self, message: str | bytes) -> None:
+        """Give a message to an application that reads without a direct transport, as uvicorn does."""
+        self.queue.put_nowait({"type": "websocket.receive", ("text" if isinstance(message, str) else "bytes"): message})
+        if not self.read_paused:
+            self.read_paused = True
+            self.transport.pause_reading()
+
+    def _handle_control_frame(self, opcode: int, payload: Any) -> None:
+        sink = self.sink
+        if opcode == PING:
+            if sink is not None:
+                sink.ping_received()
+            # A client that floods pings and reads no pongs gets none. RFC 6455 section 5.5.3 allows the omission.
+            if not (self.write_paused or self.close_sent or self.transport.is_closing()):
+                self.transport.write(frame_bytes(PONG, payload))
+        elif opcode == PONG:
+            if sink is not None:
+                sink.pong_received(payload)
+            if not self.own_pings:
+                self.handle_pong(Frame(Opcode.PONG, payload))
+        else:
+            self._handle_close_frame(Frame(Opcode.CLOSE, payload))
+
+    def _handle_close_frame(self, frame: Frame) -> None:
+        """Answer a close frame, or take it as an answer.
+
+        Raises:
+            ProtocolViolation: Its code or its reason is invalid.
+        """
+        if self.conn.eof_sent:  # the server has failed the connection already, for example after a missing pong
             return
         try:
-            text = str(data, "utf-8")
+            self.conn.recv_frame(frame)
+        except ProtocolError as error:
+            raise ProtocolViolation(PROTOCOL_ERROR, str(error)) from None
         except UnicodeDecodeError:
-            self.conn.fail(1007, "text is not UTF-8")
-            self.handle_parser_exception()
-        else:
-            sink.message_received(text)
+            raise ProtocolViolation(INVALID_DATA, "close reason is not UTF-8") from None
+        self.handle_close(frame)
 
-    def handle_cont(self, event: Any) -> None:
-        """Process a fragment."""
-        if self.sink is None:
-            super().handle_cont(event)
-            return
-        if not self.fragments:
-            self.fragment_bytes = sum(map(len, self.frames))
-        self.fragments += 1
-        self.fragment_bytes += len(event.data)
-        if self.fragment_bytes > self.max_message_bytes:
-            self._fail_too_big()
-            return
-        if len(self.frames) >= MAX_FRAGMENTS:
-            self.frames = [b"".join(self.frames)]
-        if event.data or event.fin:
-            super().handle_cont(event)
-
-    def _fail_too_big(self) -> None:
-        if not self.close_sent:
-            self.conn.fail(1009)
-            self.handle_parser_exception()
-
-    def handle_ping(self) -> None:
-        """Process a ping. Its pong is ready to be sent."""
-        if self.sink is None:
-            super().handle_ping()
-            return
-        self.sink.ping_received()
-        if self.write_paused or self.close_sent:
-            # A client that floods pings and reads no pongs gets none. RFC 6455 section 5.5.3 allows the omission.
-            self.conn.writes = [output for output in self.conn.writes if output[:1] != PONG_START]
-        else:
-            self._write_output()
-
-    def handle_pong(self, event: Any) -> None:
-        """Process a pong."""
-        if self.sink is not None:
-            self.sink.pong_received(bytes(event.data))
-        super().handle_pong(event)
-
-    def handle_parser_exception(self) -> None:
-        """Process a protocol violation of the client. The close frame is ready to be sent.
+    def _fail(self, code: int, reason: str) -> None:
+        """Fail the connection (RFC 6455 section 7.1.7).
 
         uvicorn closes the transport immediately. If unread bytes of the client are left, that is a TCP reset, which can
         overtake the close frame. So this method closes the sending half only, and discards received data for a moment.
         """
-        if self.sink is None:
-            super().handle_parser_exception()
-            return
-        if self.close_sent:
+        if self.close_sent or self.transport.is_closing():
             self.transport.close()
             return
-        sent: Any = self.conn.close_sent
-        if sent.code == 1009:  # the parser's reason names its own limit, which includes a control frame
-            self._replace_close_reason()
-        self.queue.put_nowait({"type": "websocket.disconnect", "code": sent.code, "reason": sent.reason})
+        if self.sink is not None:
+            self.sink.before_shutdown()
+        self.conn.fail(code, reason)
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
         self._write_output()
-        self.close_sent = self.discarding = True
-        self.frames = []
-        self._close_after_grace()
-
-    def _replace_close_reason(self) -> None:
-        reason = f"message over {self.max_message_bytes} bytes"
-        frame = frame_bytes(CLOSE, (1009).to_bytes(2, "big") + reason.encode())
-        self.conn.writes = [frame if output[:1] == CLOSE_START else output for output in self.conn.writes]
+        self.close_sent = True
+        if self.sink is None or self.parser is None:
+            self.transport.close()
+        else:
+            self._paced(self.parser, self.sink).discard()
 
     def _write_output(self) -> None:
         output = b"".join(self.conn.data_to_send())

@@ -11,8 +11,8 @@ import asyncio
 import re
 import reprlib
 import struct
-from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Final
+from collections.abc import Callable
+from typing import Any, Final
 
 from pydantic_core import to_json
 
@@ -351,38 +351,38 @@ def binary_envelope(head: dict[str, Any], payload: bytes) -> bytes:
 # ── acknowledging ──
 
 
-class DelayedAcks(ABC):
-    """Base of each side of `stabilizer.v1.json`: acknowledges after `ACK_EVERY` messages or after `ack_delay`.
+class DelayedAcks:
+    """Count of received messages without an acknowledgement, and the timer of that acknowledgement.
 
-    It is a base class, because an object of its own would cost memory for each connection and time for each message.
+    It refers to its owner only while the timer runs. So an owner that calls `reset` at its end is freed by reference
+    counting.
 
-    Attributes:
-        ack_delay: Maximum seconds from a message to its acknowledgement.
+    Args:
+        delay: Maximum seconds from a message to its acknowledgement.
     """
 
-    __slots__ = ("_ack_timer", "_unacknowledged")
+    __slots__ = ("_count", "_delay", "_timer")
 
-    ack_delay: ClassVar[float]
+    def __init__(self, delay: float) -> None:
+        self._delay = delay
+        self._count = 0
+        self._timer: asyncio.TimerHandle | None = None
 
-    def __init__(self) -> None:
-        self._unacknowledged = 0
-        self._ack_timer: asyncio.TimerHandle | None = None
+    def schedule(self, send: Callable[[], object]) -> None:
+        """Count a received message, and send its acknowledgement now or later.
 
-    def _schedule_ack(self) -> None:
-        """Count a received message, and send its acknowledgement now or later."""
-        self._unacknowledged += 1
-        if self._unacknowledged >= ACK_EVERY:
-            self._send_ack()
-        elif self._ack_timer is None:
-            self._ack_timer = asyncio.get_running_loop().call_later(self.ack_delay, self._send_ack)
+        Args:
+            send: Function that acknowledges all received messages and calls `reset`.
+        """
+        self._count += 1
+        if self._count >= ACK_EVERY:
+            send()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._delay, send)
 
-    @abstractmethod
-    def _send_ack(self) -> None:
-        """Acknowledge all received messages. It calls `_reset_ack`."""
-
-    def _reset_ack(self) -> None:
-        """Stop the timer, because another frame acknowledges the messages or the connection ends."""
-        self._unacknowledged = 0
-        if self._ack_timer is not None:
-            self._ack_timer.cancel()
-            self._ack_timer = None
+    def reset(self) -> None:
+        """Stop the timer, because a frame acknowledges the messages or the connection ends."""
+        self._count = 0
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -12,7 +12,6 @@ from fastapi_ws_stabilizer.wire.v1.frames import (
     MAX_HELLO_BYTES,
     MAX_RESUME_TOKEN_CHARS,
     RETRY_CAP,
-    SUBPROTOCOL,
     VERSION,
     ProtocolError,
     is_longer,
@@ -21,11 +20,6 @@ from fastapi_ws_stabilizer.wire.v1.frames import (
     parse,
     require_int,
 )
-
-
-def offers_v1(subprotocols: Iterable[str]) -> bool:
-    """Return whether a client offers `stabilizer.v1.json`."""
-    return SUBPROTOCOL in subprotocols
 
 
 def offered_credential(subprotocols: Iterable[str]) -> str | None:

@@ -6,13 +6,15 @@ import base64
 import zlib
 from typing import Final
 
-from websockets.exceptions import InvalidHeader, NegotiationError, PayloadTooBig, ProtocolError
+from websockets.exceptions import InvalidHeader, NegotiationError
+from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.frames import Frame, Opcode
 from websockets.headers import parse_extension
 
-from fastapi_ws_stabilizer.servers.uvicorn.deflate import DEFLATE, WholeMessageDeflate
+from fastapi_ws_stabilizer.servers.uvicorn.deflate import DEFLATE, MessageInflater
+from fastapi_ws_stabilizer.wire.handshake import select_subprotocol
 from fastapi_ws_stabilizer.wire.v1.frames import AUTH_PREFIX, SUBPROTOCOL
-from fastapi_ws_stabilizer.wire.v1.hello import offered_credential, offers_v1
+from fastapi_ws_stabilizer.wire.v1.hello import offered_credential
 from tests.fuzz.choices import Choices, text_of
 
 LIMIT: Final = 1 << 12
@@ -25,12 +27,12 @@ def negotiation(data: bytes) -> None:
     second, _, third = rest.partition(b"\n")
     offers_subprotocols([one.strip() for one in text_of(first).split(",")])
     offers_extensions(second.decode("latin-1"))
-    inflates(WholeMessageDeflate(True, True, 15, 15), third)
+    inflates(15, third)
 
 
 def offers_subprotocols(offered: list[str]) -> None:
     """Check that a client's list is parsed, or that nothing is found in it."""
-    assert offers_v1(offered) is (SUBPROTOCOL in offered)
+    assert select_subprotocol({"subprotocols": offered}) == (SUBPROTOCOL if SUBPROTOCOL in offered else None)
     credential = offered_credential(offered)
     if credential is None:
         return
@@ -39,13 +41,13 @@ def offers_subprotocols(offered: list[str]) -> None:
     assert offered_credential([f"{AUTH_PREFIX}{spelt}"]) == credential
 
 
-def offers_extensions(header: str) -> list[WholeMessageDeflate]:
+def offers_extensions(header: str) -> list[PerMessageDeflate]:
     """Check that an agreement can be answered, and compresses in both directions."""
     try:
         extensions = parse_extension(header)
     except InvalidHeader:
         return []
-    agreed: list[WholeMessageDeflate] = []
+    agreed: list[PerMessageDeflate] = []
     for name, parameters in extensions:
         if name != DEFLATE.name:
             continue
@@ -62,37 +64,33 @@ def offers_extensions(header: str) -> list[WholeMessageDeflate]:
     return agreed
 
 
-def _deflates_and_inflates(extension: WholeMessageDeflate, payload: bytes) -> None:
+def _deflates_and_inflates(extension: PerMessageDeflate, payload: bytes) -> None:
     bits = max(9, extension.remote_max_window_bits)  # zlib uses 9 instead of 8 when it compresses
     if extension.remote_max_window_bits >= 9:
         for _ in range(2):  # without context takeover each message is compressed independently
             packed = zlib.compressobj(wbits=-bits)
             data = (packed.compress(payload) + packed.flush(zlib.Z_SYNC_FLUSH))[:-4]
             half = len(data) // 2
-            first = extension.decode(Frame(Opcode.BINARY, data[:half], fin=False, rsv1=True))
-            second = extension.decode(Frame(Opcode.CONT, data[half:]))
-            assert bytes(first.data) + bytes(second.data) == payload
-            assert extension.window == b""
+            inflater = MessageInflater(extension.remote_max_window_bits)
+            first = inflater.inflate(data[:half], len(payload), last=False)
+            assert first + inflater.inflate(data[half:], len(payload) - len(first), last=True) == payload
     sent = extension.encode(Frame(Opcode.BINARY, payload))
     raw = zlib.decompressobj(wbits=-extension.local_max_window_bits)
     assert raw.decompress(bytes(sent.data) + b"\x00\x00\xff\xff") == payload
 
 
-def inflates(extension: WholeMessageDeflate, data: bytes) -> None:
-    """Check that any frames, compressed or not, are inflated up to the limit or rejected."""
+def inflates(window_bits: int, data: bytes) -> None:
+    """Check that the pieces of any compressed messages are inflated up to the limit or rejected."""
     choices = Choices(data)
-    left = LIMIT
+    inflater, left = MessageInflater(window_bits), LIMIT
     while choices:
-        head = choices.number()
-        opcode = Opcode.CONT if head & 1 else Opcode.TEXT
-        frame = Frame(opcode, choices.take(choices.number()), fin=bool(head & 2), rsv1=bool(head & 4))
-        if opcode is Opcode.TEXT:
-            left = LIMIT
+        last = bool(choices.number() & 2)
         try:
-            came = extension.decode(frame, max_size=left)
-        except (PayloadTooBig, ProtocolError):
+            came = inflater.inflate(choices.take(choices.number()), left, last=last)
+        except ValueError:
             return
-        if came is not frame:
-            assert len(came.data) <= left
-            left -= len(came.data)
-        assert len(extension.window) <= WINDOW
+        assert len(came) <= left
+        left -= len(came)
+        assert len(inflater._window) <= WINDOW
+        if last:
+            inflater, left = MessageInflater(window_bits), LIMIT

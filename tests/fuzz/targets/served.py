@@ -25,11 +25,13 @@ from uvicorn.server import ServerState
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.events import Event
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.servers.uvicorn import paced_parser as uvicorn_reading
+from fastapi_ws_stabilizer.servers.uvicorn import paced_parser
+from fastapi_ws_stabilizer.servers.uvicorn import protocol as protocol_module
 from fastapi_ws_stabilizer.servers.uvicorn.compat import ReceiverQueue
-from fastapi_ws_stabilizer.servers.uvicorn.protocol import MAX_CONTROL_BYTES, MAX_FRAGMENTS, StableWebSocketProtocol
+from fastapi_ws_stabilizer.servers.uvicorn.frame_parser import MAX_PARTS
+from fastapi_ws_stabilizer.servers.uvicorn.protocol import StableWebSocketProtocol
 from fastapi_ws_stabilizer.socket import StableSocket
-from fastapi_ws_stabilizer.wire.rfc6455 import CLOSE, PING
+from fastapi_ws_stabilizer.wire.rfc6455 import CLOSE, MAX_CONTROL_BYTES, PING, PONG
 from tests.fuzz import virtual
 from tests.fuzz.choices import Choices
 
@@ -39,7 +41,6 @@ LIMIT: Final = 2048
 HIGH_WATER: Final = 512
 """Buffered bytes after which a slow transport pauses writing."""
 
-PONG: Final = 0xA
 LEAST_FRAME: Final = 6
 LONGEST_HEAD: Final = 14
 LONGEST_HANDSHAKE: Final = 129 * 8192
@@ -50,7 +51,7 @@ ENOUGH: Final = 2
 """Messages after which an application with `leaves` returns."""
 
 AT_ONCE: Final = 64
-"""Compressed bytes parsed in one step here: few, so that small inputs take several steps too."""
+"""Bytes parsed in one go here: few, so that small inputs are parsed in slices too. Each slice has one frame."""
 
 TURNS: Final = 60
 """Iterations of the loop within which everything has to happen that does not wait for a timer."""
@@ -300,7 +301,7 @@ class Served:
             await self._feeds(piece, LONGEST_HANDSHAKE)
         if not self._circumstances.early:
             await self._until(lambda: self.transport.written or app.left or not self.protocol.tasks)
-        limit = LONGEST_HANDSHAKE if self._circumstances.early else LIMIT + MAX_CONTROL_BYTES + LONGEST_HEAD
+        limit = LONGEST_HANDSHAKE if self._circumstances.early else LONGEST_HEAD + MAX_CONTROL_BYTES
         for piece in pieces:
             await self._feeds(piece, limit)
         app.open.set()
@@ -323,12 +324,13 @@ class Served:
     def _looks(self, piece: bytes, limit: int) -> None:
         """Check that no buffer exceeds its limit."""
         protocol = self.protocol
-        assert len(protocol.conn.reader.buffer) <= limit + len(piece), "the unparsed data exceeds its limit"
-        assert len(protocol.unparsed) <= len(piece), "the waiting data exceeds its limit"
-        assert len(protocol.conn.events) == 0 or protocol.conn.parser_exc is not None
+        assert len(protocol.conn.reader.buffer) <= limit + len(piece), "the unparsed request exceeds its limit"
+        parser = protocol.parser
+        if parser is not None:
+            assert parser.unparsed_bytes <= limit + len(piece), "the unparsed frames exceed their limit"
+            assert len(parser._parts) <= MAX_PARTS
+            assert sum(map(len, parser._parts)) <= LIMIT
         if protocol.sink is not None:
-            assert len(protocol.frames) <= MAX_FRAGMENTS
-            assert sum(map(len, protocol.frames)) <= LIMIT + MAX_CONTROL_BYTES
             assert len(protocol.conn.writes) == 0 or protocol.close_sent
         if self.app.socket is not None:
             waiting = len(self.app.socket._connection.inbox)
@@ -354,7 +356,7 @@ class Served:
         outcome.attached = isinstance(self.protocol.queue, ReceiverQueue)
         conn = self.protocol.conn
         first_to_close = conn.close_sent is not None and not conn.close_rcvd_then_sent
-        outcome.ended_by_us = first_to_close or conn.parser_exc is not None
+        outcome.ended_by_us = first_to_close
         self.transport.lose()
         await self._until(lambda: not self.protocol.tasks, patient=True)
         await self.app.manager.graceful_shutdown(1.0)
@@ -392,7 +394,10 @@ def outcome_of(circumstances: Circumstances, data: bytes, how: int) -> Outcome:
 
 
 def _run(one: Coroutine[Any, Any, Outcome]) -> Outcome:
-    with mock.patch.object(uvicorn_reading, "MAX_PARSED_AT_ONCE", AT_ONCE):
+    with (
+        mock.patch.object(protocol_module, "MAX_UNPACED_BYTES", AT_ONCE),
+        mock.patch.object(paced_parser, "PARSE_SLICE", 0.0),
+    ):
         return virtual.run(one)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from fastapi_ws_stabilizer.auth.signed_tokens import ReconnectTokens, TokenClaims
+from fastapi_ws_stabilizer.auth.signed_tokens import RECONNECT_TOKEN, SignedTokens, TokenClaims
 from fastapi_ws_stabilizer.errors import InvalidTokenError, TokenExpiredError
 from fastapi_ws_stabilizer.events import Counters
 from fastapi_ws_stabilizer.sessions.replay_buffer import ReplayLimits
@@ -22,10 +22,10 @@ def tokens(data: bytes) -> None:
     choices = Choices(data)
     client_id, text = choices.text(), choices.text()
     changes = choices.rest()
-    store = ReconnectTokens([KEY], TTL)
+    store = SignedTokens(RECONNECT_TOKEN, [KEY], TTL)
     is_rejected(store, text)
     try:
-        good, foreign = store.issue(client_id), ReconnectTokens([OTHER_KEY], TTL).issue(client_id)
+        good, foreign = store.issue(client_id), SignedTokens(RECONNECT_TOKEN, [OTHER_KEY], TTL).issue(client_id)
     except ValueError:
         assert not client_id or not is_name(client_id)
         return
@@ -43,7 +43,7 @@ def tokens(data: bytes) -> None:
     _sessions_token(text, changes)
 
 
-def is_rejected(store: ReconnectTokens, token: str) -> None:
+def is_rejected(store: SignedTokens, token: str) -> None:
     """Check that a text that is not a valid token is rejected for every use."""
     for use in (store.read, store.check, store.consume):
         try:
@@ -54,7 +54,7 @@ def is_rejected(store: ReconnectTokens, token: str) -> None:
             raise AssertionError(f"{token!r} was accepted, as {claim!r}")
 
 
-def is_rejected_for_use(store: ReconnectTokens, token: str) -> None:
+def is_rejected_for_use(store: SignedTokens, token: str) -> None:
     """Check that a used token is not valid a second time."""
     try:
         claim = store.consume(token)
@@ -63,7 +63,7 @@ def is_rejected_for_use(store: ReconnectTokens, token: str) -> None:
     raise AssertionError(f"{token!r} was accepted a second time, as {claim!r}")
 
 
-def _refuses_for(store: ReconnectTokens, token: str, client_id: str) -> None:
+def _refuses_for(store: SignedTokens, token: str, client_id: str) -> None:
     try:
         store.check(token, client_id)
     except InvalidTokenError:

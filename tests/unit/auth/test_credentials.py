@@ -22,7 +22,7 @@ from fastapi_ws_stabilizer.auth.credentials import (
     SUBPROTOCOL_KEY,
     CredentialSource,
 )
-from fastapi_ws_stabilizer.auth.signed_tokens import ReconnectTokens
+from fastapi_ws_stabilizer.auth.signed_tokens import RECONNECT_TOKEN, SignedTokens
 
 TOKEN = "eyJhbGciOi.J9.x-_~+/="
 V1 = "stabilizer.v1.json"
@@ -229,7 +229,7 @@ async def test_repeated_or_empty_query_parameter_is_ignored(query_string: str) -
 
 async def test_reconnect_token_in_query_is_ignored() -> None:
     """A reconnect token in `?token=` is ignored, and a credential beside it is found."""
-    token = ReconnectTokens([], 60).issue("ann")
+    token = SignedTokens(RECONNECT_TOKEN, [], 60).issue("ann")
     find = Credential(query("token"), required=False)
     assert await find(connection(query=f"token={token}")) is None
     assert await find(connection(query=f"token=mine&token={token}")) == "mine"

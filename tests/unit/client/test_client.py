@@ -15,6 +15,7 @@ from fastapi_ws_stabilizer.client import (
     Client,
     ClientClosedError,
     Gap,
+    HttpRejection,
     MessageTooLargeError,
     NotStartedError,
     RefusedError,
@@ -47,7 +48,13 @@ async def test_client_is_open_after_hello_and_welcome() -> None:
     """The first frame has the number of the attempt and the instance, and the welcome is acknowledged at once."""
     async with Scene() as scene:
         hello = scene.link.hello
-        assert hello == {"type": "hello", "v": 1, "n": 1, "client": scene.client.instance_id, "caps": ["retry"]}
+        assert hello == {
+            "type": "hello",
+            "v": 1,
+            "n": 1,
+            "client": scene.client._session.instance_id,
+            "caps": ["retry"],
+        }
         assert scene.offers == [("ws://server/ws", [SUBPROTOCOL])]
         assert scene.client.state == "connecting"
         await scene.opened(seq=5)
@@ -142,7 +149,7 @@ async def test_messages_wait_for_welcome() -> None:
         assert [frame["type"] for frame in scene.link.sent] == ["hello"]
         await scene.opened()
         assert [frame["type"] for frame in scene.link.sent] == ["hello", "ack", "msg"]
-        assert scene.client.last_seq == 0
+        assert scene.client._session.last_seq == 0
 
 
 @virtually
@@ -314,7 +321,7 @@ async def test_full_resume_at_wrong_number_is_rejected() -> None:
         await link.welcome("full", seq=7)
         assert link.closed is not None
         assert link.closed[0] == 4412
-        assert scene.client.last_seq == 1
+        assert scene.client._session.last_seq == 1
 
 
 @virtually
@@ -496,7 +503,7 @@ async def test_received_volatile_message_is_not_acked() -> None:
         await scene.opened()
         await scene.link.say({"type": "msg", "volatile": True, "data": 1}, {"type": "ping", "seq": 0})
         assert (await anext(scene.client)).data == 1
-        assert scene.client.last_seq == 0
+        assert scene.client._session.last_seq == 0
         assert scene.link.of("pong") == [{"type": "pong", "ack": 0}]
 
 
@@ -523,7 +530,7 @@ async def test_volatile_message_is_not_buffered() -> None:
         scene.link.may_send.clear()
         taken = [scene.client.send_volatile(number) for number in range(100)]
         assert not taken[-1], "a connection that takes nothing counts as none"
-        assert len(scene.client.buffer) == 0
+        assert len(scene.client._session.buffer) == 0
         scene.link.may_send.set()
         await scene.link.closes(1006)
         assert not scene.client.send_volatile(1)
@@ -637,7 +644,7 @@ async def test_request_returns_answer_or_raises_error() -> None:
         assert await first == 3
         with pytest.raises(RequestError, match="no: never"):
             await second
-        assert scene.client.last_seq == 3
+        assert scene.client._session.last_seq == 3
 
 
 @virtually
@@ -666,7 +673,7 @@ async def test_unsent_request_is_cancelled_at_timeout() -> None:
         given_up.cancel()
         await soon()
         assert given_up.cancelled()
-        assert len(scene.client.buffer) == 0
+        assert len(scene.client._session.buffer) == 0
         await scene.opened()
         assert scene.link.of("msg") == []
 
@@ -679,7 +686,7 @@ async def test_late_answer_is_ignored() -> None:
         with pytest.raises(RequestTimeoutError):
             await scene.client.request("slow", timeout=1.0)
         await scene.link.say({"type": "reply", "re": "c1", "data": 3})
-        assert (scene.client.state, scene.client.last_seq) == ("open", 1)
+        assert (scene.client.state, scene.client._session.last_seq) == ("open", 1)
 
 
 @virtually
@@ -865,6 +872,24 @@ async def test_replay_on_lost_resends_messages_with_same_keys() -> None:
         assert before[0]["key"]
         await scene.link.say({"type": "ack", "seq": 1})
         assert sent.done()
+
+
+@virtually
+async def test_replay_on_lost_asks_accepted_request_again() -> None:
+    """With `replay_on_lost` the new session gets a request that the old one accepted, with its idempotency key."""
+    async with Scene(replay_on_lost=True) as scene:
+        await scene.opened()
+        asked = asyncio.ensure_future(scene.client.request("add", 1, timeout=60))
+        await soon()
+        (before,) = scene.link.of("msg")
+        await scene.link.say({"type": "ack", "seq": 1})
+        await scene.link.closes(1006)
+        scene.client.send("later")
+        await (await scene.redialled()).welcome("lost", why="unknown", ack=0)
+        again, later = scene.link.of("msg")
+        assert (again, later["data"]) == (before, "later")
+        await scene.link.say({"type": "ack", "seq": 2}, {"type": "reply", "re": before["id"], "data": 2})
+        assert await asked == 2
 
 
 # ── dead connections ──
@@ -1112,7 +1137,7 @@ async def test_message_interrupted_twice_becomes_gap() -> None:
         assert third.hello["resume"]["seq"] == 2
         await third.welcome("full", seq=2)
         await third.say({"type": "msg", "data": "third"})
-        assert scene.client.last_seq == 3
+        assert scene.client._session.last_seq == 3
         assert scene.of("gap") == [Gap(False, "unfinished", 2, 2)]
 
 
@@ -1135,7 +1160,7 @@ async def test_interrupted_volatile_message_skips_no_number(between: str) -> Non
             else:
                 await asyncio.sleep(1.1)
         await scene.link.say({"type": "msg", "data": "second"})
-        assert (scene.client.last_seq, scene.of("gap")) == (2, [])
+        assert (scene.client._session.last_seq, scene.of("gap")) == (2, [])
 
 
 @virtually
@@ -1186,7 +1211,7 @@ async def test_unread_messages_do_not_count_as_interrupted(monkeypatch: pytest.M
     async with Scene() as scene:
         for dial in range(1, 4):
             link = await scene.redialled(dial)
-            await link.welcome("none" if dial == 1 else "full", seq=scene.client.last_seq)
+            await link.welcome("none" if dial == 1 else "full", seq=scene.client._session.last_seq)
             if dial == 1:
                 reader = SlowReader(scene, monkeypatch)
                 await reader.send_to_handler(3)
@@ -1328,7 +1353,7 @@ async def test_frames_of_old_connection_are_ignored() -> None:
         await scene.link.welcome("full")
         await old.say({"type": "msg", "data": 1}, {"type": "ping", "seq": 99})
         await old.closes(4410)
-        assert (scene.client.state, scene.client.last_seq, len(scene.links)) == ("open", 0, 2)
+        assert (scene.client.state, scene.client._session.last_seq, len(scene.links)) == ("open", 0, 2)
 
 
 # ── drain ──
@@ -1478,7 +1503,7 @@ async def test_rejected_message_fails_its_future_and_is_reported() -> None:
         assert isinstance(error, RefusedError)
         assert (error.code, error.seq, error.event) == ("unknown_type", 2, "e2")
         assert [(one.seq, one.event) for one in scene.of("error")] == [(1, "e1"), (2, "e2")]
-        assert len(scene.client.buffer) == 0
+        assert len(scene.client._session.buffer) == 0
 
 
 @virtually
@@ -1631,6 +1656,23 @@ async def test_stalled_close_frame_delays_close_by_seconds_only() -> None:
         assert now() - at <= 10
         assert scene.client.state == "closed"
         assert len(scene.client._tasks) == 0
+
+
+@virtually
+@pytest.mark.parametrize("stalled", [False, True])
+async def test_cancelled_client_leaves_no_task_for_event_loop(stalled: bool) -> None:
+    """A client that the end of the event loop cancels sends a close frame within a second, and leaves no task."""
+    async with Scene() as scene:
+        await scene.opened()
+        if stalled:
+            scene.link.may_close.clear()
+        runner, at = scene.client._runner, now()
+        assert runner is not None
+        known = scene.client._tasks.cancel()
+        await asyncio.wait(known)
+        assert runner.done()
+        assert now() - at <= (1.1 if stalled else 0.1)
+        assert (scene.link.closed, len(scene.client._tasks)) == ((4000, "cancelled"), 0)
 
 
 @virtually
@@ -1810,6 +1852,44 @@ def test_terminal_close_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
+REJECTION = HttpRejection(403, '{"detail":"no such room"}')
+
+
+def test_rejected_handshake_shows_body_in_error_and_log(caplog: pytest.LogCaptureFixture) -> None:
+    """The final error and the log have the start of the body with which the server rejected the handshake."""
+
+    @virtually
+    async def play() -> None:
+        scene = Scene()
+        scene.failures = [TransportClosedError(4403, "HTTP 403", REJECTION)]
+        with pytest.raises(ClientClosedError, match="no such room") as caught:
+            await scene.client.__aenter__()
+        assert (caught.value.rejection, caught.value.reason) == (REJECTION, "HTTP 403")
+        with pytest.raises(ClientClosedError, match="no such room"):
+            await anext(scene.client)
+        assert scene.of("close") == [(4403, "HTTP 403")]
+
+    play()
+    (text,) = caplog.messages
+    assert text.startswith("the client of ws://server/ws is permanently closed: code 4403 ")
+    assert text.endswith('(HTTP 403; the server says: {"detail":"no such room"})')
+
+
+def test_body_of_retried_rejection_is_logged_and_no_hint(caplog: pytest.LogCaptureFixture) -> None:
+    """The body of a rejection that the client retries is logged, but `retry=` in it does not delay the client."""
+
+    @virtually
+    async def play() -> None:
+        scene = Scene(first_connect_timeout=60)
+        scene.failures = [TransportClosedError(4503, "HTTP 503", HttpRejection(503, "full; retry=250000"))]
+        async with scene:
+            await scene.redialled(1)
+            assert scene.dials[1] - scene.dials[0] < 20
+
+    play()
+    assert "code 4503 (HTTP 503; the server says: full; retry=250000); next attempt" in caplog.messages[0]
+
+
 @virtually
 async def test_iteration_raises_unless_client_was_closed_locally() -> None:
     """`async for` yields the received messages, then ends after a local `close()` and raises after any other close."""
@@ -1856,6 +1936,16 @@ def test_first_connect_timeout_closes_unconnected_client(timeout: float) -> None
         assert len(scene.client._tasks) == 0
 
     play()
+
+
+@virtually
+async def test_first_connect_timeout_error_has_last_rejection() -> None:
+    """The error of a client that was never connected has the last response that rejected it."""
+    scene = Scene(first_connect_timeout=3)
+    scene.failures = [TransportClosedError(1006, "HTTP 418", HttpRejection(418, "teapot")) for _ in range(99)]
+    with pytest.raises(ClientClosedError, match=r"\(HTTP 418\); the server says: teapot\)") as caught:
+        await scene.client.__aenter__()
+    assert caught.value.rejection == HttpRejection(418, "teapot")
 
 
 @virtually

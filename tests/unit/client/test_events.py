@@ -26,7 +26,7 @@ def test_listener_gets_only_its_event(event: str) -> None:
     def listener(*args: Any) -> None:
         heard.append(args)
 
-    assert getattr(listeners, f"on_{event}")(listener) is listener
+    assert listeners.add(event, listener) is listener
     for other in EVENTS:
         listeners.emit(other, other, 1)
     assert heard == [(event, 1)]
@@ -36,9 +36,9 @@ def test_listeners_run_in_registration_order(caplog: pytest.LogCaptureFixture) -
     """A failing listener is logged, and the listeners after it are called."""
     listeners, _ = made()
     heard: list[str] = []
-    listeners.on_open(lambda _: heard.append("first"))
-    listeners.on_open(lambda _: 1 / 0)
-    listeners.on_open(lambda _: heard.append("third"))
+    listeners.add("open", lambda _: heard.append("first"))
+    listeners.add("open", lambda _: 1 / 0)
+    listeners.add("open", lambda _: heard.append("third"))
     listeners.emit("open", "none")
     assert heard == ["first", "third"]
     assert [record.getMessage() for record in caplog.records] == ["a listener for 'open' failed"]
@@ -51,10 +51,10 @@ def test_client_listener_may_unsubscribe_during_call() -> None:
 
     def once(_: str) -> None:
         heard.append("once")
-        listeners._stop_listening("open", once)
+        listeners.remove("open", once)
 
-    listeners.on_open(once)
-    listeners.on_open(lambda _: heard.append("always"))
+    listeners.add("open", once)
+    listeners.add("open", lambda _: heard.append("always"))
     listeners.emit("open", "none")
     listeners.emit("open", "none")
     assert heard == ["once", "always", "always"]
@@ -69,7 +69,7 @@ async def test_async_listener_runs_in_its_own_task() -> None:
         heard.append(outcome)
         raise KeyError("broken")
 
-    listeners.on_open(listener)
+    listeners.add("open", listener)
     listeners.emit("open", "full")
     assert heard == []
     await settle()

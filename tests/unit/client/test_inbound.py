@@ -10,10 +10,14 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.client import inbound as incoming_module
+from fastapi_ws_stabilizer.client.errors import ClientClosedError, HttpRejection
+from fastapi_ws_stabilizer.client.events import ClientEvents
 from fastapi_ws_stabilizer.client.inbound import InboundMessages, event_of
+from fastapi_ws_stabilizer.client.requests import PendingRequests
+from fastapi_ws_stabilizer.client.send_buffer import PendingMessage, SendBuffer
 from fastapi_ws_stabilizer.errors import RequestError
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
-from fastapi_ws_stabilizer.wire.v1.frames import Message
+from fastapi_ws_stabilizer.wire.v1.frames import Message, parse
 from tests.support.fake_link import soon, virtually
 from tests.support.fake_websocket import settle, with_deadline
 
@@ -24,14 +28,22 @@ class Desk:
     def __init__(self) -> None:
         self.failures: list[BaseException] = []
         self.tasks = TaskSet(lambda _, error: self.failures.append(error))
-        self.replies: list[tuple[str, Any, Any]] = []
-        self.incoming = InboundMessages(self.tasks, lambda *reply: self.replies.append(reply))
+        self.buffer = SendBuffer(100, 10**6, "reject")
+        self.requests = PendingRequests()
+        self.incoming = InboundMessages(self.tasks, ClientEvents(self.tasks), self.buffer, self.requests)
         self.handled: list[Any] = []
 
     def put(self, *data: Any, event: str | None = None) -> None:
         """Receive messages."""
         for one in data:
             self.incoming.put(Message(one, event=event))
+
+    def replies(self) -> list[tuple[str, Any, Any]]:
+        """Send the waiting replies, and return the request, the data and the error of each."""
+        frames = []
+        while (message := self.buffer.pop_next()) is not None:
+            frames.append(parse(message.frame()))
+        return [(frame["re"], frame["data"], frame.get("error")) for frame in frames]
 
 
 @pytest.fixture
@@ -140,7 +152,7 @@ async def test_handler_return_value_answers_request(desk: Desk) -> None:
     desk.incoming.put(Message(1, event="add", id="s1"))
     desk.put(5, event="add")
     await settle()
-    assert desk.replies == [("s1", 2, None)]
+    assert desk.replies() == [("s1", 2, None)]
 
 
 async def test_request_error_of_handler_is_answer(desk: Desk) -> None:
@@ -152,7 +164,7 @@ async def test_request_error_of_handler_is_answer(desk: Desk) -> None:
     desk.incoming.on("*", refuse)
     desk.incoming.put(Message(1, id="s1"))
     await settle()
-    assert desk.replies == [("s1", None, {"code": "busy", "message": "later"})]
+    assert desk.replies() == [("s1", None, {"code": "busy", "message": "later"})]
 
 
 async def test_handler_bug_is_logged_and_answered_without_details(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
@@ -167,8 +179,8 @@ async def test_handler_bug_is_logged_and_answered_without_details(desk: Desk, ca
     desk.put(2, event="chat")
     await settle()
     assert desk.handled == [1, 2]
-    assert [(to, error["code"]) for to, _, error in desk.replies] == [("s1", "handler_failed")]
-    assert "secret" not in str(desk.replies)
+    assert [(to, error["code"]) for to, _, error in desk.replies()] == [("s1", "handler_failed")]
+    assert "secret" not in str(desk.replies())
     assert len(caplog.records) == 2
     assert caplog.records[0].exc_info is not None
 
@@ -234,7 +246,7 @@ async def test_cancellation_inside_handler_is_answered_as_failure(desk: Desk, ca
     await settle()
     assert desk.handled == [1, 2]
     failed = {"code": "handler_failed", "message": "a handler of the client failed"}
-    assert desk.replies == [("s1", None, failed), ("s2", 2, None)]
+    assert desk.replies() == [("s1", None, failed), ("s2", 2, None)]
     assert len(caplog.records) == 1
 
 
@@ -271,13 +283,22 @@ async def test_requests_of_lost_session_are_handled_unanswered(desk: Desk) -> No
     gate.set()
     await settle()
     assert desk.handled == [1, 2, 3]
-    assert desk.replies == [("s1", 3, None)]
+    assert desk.replies() == [("s1", 3, None)]
 
 
-def crowded(monkeypatch: pytest.MonkeyPatch, waits: bool = False) -> InboundMessages:
-    """Return an inbound side with room for two messages."""
+def crowded(monkeypatch: pytest.MonkeyPatch, awaits: str = "nothing") -> InboundMessages:
+    """Return an inbound side with room for two messages, of a client that awaits something from the server."""
     monkeypatch.setattr(incoming_module, "MAX_UNREAD", 2)
-    return InboundMessages(TaskSet(lambda *_: None), lambda *_: None, lambda: waits)
+    desk = Desk()
+    if awaits != "nothing":
+        message = PendingMessage("msg", None, {})
+        desk.buffer.add(message)
+        if awaits == "answers":
+            desk.requests.open("c1", message)
+            desk.buffer.pop_next()
+            desk.buffer.acknowledge(1)
+            assert len(desk.buffer) == 0
+    return desk.incoming
 
 
 async def fill(incoming: InboundMessages) -> None:
@@ -289,14 +310,14 @@ async def fill(incoming: InboundMessages) -> None:
         incoming.put(Message(data))
 
 
-@pytest.mark.parametrize("waits", ["handlers", "answers"])
-def test_abandoned_iteration_drops_oldest_after_ten_seconds(monkeypatch: pytest.MonkeyPatch, waits: str) -> None:
+@pytest.mark.parametrize("awaits", ["handlers", "answers", "acknowledgements"])
+def test_abandoned_iteration_drops_oldest_after_ten_seconds(monkeypatch: pytest.MonkeyPatch, awaits: str) -> None:
     """After ten seconds without a read the oldest message is dropped, so that reading continues."""
 
     @virtually
     async def play() -> None:
-        incoming = crowded(monkeypatch, waits == "answers")
-        if waits == "handlers":
+        incoming = crowded(monkeypatch, "nothing" if awaits == "handlers" else awaits)
+        if awaits == "handlers":
             incoming.on("chat", lambda data: data)
         await fill(incoming)
         waiting = asyncio.ensure_future(incoming.room())
@@ -330,7 +351,7 @@ async def test_abandoned_iteration_drops_nothing_without_demand() -> None:
 async def test_slow_loop_body_loses_no_message() -> None:
     """A loop body that takes less than ten seconds for a message loses nothing; later it counts as abandoned."""
     with pytest.MonkeyPatch.context() as patched:
-        incoming = crowded(patched, waits=True)
+        incoming = crowded(patched, "acknowledgements")
         incoming.put(Message("a"))
         waiting: asyncio.Future[None] | None = None
         async for message in incoming.loop():
@@ -377,8 +398,56 @@ async def test_slow_handlers_do_not_abandon_iteration() -> None:
 @virtually
 async def test_iteration_ends_after_last_message() -> None:
     """The loop yields the messages received before the close, and then ends."""
-    incoming = InboundMessages(TaskSet(lambda *_: None), lambda *_: None)
+    incoming = Desk().incoming
     incoming.put(Message("a"))
     incoming.close()
     assert [message.data async for message in incoming.loop()] == ["a"]
     assert aiter(loop := incoming.loop()) is loop
+
+
+@virtually
+async def test_iterator_survives_timeout_of_one_read() -> None:
+    """A read that times out takes no message and does not end its iterator. A generator would end here."""
+    incoming = Desk().incoming
+    loop = incoming.loop()
+    for _ in range(2):
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(anext(loop), 1)
+    incoming.put(Message("a"))
+    assert (await anext(loop)).data == "a"
+
+
+@virtually
+async def test_two_iterators_share_messages_and_end_together() -> None:
+    """Each message goes to one of two loops, and both end when the client closes."""
+    incoming = Desk().incoming
+    seen: list[tuple[int, Any]] = []
+
+    async def read(reader: int) -> None:
+        async for message in incoming.loop():
+            seen.append((reader, message.data))
+
+    loops = [asyncio.ensure_future(read(reader)) for reader in range(2)]
+    await soon()
+    for data in range(6):
+        incoming.put(Message(data))
+        await soon()
+    incoming.close()
+    await soon()
+    assert all(loop.done() for loop in loops)
+    assert sorted(data for _, data in seen) == list(range(6))
+
+
+@virtually
+async def test_each_iterator_raises_same_final_error() -> None:
+    """Every loop and every later read raises the error with which the client was closed."""
+    incoming = Desk().incoming
+    rejection = HttpRejection(403, "no")
+    incoming.close(ClientClosedError(4403, "HTTP 403", rejection))
+    errors = []
+    for _ in range(3):
+        with pytest.raises(ClientClosedError) as caught:
+            await anext(incoming.loop())
+        errors.append(caught.value)
+    assert {(error.code, error.reason, error.rejection) for error in errors} == {(4403, "HTTP 403", rejection)}
+    assert len({id(error) for error in errors}) == 3, "a shared error would collect tracebacks"

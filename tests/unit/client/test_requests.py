@@ -59,12 +59,12 @@ async def test_lost_session_fails_accepted_requests() -> None:
     requests = PendingRequests()
     (asked, accepted), (unsent, _) = opened(requests, "c1"), opened(requests, "c2")
     accepted.accept()
-    requests.session_lost()
+    assert requests.session_lost(replay=False) == []
     assert isinstance(asked.exception(), SessionLostError)
     assert not unsent.done()
 
 
-async def test_fail_all_fails_every_pending_request() -> None:
+async def test_close_fails_every_pending_request() -> None:
     """On close no request stays pending, and a cancelled one is left alone."""
     requests = PendingRequests()
     future, _ = opened(requests, "c1")
@@ -73,8 +73,26 @@ async def test_fail_all_fails_every_pending_request() -> None:
     requests.forget("c2")
     requests.forget("c2")
     cancelled.cancel()
-    requests.give_up(ClientClosedError(1000))
+    requests.close(ClientClosedError(1000))
     assert isinstance(future.exception(), ClientClosedError)
     assert not forgotten.done()
     assert len(requests) == 0
     requests.answered("c1", 1, None)
+
+
+async def test_replay_asks_accepted_requests_again_in_order() -> None:
+    """With replay, accepted requests wait for an answer in the new session, and fail only if their message does."""
+    requests = PendingRequests()
+    (first, one), (second, two) = opened(requests, "c1"), opened(requests, "c2")
+    (failed, three), (unsent, _) = opened(requests, "c3"), opened(requests, "c4")
+    one.accept()
+    two.accept()
+    three.fail(SessionLostError())
+    await settle()
+    assert requests.session_lost(replay=True) == [one, two]
+    assert [future.done() for future in (first, second, failed, unsent)] == [False, False, True, False]
+    requests.answered("c1", "late", None)
+    two.fail(ClientClosedError(1000))
+    await settle()
+    assert await first == "late"
+    assert isinstance(second.exception(), ClientClosedError)

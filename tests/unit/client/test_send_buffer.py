@@ -252,13 +252,13 @@ async def test_only_unsent_message_can_be_cancelled() -> None:
     assert sent(out) == [(2, "c")]
 
 
-async def test_fail_all_fails_every_buffered_message() -> None:
+async def test_close_fails_every_buffered_message() -> None:
     """On close every future fails, and the buffer is empty."""
     out = buffer()
     messages = put(out, "a", "b", "c")
     out.pop_next()
     out.resume(0)
-    out.fail_all(ClientClosedError(1000))
+    out.close(ClientClosedError(1000))
     assert all(isinstance(message.done.exception(), ClientClosedError) for message in messages)
     assert (len(out), out.pop_next(), out.oldest_sent) == (0, None, None)
 
@@ -271,7 +271,7 @@ async def test_cancelled_future_is_not_resolved() -> None:
     second.done.cancel()
     sent(out)
     out.acknowledge(1)
-    out.fail_all(ClientClosedError(1000))
+    out.close(ClientClosedError(1000))
 
 
 async def test_unencodable_message_raises_in_caller() -> None:
@@ -407,3 +407,21 @@ async def test_too_deep_data_raises_in_sender() -> None:
         deep = [deep]
     with pytest.raises(ValueError, match="nested deeper"):
         PendingMessage("msg", deep, {})
+
+
+async def test_accepted_messages_of_lost_session_precede_unaccepted() -> None:
+    """Accepted messages that are sent again come first, count as buffered, and get new numbers."""
+    out = buffer()
+    first, second, third = put(out, "a", "b", "c")
+    sent(out)
+    out.acknowledge(2)
+    size = out._bytes
+    first.renew()
+    second.renew()
+    out.restart_session(0, replay=True, again=[first, second])
+    put(out, "d")
+    assert sent(out) == [(1, "a"), (2, "b"), (3, "c"), (4, "d")]
+    assert out._bytes == size + 2 * first.size + third.size
+    assert not first.is_accepted
+    out.acknowledge(4)
+    assert (first.is_accepted, out._bytes) == (True, 0)

@@ -14,7 +14,7 @@ def test_missing_websockets_error_names_extra(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delitem(sys.modules, "fastapi_ws_stabilizer.client.websockets_transport", raising=False)
     monkeypatch.setitem(sys.modules, "websockets.asyncio.client", None)
     with pytest.raises(ImportError, match=r"pip install .*\[client\]"):
-        default_connector()
+        default_connector({})
 
 
 def test_transport_closed_error_has_code_and_reason() -> None:

@@ -18,7 +18,7 @@ from websockets.asyncio.server import ServerConnection, serve
 
 from fastapi_ws_stabilizer.client import websockets_transport as over_websockets
 from fastapi_ws_stabilizer.client.backoff import ReconnectAction, action_for
-from fastapi_ws_stabilizer.client.errors import ClientClosedError
+from fastapi_ws_stabilizer.client.errors import ClientClosedError, HttpRejection
 from fastapi_ws_stabilizer.client.transport import TransportClosedError, UnreadableMessageError
 from fastapi_ws_stabilizer.client.websockets_transport import connector
 from fastapi_ws_stabilizer.clock import monotonic
@@ -146,9 +146,11 @@ async def test_oversized_message_requests_resync() -> None:
 @pytest.mark.parametrize(
     ("status", "headers", "code", "reason"),
     [
+        (400, {}, 4400, "HTTP 400"),
         (401, {}, 4401, "HTTP 401"),
         (403, {}, 4403, "HTTP 403"),
         (404, {}, 4404, "HTTP 404"),
+        (410, {}, 4410, "HTTP 410"),
         (429, {"Retry-After": "7"}, 4429, r"HTTP 429; retry=7\d\d\d"),
         (503, {"Retry-After": "soon"}, 4503, "HTTP 503"),
         (503, {}, 4503, "HTTP 503"),
@@ -170,6 +172,48 @@ async def test_rejected_handshake_becomes_close_code(
             await with_deadline(connector(NO_PROXY)(url, [SUBPROTOCOL]))
     assert caught.value.code == code
     assert re.fullmatch(reason, caught.value.reason), "the client chooses the fraction of a second"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "shown"),
+    [
+        (403, b'{"detail":"no such room"}', '{"detail":"no such room"}'),
+        (500, b"<html>\r\n  <h1>Oops</h1>\n\x00\x1b[31m</html>", "<html> <h1>Oops</h1> [31m</html>"),
+        (503, "ü".encode() * 1000, "ü" * 199 + "…"),
+        (429, b"\xff\xfe", "\ufffd\ufffd"),
+        (404, b"", ""),
+    ],
+)
+async def test_rejection_has_status_and_start_of_body(status: int, body: bytes, shown: str) -> None:
+    """The error of a rejected handshake has the status, and one line of at most 200 characters of the body."""
+
+    def refuse(connection: ServerConnection, _: object) -> Any:
+        response = connection.respond(http.HTTPStatus(status), "")
+        del response.headers["Content-Length"]
+        response.headers["Content-Length"] = str(len(body))
+        response.body = body
+        return response
+
+    async with served(echo, process_request=refuse) as url:
+        with pytest.raises(TransportClosedError) as caught:
+            await with_deadline(connector(NO_PROXY)(url, [SUBPROTOCOL]))
+    assert caught.value.rejection == HttpRejection(status, shown)
+    assert shown not in caught.value.reason or not shown
+
+
+async def test_answer_that_is_no_http_is_shown() -> None:
+    """If the server does not speak HTTP, the reason has the start of what it sent, as printable text."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"SSH-2.0-OpenSSH_9.9\x1b[31m\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(TransportClosedError, match=r"HTTP.*SSH-2\.0-OpenSSH_9\.9") as caught:
+            await with_deadline(connector(NO_PROXY)(f"ws://127.0.0.1:{port}/", [SUBPROTOCOL]))
+    assert (caught.value.code, caught.value.reason.isprintable()) == (1006, True)
 
 
 async def test_unreachable_server_is_lost_connection() -> None:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import ast
-import asyncio
 import importlib
 import logging
-import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +17,7 @@ import fastapi_ws_stabilizer
 from fastapi_ws_stabilizer import StableSocketDep, WebSocketConnectionManager
 from fastapi_ws_stabilizer.servers.detect import websocket_library_advice
 from tests.support.fake_websocket import with_deadline
+from tests.support.uvicorn_server import served
 from tests.support.versions import HAS_DIRECT_TRANSPORT, HAS_PROTOCOL_CLASS
 
 
@@ -37,30 +34,11 @@ def make() -> tuple[WebSocketConnectionManager, FastAPI]:
     return manager, app
 
 
-@asynccontextmanager
-async def served(manager: WebSocketConnectionManager, app: FastAPI) -> AsyncIterator[str]:
-    """Serve an app on a free port of this machine."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        options = {**manager.uvicorn_options(), "log_level": "critical"}
-        server = uvicorn.Server(uvicorn.Config(app, **options))
-        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined,method-assign]
-        task = asyncio.create_task(server.serve(sockets=[listener]))
-        while not server.started:
-            assert not task.done()
-            await asyncio.sleep(0.01)
-        try:
-            yield f"ws://127.0.0.1:{listener.getsockname()[1]}/ws/ann"
-        finally:
-            server.should_exit = True
-            await with_deadline(task)
-
-
 async def test_installed_uvicorn_serves_with_manager_options(caplog: pytest.LogCaptureFixture) -> None:
     """Messages, the close code and the shutdown work on every uvicorn, and a fallback is logged."""
     manager, app = make()
     with caplog.at_level(logging.WARNING, "fastapi_ws_stabilizer"):
-        async with served(manager, app) as url:
+        async with served(app, **manager.uvicorn_options()) as url:
             client = await with_deadline(connect(url))
             await client.send("hello")
             assert await with_deadline(client.recv()) == "hello"
@@ -84,7 +62,8 @@ def test_installed_uvicorn_has_websocket_library() -> None:
 # ── the lists of attributes ──
 
 FOLDER = Path(fastapi_ws_stabilizer.__file__).parent / "servers/uvicorn"
-CLASSES = ("PacedParser", "StableWebSocketProtocol")
+PROTOCOL = ("self", "protocol", "self._protocol")
+"""What the protocol object is called in its own class, and in the class of the parser that it owns."""
 
 
 def listed() -> dict[str, set[str]]:
@@ -97,7 +76,7 @@ def listed() -> dict[str, set[str]]:
 
 
 def used_attributes(*sources: str) -> tuple[set[str], set[str]]:
-    """Return what classes use of their base and of its `conn`: attributes of `self` that they do not define."""
+    """Return the attributes of uvicorn's class and of its `conn` that classes use and do not define."""
     of_self: set[str] = set()
     of_conn: set[str] = set()
     own: set[str] = set()
@@ -109,7 +88,7 @@ def used_attributes(*sources: str) -> tuple[set[str], set[str]]:
             elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 own.add(node.name)
             elif isinstance(node, ast.Attribute):
-                of_self |= {node.attr} if ast.unparse(node.value) == "self" else set()
+                of_self |= {node.attr} if ast.unparse(node.value) in PROTOCOL else set()
                 of_conn |= {node.attr} if ast.unparse(node.value) == "self.conn" else set()
     of_super = {
         node.attr
@@ -140,8 +119,9 @@ class Example(Base):
     def method(self):
         super().of_base()
         self.method(self.own, self.conn.of_conn)
+        self._protocol.of_owned()
 """
-    assert used_attributes(source) == ({"inherited", "of_base", "conn"}, {"of_conn"})
+    assert used_attributes(source) == ({"inherited", "of_base", "conn", "_protocol", "of_owned"}, {"of_conn"})
 
 
 def test_uvicorn_without_base_class_is_named_in_error() -> None:

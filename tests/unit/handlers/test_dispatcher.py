@@ -148,6 +148,28 @@ async def test_bad_message_gets_error_reply_without_close(bench: Any, message: s
     await run.end()
 
 
+async def test_bad_message_event_is_throttled_per_code(bench: Any) -> None:
+    """One `bad_message` event of each code is at INFO, and the others are at DEBUG, so that no client fills the log."""
+    b = bench(max_bad_messages=None)
+    await b.open()
+    handlers = HandlerRegistry()
+    handlers.add("chat", lambda ws: None)
+    run = Run(b, handlers)
+    b.server.feed_text("{", "{", "[]", "{", "[]")
+    await b.server.until(lambda: len(b.server.data) == 5)
+    levels = [(event.fields["code"], event.level) for event in b.heard.of("bad_message")]
+    loud, quiet = logging.INFO, logging.DEBUG
+    assert levels == [
+        ("bad_json", loud),
+        ("bad_json", quiet),
+        ("no_type", loud),
+        ("bad_json", quiet),
+        ("no_type", quiet),
+    ]
+    assert b.events.counters.bad_messages == 5
+    await run.end()
+
+
 async def test_message_invalid_for_one_handler_calls_none(bench: Any) -> None:
     """A message that is invalid for one of its handlers calls none of them."""
     b = bench()

@@ -14,7 +14,6 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
 
 from fastapi_ws_stabilizer import events as reports_module
-from fastapi_ws_stabilizer.auth.credentials import SUBPROTOCOL_KEY
 from fastapi_ws_stabilizer.config import RejectPolicy
 from fastapi_ws_stabilizer.connection.client_address import ClientAddressResolver
 from fastapi_ws_stabilizer.errors import (
@@ -30,7 +29,8 @@ from fastapi_ws_stabilizer.errors import (
 )
 from fastapi_ws_stabilizer.events import MAX_THROTTLED_KINDS, THROTTLE_INTERVAL, EventBus
 from fastapi_ws_stabilizer.handshake import rejection as module
-from fastapi_ws_stabilizer.handshake.rejection import Rejector, mark_handled, select_subprotocol, to_http_exception
+from fastapi_ws_stabilizer.handshake.rejection import Rejector, mark_handled, to_http_exception
+from fastapi_ws_stabilizer.wire.handshake import SUBPROTOCOL_KEY, select_subprotocol
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.support.fake_websocket import FakeServer, with_deadline
 from tests.unit.conftest import EventRecorder
@@ -299,7 +299,7 @@ async def test_possible_secret_in_subprotocol_is_not_echoed(offered: list[str], 
 
 def test_unoffered_marker_is_not_selected() -> None:
     """A marker that the client did not offer is not selected, because a client fails such a handshake."""
-    assert select_subprotocol(FakeServer(subprotocols=["chat"], **{SUBPROTOCOL_KEY: "bearer"}).websocket) is None
+    assert select_subprotocol(FakeServer(subprotocols=["chat"], **{SUBPROTOCOL_KEY: "bearer"}).websocket.scope) is None
 
 
 async def test_rejection_is_counted_and_emits_event(heard: tuple[EventBus, EventRecorder]) -> None:

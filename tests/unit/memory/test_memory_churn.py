@@ -192,10 +192,9 @@ class Churn:
         self.stage.manager.room("lobby").set_presence(self._name(), about=BIG[: self.dice.randrange(5_000)])
 
     async def set_presence_of_detached(self) -> None:
-        node = self.stage.manager._node
-        resumption = node.resumption
-        for client_id in sorted({one.client_id for one in resumption.detached._states.values()} | set(self.peers)):
-            if node.detached.of_client(client_id):
+        detached = self.stage.manager._node.detached
+        for client_id in sorted({one.client_id for one in detached.states._states.values()} | set(self.peers)):
+            if detached.of_client(client_id):
                 room = self.stage.manager.room(self.dice.choice(("lobby", "kitchen")))
                 room.set_presence(client_id, about=BIG[: self.dice.randrange(5_000)])
 
@@ -252,13 +251,13 @@ class Churn:
 def check_nothing_is_held(stage: Stage) -> None:
     """Assert that no total, table or queue has an entry of a client."""
     node = stage.manager._node
-    budget, resumption = node.budget, node.resumption
+    budget, sessions, states = node.budget, node.sessions, node.detached.states
     assert stage.manager.get_memory_usage()["total_memory"] == 0
     assert (budget.total, budget._entries, budget._measured, list(budget._pinned)) == (0, {}, {}, [])
     assert [entry for entry in budget._heap if entry is entry[2].heap_item] == []
-    assert (len(node.connections), len(resumption.detached), resumption.sessions._by_id) == (0, 0, {})
-    assert (resumption.sessions._detached, resumption.sessions._of_instance) == ({}, {})
-    assert (resumption._inherited_keys, resumption.detached._of_client) == ({}, {})
+    assert (len(node.connections), len(states), sessions._by_id) == (0, 0, {})
+    assert (sessions._detached, sessions._of_instance) == ({}, {})
+    assert (node.tokens._inherited, states._of_client) == ({}, {})
     assert (stage.manager.get_connection_count(), len(stage.manager.get_rooms())) == (0, 0)
     assert len(node.hub.presence) == 0
     assert (budget.described, list(node.hub._metadata_sizes)) == ({}, [])

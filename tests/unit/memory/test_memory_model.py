@@ -19,6 +19,8 @@ from tests.support.fake_link import soon
 from tests.support.memory_world import ModelClient, World, recording_servers
 from tests.support.virtual_time import VirtualLoop, run_virtually
 
+pytestmark = pytest.mark.generated
+
 POLICIES = ("lru", "fifo", "oldest")
 LIMIT = 20_000
 """Bytes: small, so that many steps lead to an eviction."""

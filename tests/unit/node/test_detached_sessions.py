@@ -46,7 +46,7 @@ async def test_detached_client_holds_no_connection_objects(numbered: bool) -> No
     known = connection_objects()
     async with Stage(session_ttl=120.0) as stage:
         await detach_client(stage, numbered=numbered)
-        detached = len(stage.manager._node.sessions) + len(stage.manager._node.resumption.detached)
+        detached = len(stage.manager._node.sessions) + len(stage.manager._node.detached.states)
         assert detached == 1
         assert [one for one in connection_objects() if one not in known] == []
 

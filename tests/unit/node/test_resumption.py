@@ -350,7 +350,7 @@ def test_several_workers_without_secret_emit_warning(
     monkeypatch: pytest.MonkeyPatch, several: bool, secret: str | None
 ) -> None:
     """With several workers and no shared secret, issuing tokens emits one warning."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.manager.has_several_workers", lambda: several)
+    monkeypatch.setattr("fastapi_ws_stabilizer.sessions.reconnect_tokens.has_several_workers", lambda: several)
 
     @virtually
     async def play() -> None:
@@ -629,10 +629,10 @@ async def test_connection_token_records_expire_with_tokens() -> None:
     async with Stage(on_duplicate="allow", reconnect_token_ttl=timedelta(minutes=10)) as stage:
         (line,) = await tabs(stage, "one")
         assert line.socket is not None
-        resumption = stage.manager._node.resumption
+        node = stage.manager._node
         for _ in range(20):
             line.socket.reconnect_token()
-        assert len(resumption._token_keys) == 20
+        assert len(node.tokens._keys) == 20
         await asyncio.sleep(601)
         line.socket.reconnect_token()
-        assert (len(resumption._token_keys), len(resumption.detached._expected)) == (1, 1)
+        assert (len(node.tokens._keys), len(node.tokens._expected)) == (1, 1)

@@ -54,9 +54,9 @@ async def test_revoke_invalidates_only_earlier_tokens_and_tickets() -> None:
         with pytest.raises(InvalidTokenError, match="revoked"):
             await manager.validate_reconnect_token(token)
         for one, client_id in ((manager.issue_ticket("ann"), "ann"), (bobs, "bob")):
-            assert manager._tickets.redeem(one) == client_id
+            assert manager._tickets.consume(one).client_id == client_id
         with pytest.raises(InvalidTokenError, match="revoked"):
-            manager._tickets.redeem(ticket)
+            manager._tickets.consume(ticket)
         assert await manager.validate_reconnect_token(manager.generate_reconnect_token("ann")) == "ann"
 
 

@@ -22,8 +22,6 @@ from fastapi_ws_stabilizer.connection.inbox import Inbox
 from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
 from fastapi_ws_stabilizer.connection.teardown import Teardown
 from fastapi_ws_stabilizer.handlers.hooks import HookRegistry
-from fastapi_ws_stabilizer.handshake.closer import Closer
-from fastapi_ws_stabilizer.handshake.session_lifecycle import SessionLifecycle
 from fastapi_ws_stabilizer.hub.heartbeat import HeartbeatScheduler
 from fastapi_ws_stabilizer.hub.hub import Hub
 from fastapi_ws_stabilizer.hub.presence import PresenceTracker
@@ -33,7 +31,9 @@ from fastapi_ws_stabilizer.limits.connections import Reservation
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.node import Node
 from fastapi_ws_stabilizer.scheduling import FlushScheduler
+from fastapi_ws_stabilizer.session_lifecycle import SessionLifecycle
 from fastapi_ws_stabilizer.sessions.ended_sessions import EndedSessions
+from fastapi_ws_stabilizer.sessions.reconnect_tokens import ReconnectTokenRegistry
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import SessionStore
 from fastapi_ws_stabilizer.sessions.v1_protocol import V1Protocol
@@ -70,14 +70,15 @@ TEARDOWN = {
         "_close_transport",
         "release",
     ),
-    "handshake/closer.py": ("on_closing", "on_closed"),
-    "handshake/session_lifecycle.py": ("detach", "_save_state", "_leave_presence"),
+    "node.py": ("on_closing", "on_closed"),
+    "session_lifecycle.py": ("detach", "_save_state", "_leave_presence"),
     "hub/hub.py": ("remove", "end_session"),
 }
 """Functions that make up the teardown, by module."""
 
 CALLS: dict[str, tuple[type, ...]] = {
-    "on_closed": (Closer, SessionLifecycle),
+    "on_closing": (Node, V1Protocol),
+    "on_closed": (Node, SessionLifecycle),
     "add": (ClosingConnections, EndedSessions),
     "remove": (ClosingConnections, MemoryBudget, HeartbeatScheduler, ConnectionReaper, Hub, ConnectionRegistry),
     "release": (Reservation,),
@@ -87,7 +88,6 @@ CALLS: dict[str, tuple[type, ...]] = {
     "mark_closed": (MemoryBudget,),
     "_detach_user_data": (StableSocket,),
     "close": (Inbox,),
-    "on_closing": (Closer, V1Protocol),
     "stop": (CredentialExpiry,),
     "on_failed": (V1Protocol,),
     "unread": (Inbox,),
@@ -106,6 +106,7 @@ CALLS: dict[str, tuple[type, ...]] = {
     "end": (SessionStore,),
     "suspend": (Hub,),
     "remove_queue": (ConnectionRegistry,),
+    "stop_reader": (Connection,),
     "stop_reading": (Connection,),
     "close_inbox": (Connection,),
     "_close_outbox": (Teardown,),
@@ -118,8 +119,9 @@ CALLS: dict[str, tuple[type, ...]] = {
     "_close_transport": (Teardown,),
     "call_when_over": (EndpointTask,),
     "on_ended": (Node,),
-    "_save_rooms": (Closer,),
+    "_save_rooms": (Node,),
     "_save_state": (SessionLifecycle,),
+    "remember_end": (ReconnectTokenRegistry,),
     "_leave_presence": (SessionLifecycle,),
     "_detached_state_of": (SessionLifecycle,),
     "keep_rooms": (Hub,),
@@ -129,9 +131,18 @@ CALLS: dict[str, tuple[type, ...]] = {
 SAFE = {
     *("attempt", "_attempt", "emit", "monotonic", "replace", "get_running_loop", "call_later", "current_task"),
     *("set", "set_result", "done", "max", "min", "wait_for_all", "ends_session", "give_up", "pending", "on_discarded"),
-    *("start", "finish", "map_close", "mark_closing", "on_flush_due", "isinstance", "cancel_endpoint", "is_resumable"),
-    *("_forget", "_arm", "_key_of", "_resumable_key", "add", "get", "detach", "_close_outbox", "leave_rooms"),
-    *("stop_sending", "on_disconnect", "stop_accounting", "pop", "detaches", "is_terminal", "on_session_end"),
+    *(
+        "start",
+        "finish",
+        "map_close",
+        "mark_closing",
+        "on_flush_due",
+        "isinstance",
+        "cancel_endpoint",
+        "resumable_key_of",
+    ),
+    *("_forget", "_arm", "add", "get", "detach", "_close_outbox", "leave_rooms"),
+    *("stop", "stop_sending", "on_disconnect", "stop_accounting", "pop", "detaches", "is_terminal", "on_session_end"),
     *("unbind_current", "save", "mark_disconnected", "_abandon_endpoint", "len", "replace_with_ended"),
     *("EndedConnection", "spawn", "_run", "cancel_tasks", "local_close", "session_of"),
 }
@@ -248,10 +259,10 @@ def left_over(stage: Stage) -> dict[str, int]:
     admission = node.admission.limiter
     return {
         "unfinished": len(node.connections),
-        "ending": len(node._closing_connections),
+        "ending": len(node._closing),
         "registry": len(node.registry),
         "outboxes": sum(len(shard) for shard in node.registry.outboxes_by_shard()) - node.sessions.detached_count,
-        "rooms": len(node.hub.rooms) - node.sessions.detached_count - len(node.resumption.detached),
+        "rooms": len(node.hub.rooms) - node.sessions.detached_count - len(node.detached.states),
         "present": len(node.hub.presence),
         "lifetimes": len(node.reaper),
         "reservations": len(admission),

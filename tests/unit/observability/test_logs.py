@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastapi_ws_stabilizer import WebSocketConnectionManager
 from fastapi_ws_stabilizer.events import Event
 from fastapi_ws_stabilizer.observability.logs import (
     MAX_FIELD_CHARS,
@@ -20,6 +21,7 @@ from fastapi_ws_stabilizer.observability.logs import (
     escape_control_chars,
     format_event,
     get_logger,
+    is_logged,
     write_event,
 )
 
@@ -50,6 +52,97 @@ def test_event_becomes_one_record_with_its_fields(caplog: pytest.LogCaptureFixtu
     assert (written.event, written.client_id, written.connection_id) == ("connection_opened", "ann", "5f3a")
     assert written.getMessage() == "connection_opened client_id=ann connection_id=5f3a"
     assert written.exc_info is None
+
+
+@pytest.fixture
+def bare_logging(monkeypatch: pytest.MonkeyPatch) -> logging.Logger:
+    """Return the library's logger at INFO, below a root logger without the handlers of pytest."""
+    logger = get_logger()
+    monkeypatch.setattr(logger, "parent", logging.RootLogger(logging.WARNING))
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", True)
+    logger.setLevel(logging.INFO)
+    return logger
+
+
+def test_level_without_handler_is_not_logged(bare_logging: logging.Logger) -> None:
+    """Without any handler, logging writes warnings to standard error, so only these levels are logged."""
+    assert [is_logged(level) for level in (logging.DEBUG, logging.INFO, logging.WARNING)] == [False, False, True]
+
+
+def test_level_without_handler_or_last_resort_is_not_logged(
+    bare_logging: logging.Logger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An application can remove the last resort of logging. Then nothing is logged without a handler."""
+    monkeypatch.setattr(logging, "lastResort", None)
+    assert not is_logged(logging.CRITICAL)
+
+
+def test_handler_added_later_is_found(bare_logging: logging.Logger) -> None:
+    """A handler that is added to the root logger later takes the next event."""
+    assert not is_logged(logging.INFO)
+    assert bare_logging.parent is not None
+    bare_logging.parent.addHandler(logging.StreamHandler())
+    assert is_logged(logging.INFO)
+    bare_logging.propagate = False
+    assert not is_logged(logging.INFO)
+
+
+def test_handler_above_level_takes_no_event(bare_logging: logging.Logger) -> None:
+    """A handler takes the events from its own level on, and any handler replaces the last resort of logging."""
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.ERROR)
+    bare_logging.addHandler(handler)
+    assert [is_logged(level) for level in (logging.INFO, logging.WARNING, logging.ERROR)] == [False, False, True]
+
+
+def test_null_handler_takes_no_event(bare_logging: logging.Logger) -> None:
+    """A `NullHandler` writes nothing, and silences the last resort of logging."""
+    bare_logging.addHandler(logging.NullHandler())
+    assert not is_logged(logging.WARNING)
+
+
+def test_disabled_level_is_not_logged(bare_logging: logging.Logger) -> None:
+    """A level that the application has disabled for all loggers is not logged."""
+    bare_logging.addHandler(logging.StreamHandler())
+    logging.disable(logging.WARNING)
+    try:
+        assert [is_logged(level) for level in (logging.WARNING, logging.ERROR)] == [False, True]
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def test_filter_of_logger_gets_events_without_handler(
+    bare_logging: logging.Logger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A filter of the library's logger sees each record, even if no handler takes it."""
+    monkeypatch.setattr(bare_logging, "filters", [lambda _: True])
+    assert is_logged(logging.INFO)
+
+
+def test_wrapped_logger_gets_events_without_handler(
+    bare_logging: logging.Logger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Error trackers replace `Logger.callHandlers` to take each record, so events are then created for them."""
+    original = logging.Logger.callHandlers
+
+    def tracked(self: logging.Logger, record: logging.LogRecord) -> None:
+        original(self, record)
+
+    monkeypatch.setattr(logging.Logger, "callHandlers", tracked)
+    assert is_logged(logging.INFO)
+
+
+def test_manager_creates_no_event_without_log_handler(
+    bare_logging: logging.Logger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manager's INFO events cost no record while no handler takes them."""
+    records: list[logging.LogRecord] = []
+    monkeypatch.setattr(bare_logging, "handle", records.append)
+    manager = WebSocketConnectionManager()
+    manager.events.emit("connection_opened", logging.INFO, client_id="ann")
+    manager.events.emit("server_full", logging.WARNING)
+    assert [record.event for record in records] == ["server_full"]  # type: ignore[attr-defined]
 
 
 def test_event_below_logger_level_is_not_written(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""Tests of parsing in slices: a full inbox stops it, and a flood does not block the event loop."""
+"""Tests of parsing in slices: a pause stops it at once, and a flood does not block the event loop."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.servers.uvicorn import paced_parser as uvicorn_reading
-from fastapi_ws_stabilizer.servers.uvicorn.paced_parser import MAX_AFTER_END, MAX_PARSED_AT_ONCE
+from fastapi_ws_stabilizer.servers.uvicorn import paced_parser
+from fastapi_ws_stabilizer.servers.uvicorn.paced_parser import MAX_AFTER_END, MAX_UNPACED_BYTES
 from tests.support.fake_websocket import eventually
 from tests.unit.servers.test_uvicorn_protocol import REQUEST, FakeTransport, Reader, made, text_frame
 
 FRAMES = 200
 TEXTS = [f"{number:0100}" for number in range(FRAMES)]
 MANY = b"".join(text_frame(text.encode()) for text in TEXTS)
-"""Far more than one slice."""
+"""Far more than is parsed in one go."""
 
 
 class Sink:
@@ -72,6 +72,19 @@ async def attached() -> Any:
     await eventually(lambda: not protocol.tasks)
 
 
+async def test_small_reads_create_no_paced_parser(attached: Any) -> None:
+    """Reads of up to `MAX_UNPACED_BYTES` are parsed without a `PacedParser`, and a larger read creates one."""
+    protocol, sink, _ = attached
+    small = MANY[: 2 * len(text_frame(b"x" * 100))]
+    protocol.data_received(small)
+    assert sink.got == TEXTS[:2]
+    assert protocol.paced is None
+    protocol.data_received(MANY[len(small) : len(small) + MAX_UNPACED_BYTES + 1])
+    assert protocol.paced is not None
+    protocol.connection_lost(None)
+    assert protocol.paced is None
+
+
 async def test_large_read_is_parsed_whole_and_in_order(attached: Any) -> None:
     """Each message arrives once, although the read is split inside frames, and reading resumes afterwards."""
     protocol, sink, transport = attached
@@ -83,16 +96,19 @@ async def test_large_read_is_parsed_whole_and_in_order(attached: Any) -> None:
     await eventually(lambda: transport.reading)
 
 
-async def test_full_inbox_stops_parsing_within_slice(attached: Any) -> None:
-    """The messages of one slice are taken, the rest waits unparsed, and nothing is lost when there is room again."""
+@pytest.mark.parametrize("read", [MANY, MANY[:1000]], ids=["large read", "small read"])
+async def test_pause_stops_parsing_at_its_message(attached: Any, read: bytes) -> None:
+    """The message that pauses is the last, the rest waits unparsed, and nothing is lost when reading resumes."""
     protocol, sink, transport = attached
     sink.most = 5
-    protocol.data_received(MANY)
+    protocol.data_received(read)
     await asyncio.sleep(0)
-    assert 5 <= len(sink.got) <= 5 + MAX_PARSED_AT_ONCE // 100
+    assert len(sink.got) == 5
     assert not transport.reading
     sink.most = 0
     protocol.resume_reading()
+    await eventually(lambda: transport.reading)
+    protocol.data_received(MANY[len(read) :])
     await eventually(lambda: len(sink.got) == FRAMES)
     assert sink.got == TEXTS
 
@@ -100,7 +116,7 @@ async def test_full_inbox_stops_parsing_within_slice(attached: Any) -> None:
 async def test_long_read_yields_to_event_loop(attached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long read is parsed in several iterations of the event loop, and reading pauses until then."""
     protocol, sink, transport = attached
-    monkeypatch.setattr(uvicorn_reading, "PARSE_SLICE", 0.0)
+    monkeypatch.setattr(paced_parser, "PARSE_SLICE", 0.0)
     protocol.data_received(MANY)
     assert len(sink.got) < FRAMES
     assert not transport.reading
@@ -120,7 +136,7 @@ async def test_data_after_close_is_discarded_slowly(attached: Any) -> None:
     for _ in range(2 * MAX_AFTER_END // len(small)):
         protocol.data_received(small)
     assert len(sink.got) <= MAX_AFTER_END // len(small)
-    assert protocol.discarding
+    assert protocol.paced.discarding
     assert not transport.reading
     await eventually(lambda: transport.reading)
 
@@ -135,7 +151,7 @@ async def test_parser_bug_closes_connection_without_reparsing(
     asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context["exception"]))
     sink.fails_at = 40 if later else 3
     if later:
-        monkeypatch.setattr(uvicorn_reading, "PARSE_SLICE", 0.0)
+        monkeypatch.setattr(paced_parser, "PARSE_SLICE", 0.0)
         protocol.data_received(MANY)
         await eventually(lambda: errors)
         assert isinstance(errors[0], ZeroDivisionError)
@@ -143,4 +159,4 @@ async def test_parser_bug_closes_connection_without_reparsing(
         with pytest.raises(ZeroDivisionError):
             protocol.data_received(MANY)
     assert transport.closed
-    assert (protocol.unparsed, len(sink.got)) == (b"", sink.fails_at)
+    assert (protocol.parser.unparsed_bytes, len(sink.got)) == (0, sink.fails_at)

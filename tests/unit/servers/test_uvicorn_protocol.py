@@ -172,7 +172,7 @@ async def test_messages_arrive_without_direct_transport(unknown: str, monkeypatc
         monkeypatch.setattr(uvicorn_internals, unknown, (*getattr(uvicorn_internals, unknown), f"no_{unknown}"))
     reader = Reader()
     protocol = await made(reader)
-    assert protocol.is_supported == (unknown == "nothing")
+    assert protocol.is_supported == (unknown in ("nothing", "one-bytearray"))
     protocol.connection_made(FakeTransport())
     protocol.data_received(REQUEST)
     await eventually(lambda: reader.accepted)
@@ -252,16 +252,16 @@ async def test_frames_before_rejection_are_not_parsed() -> None:
     assert transport.written.endswith(b"\r\n\r\n")
 
 
-async def test_close_after_invalid_utf8_is_answered() -> None:
-    """In one read, without a direct transport, nothing is raised and the close frame is answered."""
+async def test_invalid_utf8_before_close_fails_with_1007() -> None:
+    """In one read, without a direct transport, invalid UTF-8 fails the connection, and the close frame is ignored."""
     reader, transport = Reader(), FakeTransport()
     protocol = await made(reader)
     protocol.connection_made(transport)
     protocol.data_received(REQUEST)
     await eventually(lambda: reader.accepted)
     protocol.data_received(text_frame(b"\xff") + CLOSE_FRAME)
-    assert transport.written.endswith(b"\r\n\r\n\x88\x00")
-    assert transport.closed
+    await eventually(lambda: transport.closed)
+    assert transport.written.partition(b"\r\n\r\n")[2] == b"\x88\x13\x03\xeftext is not UTF-8"
     assert reader.texts == []
     protocol.connection_lost(None)
     await eventually(lambda: not protocol.tasks)
@@ -290,12 +290,18 @@ class CallingSink:
     def message_received(self, message: str | bytes) -> None:
         self.act()
 
+    def violation_received(self, fail: Any) -> None:
+        fail()
+
+    def before_shutdown(self) -> None:
+        pass
+
     def connection_lost(self, event: Any) -> None:
         self.gone_with.append(event.get("code"))
 
 
-async def test_direct_close_after_parsed_close_frame_is_silent() -> None:
-    """A close after the client's close frame was parsed sends no second frame, and raises nothing."""
+async def test_direct_close_before_received_close_frame_is_answered() -> None:
+    """A close by a message takes the client's close frame behind it as the answer, and sends no second frame."""
     reader, transport = Reader(), FakeTransport()
     protocol = await made(reader)
     protocol.connection_made(transport)
@@ -304,9 +310,9 @@ async def test_direct_close_after_parsed_close_frame_is_silent() -> None:
     sink = CallingSink(lambda: protocol.close(4503, "out of memory"))
     protocol.attach(sink, max_message_bytes=1000, own_pings=True)
     protocol.data_received(text_frame(b"a") + CLOSE_FRAME)
-    assert transport.written.endswith(b"\r\n\r\n\x88\x00")
+    assert transport.written.partition(b"\r\n\r\n")[2] == b"\x88\x0f\x11\x97out of memory"
     assert transport.closed
-    assert sink.gone_with == [1005]
+    assert sink.gone_with == []
     protocol.connection_lost(None)
 
 

@@ -45,46 +45,15 @@ def sockets_of(evicted: list[DetachedState]) -> list[object]:
     return [state.socket for state in evicted]
 
 
-def test_only_client_with_token_is_resumable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client is resumable if it has a token; above the limit, the first client loses that."""
-    monkeypatch.setattr(detached_module, "MAX_EXPECTED", 2)
-    detached = DetachedStateStore(60, 10)
-    assert not detached.is_resumable("ann")
-    for client_id in ("ann", "bob", "ann", "cid"):
-        detached.mark_resumable(client_id, 3600)
-    assert [detached.is_resumable(client_id) for client_id in ("ann", "bob", "cid")] == [True, False, True]
-
-
-def test_client_is_resumable_until_token_expires(clock: Clock) -> None:
-    """A client with an expired token is not resumable, and no state of it is stored."""
-    detached = DetachedStateStore(60, 10)
-    detached.mark_resumable("ann", 3600)
-    clock.now += 1800
-    detached.mark_resumable("bob", 3600)
-    clock.now += 1801
-    assert [detached.is_resumable(client_id) for client_id in ("ann", "bob")] == [False, True]
-    detached.collect()
-    assert list(detached._expected) == ["bob"]
-
-
-def test_zero_ttl_saves_no_detached_state() -> None:
-    """With a ttl of zero no state is saved."""
-    detached = DetachedStateStore(0, 10)
-    detached.mark_resumable("ann", 3600)
-    assert not detached.is_resumable("ann")
-
-
 def test_returning_client_gets_detached_state_once(clock: Clock) -> None:
     """Rooms, presence metadata and user data are returned once."""
     detached = DetachedStateStore(60, 10)
-    detached.mark_resumable("ann", 3600)
     assert save(detached, "ann", ROOMS, {"cart": [1]}, "socket") == []
     assert len(detached) == 1
     state = detached.claim("ann")
     assert state is not None
     assert (state.rooms, state.user_data, state.socket) == (ROOMS, {"cart": [1]}, "socket")
     assert detached.claim("ann") is None
-    assert detached.is_resumable("ann")  # it holds the next token soon, and may have it already
 
 
 def test_unknown_client_gets_no_detached_state() -> None:

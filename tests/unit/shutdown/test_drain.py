@@ -160,7 +160,7 @@ async def test_shutdown_after_cancelled_drain_closes_all() -> None:
         await soon()
         first = asyncio.ensure_future(stage.manager.drain(30))
         await asyncio.sleep(0.1)
-        for task in stage.manager._tasks.tasks:
+        for task in stage.manager._shutdown._tasks.tasks:
             task.cancel()
         await asyncio.wait([first])
         report = await stage.manager.graceful_shutdown(5)
@@ -264,7 +264,7 @@ async def test_shutdown_in_task_of_explicit_connection_waits_for_it() -> None:
     report = await manager.graceful_shutdown(5)
     assert report.closed_count == 1
     assert not manager._node.connections
-    assert manager._tasks.tasks == []
+    assert manager._shutdown._tasks.tasks == []
 
 
 @virtually

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import gc
 import json
 import struct
+import weakref
 from typing import Any
 
 import pytest
@@ -12,14 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.wire.deflate import deflate_stream
+from fastapi_ws_stabilizer.wire.handshake import select_subprotocol
 from fastapi_ws_stabilizer.wire.v1 import frames as v1
 from fastapi_ws_stabilizer.wire.v1.frames import (
+    ACK_EVERY,
     MAX_HELLO_BYTES,
     MAX_META_BYTES,
     MAX_NAME_CHARS,
     MAX_RESUME_TOKEN_CHARS,
     MAX_SEQ,
     SUBPROTOCOL,
+    DelayedAcks,
     Message,
     ProtocolError,
     binary_envelope,
@@ -32,7 +38,8 @@ from fastapi_ws_stabilizer.wire.v1.frames import (
     ping_timestamp,
     require_int,
 )
-from fastapi_ws_stabilizer.wire.v1.hello import offered_credential, offers_v1, parse_hello
+from fastapi_ws_stabilizer.wire.v1.hello import offered_credential, parse_hello
+from tests.support.fake_link import virtually
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp"]), max_size=MAX_NAME_CHARS)
 JSON = st.recursive(
@@ -303,9 +310,9 @@ def test_control_frame_omits_none_fields() -> None:
 
 def test_offered_subprotocol_is_matched_exactly() -> None:
     """The subprotocol is matched exactly, at any position of the offer."""
-    assert offers_v1(["chat", SUBPROTOCOL])
-    assert not offers_v1([])
-    assert not offers_v1(["stabilizer.v2.json", "STABILIZER.V1.JSON", "stabilizer.v1.json "])
+    assert select_subprotocol({"subprotocols": ["chat", SUBPROTOCOL]}) == SUBPROTOCOL
+    for offered in ([], ["stabilizer.v2.json", "STABILIZER.V1.JSON", "stabilizer.v1.json "]):
+        assert select_subprotocol({"subprotocols": offered}) is None
 
 
 @pytest.mark.parametrize("token", ["secret", "ü🦊", "a" * 100, "??>>", ""])
@@ -428,3 +435,82 @@ def test_ping_with_other_timestamp_is_malformed(ts: Any) -> None:
     with pytest.raises(ProtocolError, match="ping: ts must be a number or a string of at most 64 characters") as caught:
         ping_timestamp({"type": "ping", "ts": ts})
     assert caught.value.code == 4400
+
+
+# ── acknowledging ──
+
+
+class Receiver:
+    """A side of the protocol that notes the times of its acknowledgements."""
+
+    def __init__(self, delay: float = 1.0) -> None:
+        self.acks = DelayedAcks(delay)
+        self.sent_at: list[float] = []
+
+    def receive(self, count: int = 1) -> None:
+        """Receive messages."""
+        for _ in range(count):
+            self.acks.schedule(self.send_ack)
+
+    def send_ack(self) -> None:
+        """Send an acknowledgement."""
+        self.acks.reset()
+        self.sent_at.append(asyncio.get_running_loop().time())
+
+
+def now() -> float:
+    """Return the virtual time."""
+    return asyncio.get_running_loop().time()
+
+
+@virtually
+async def test_ack_follows_first_message_after_delay() -> None:
+    """One acknowledgement covers the messages of one delay, which starts at the first of them."""
+    side, began = Receiver(delay=1.0), now()
+    side.receive()
+    await asyncio.sleep(0.9)
+    side.receive()
+    assert side.sent_at == []
+    await asyncio.sleep(5)
+    assert [round(at - began, 3) for at in side.sent_at] == [1.0]
+
+
+@virtually
+async def test_full_batch_is_acked_at_once() -> None:
+    """`ACK_EVERY` messages are acknowledged at once, and the next message starts a new count and a new delay."""
+    side = Receiver()
+    side.receive(ACK_EVERY - 1)
+    assert side.sent_at == []
+    side.receive(ACK_EVERY)
+    assert len(side.sent_at) == 1
+    side.receive()
+    assert len(side.sent_at) == 2
+    await asyncio.sleep(5)
+    assert len(side.sent_at) == 2
+
+
+@virtually
+async def test_reset_stops_timer_and_count() -> None:
+    """After `reset` neither the timer nor the count of earlier messages leads to an acknowledgement."""
+    side = Receiver()
+    side.receive(ACK_EVERY - 1)
+    side.acks.reset()
+    side.receive(ACK_EVERY - 1)
+    side.acks.reset()
+    await asyncio.sleep(5)
+    assert side.sent_at == []
+
+
+@virtually
+async def test_reset_acks_leave_owner_to_reference_counting() -> None:
+    """An owner that has called `reset` is freed at once, without the garbage collector."""
+    side = Receiver()
+    side.receive()
+    side.acks.reset()
+    alive = weakref.ref(side)
+    gc.disable()
+    try:
+        del side
+        assert alive() is None
+    finally:
+        gc.enable()

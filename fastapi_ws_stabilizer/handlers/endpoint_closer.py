@@ -1,10 +1,8 @@
-"""Closing of connections after their endpoint, and the first steps of teardown."""
+"""Closing of connections after their endpoint."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -13,33 +11,20 @@ from fastapi import HTTPException, WebSocketDisconnect, WebSocketException
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
 from fastapi_ws_stabilizer.compat.starlette import known_handlers, mark_open
 from fastapi_ws_stabilizer.compat.testclient import raises_server_exceptions
-from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.connection import current
-from fastapi_ws_stabilizer.connection.closing import ClosingConnections
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
-from fastapi_ws_stabilizer.connection.resources import SharedResources
 from fastapi_ws_stabilizer.errors import (
     SocketClosed,
     close_info_for,
-    closed_error_for,
     is_bug,
     root_cause,
 )
-from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handlers.exception_handlers import (
     Handler,
     call,
     handler_for_endpoint,
     handler_of,
 )
-from fastapi_ws_stabilizer.handlers.hooks import HookRegistry
-from fastapi_ws_stabilizer.handshake.admission import AdmissionController
-from fastapi_ws_stabilizer.handshake.session_lifecycle import SessionLifecycle
-from fastapi_ws_stabilizer.hub.heartbeat import HeartbeatScheduler
-from fastapi_ws_stabilizer.hub.hub import Hub
-from fastapi_ws_stabilizer.hub.reaper import ConnectionReaper
-from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 
 
@@ -69,22 +54,28 @@ def _close_info_for_answer(answer: Any) -> CloseInfo:
     return close_info_for(HTTPException(status))
 
 
-class Closer:
-    """Mixin that closes connections with the code for how their endpoint ended."""
+class EndpointCloser:
+    """Closer of connections whose endpoint has ended, with the close code for how it ended.
 
-    _config: WebSocketConfig
-    _events: EventBus
-    _hooks: HookRegistry
-    _tasks: TaskSet
-    _parts: SharedResources
-    _closing_connections: ClosingConnections
-    hub: Hub
-    admission: AdmissionController
-    heartbeat: HeartbeatScheduler
-    budget: MemoryBudget
-    reaper: ConnectionReaper
-    resumption: SessionLifecycle
-    connections: set[Connection]
+    Args:
+        tasks: Set that holds the tasks of the application's exception handlers.
+        timeout: Maximum seconds of an exception handler: `disconnect_grace`.
+    """
+
+    def __init__(self, tasks: TaskSet, timeout: float) -> None:
+        self._tasks = tasks
+        self._timeout = timeout
+
+    async def exit_endpoint(self, connection: Connection, error: BaseException | None) -> bool:
+        """Do the same as `close_after_endpoint`, as an `__aexit__`: return whether `error` is suppressed.
+
+        Raises:
+            BaseException: The exception that replaces `error`.
+        """
+        failure = await self.close_after_endpoint(connection, error)
+        if failure is None or failure is error:
+            return failure is None
+        raise failure from error
 
     async def close_after_endpoint(self, connection: Connection, error: BaseException | None) -> BaseException | None:
         """Close a connection after its endpoint has returned (`None`) or raised `error`, and wait for its teardown.
@@ -126,7 +117,7 @@ class Closer:
             return None
         if raises:
             return bug
-        return self._error_for_dependencies(connection, error)
+        return self.error_for_dependencies(connection, error)
 
     async def close_info_by_handler(
         self, connection: Connection, error: BaseException
@@ -156,7 +147,7 @@ class Closer:
         """Call a handler of the application in a task, for at most `disconnect_grace` seconds."""
         answer, failure = await self._tasks.run_with_timeout(
             _quietly(handler, connection, error),
-            self._config.disconnect_grace,
+            self._timeout,
             name="ws-exception-handler",
             title="an exception handler",
             option="disconnect_grace",
@@ -166,7 +157,7 @@ class Closer:
         return answer
 
     @staticmethod
-    def _error_for_dependencies(connection: Connection, error: BaseException) -> WebSocketException | None:
+    def error_for_dependencies(connection: Connection, error: BaseException) -> WebSocketException | None:
         """Return the exception that the dependencies before the socket get instead of `error`."""
         websocket = connection.websocket
         known = known_handlers(websocket)
@@ -186,41 +177,3 @@ class Closer:
         if isinstance(error, (Exception, asyncio.CancelledError)) or getattr(error, "exceptions", None):
             return endpoint.is_cancelled_by_others(error)
         return True
-
-    def on_closing(self, connection: Connection) -> None:
-        """Remove a closing connection from all registries. An error in one step does not stop the others."""
-        attempt = connection.attempt
-        attempt(self._closing_connections.add, connection)
-        attempt(self._save_rooms, connection)
-        if connection.reservation is not None:
-            attempt(connection.reservation.release)
-        attempt(self.heartbeat.remove, connection)
-        attempt(self.reaper.remove, connection)
-        if self.budget.evicts:
-            attempt(self.budget.remove, connection.account)
-        attempt(self.resumption.detach, connection)
-        if self.budget.evicts:
-            attempt(self.budget.mark_closed, connection.account)
-        attempt(connection.socket._detach_user_data)
-
-    def _save_rooms(self, connection: Connection) -> None:
-        """Save the names of the rooms for the hooks, which run after the connection has left its rooms."""
-        if connection.close_info is not None and (rooms := self.hub.rooms.rooms_of(connection.recipient)):
-            connection.close_info = replace(connection.close_info, rooms=rooms)
-
-    def on_closed(self, connection: Connection) -> None:
-        """Release a connection at the end of its teardown."""
-        self.connections.discard(connection)
-        connection.attempt(current.unbind_current, connection)
-        if self.budget.evicts:
-            connection.attempt(self.budget.remove, connection.account)
-        connection.attempt(self._closing_connections.remove, connection)
-        connection.attempt(self.resumption.on_closed, connection)
-
-    def on_evicted(self, connection: Connection) -> None:
-        """Count and report a connection that is about to be closed because the memory limit is reached."""
-        self._events.counters.evictions += 1
-        connection.emit("connection_evicted", logging.WARNING, held_bytes=connection.memory_usage)
-
-    def _closed(self, connection: Connection) -> SocketClosed:
-        return closed_error_for(connection.close_info or local_close(DisconnectReason.COMPLETED))

@@ -9,64 +9,45 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any
 
-from fastapi import WebSocket
-
-from fastapi_ws_stabilizer.auth.signed_tokens import ReconnectTokens, TokenClaims, looks_like_token
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, ends_session, is_terminal
-from fastapi_ws_stabilizer.config import DuplicatePolicy, WebSocketConfig
+from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.connection import Connection
-from fastapi_ws_stabilizer.errors import (
-    InvalidTokenError,
-    MemoryLimitExceededError,
-    RoomLimitError,
-    TokenExpiredError,
-)
+from fastapi_ws_stabilizer.errors import MemoryLimitExceededError, RoomLimitError
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handlers.hooks import HookRegistry
 from fastapi_ws_stabilizer.hub.hub import Hub
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.memory.metered_dict import MeteredDict
-from fastapi_ws_stabilizer.sessions.detached import MAX_EXPECTED, DetachedState, DetachedStateStore, key_of_connection
-from fastapi_ws_stabilizer.sessions.ended_sessions import EndedSessions
+from fastapi_ws_stabilizer.sessions.detached import DetachedRecipients, DetachedState
 from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
+from fastapi_ws_stabilizer.sessions.reconnect_tokens import ReconnectTokenRegistry
 from fastapi_ws_stabilizer.sessions.session import Session
-from fastapi_ws_stabilizer.sessions.store import SessionListener, SessionStore
+from fastapi_ws_stabilizer.sessions.store import SessionListener
 from fastapi_ws_stabilizer.sessions.v1_protocol import session_of
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from fastapi_ws_stabilizer.wire.v1.frames import Message
 from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
 
-_proven: contextvars.ContextVar[TokenClaims | None] = contextvars.ContextVar("proven_claim", default=None)
-"""Content of the token that the current task has verified with the manager."""
-
-
-TOKEN_PARAMETERS: Final = ("reconnect_token", "token")
-"""Query parameters that may contain a reconnect token.
-
-A login may use `token` too, so a value without the prefix of a reconnect token is ignored.
-"""
-
-
-def token_in(websocket: WebSocket) -> str | None:
-    """Return the reconnect token of a handshake, or `None`."""
-    found = (websocket.query_params.get(name) for name in TOKEN_PARAMETERS)
-    return next((token for token in found if looks_like_token(token)), None)
-
 
 class SessionLifecycle(SessionListener):
-    """Sessions and detached state of one node.
+    """Sessions and detached states of one node: what saves, restores and ends them.
 
-    Attributes:
-        sessions: The store of sessions.
-        detached: The store of the detached state of plain clients.
+    Args:
+        config: Options of the manager.
+        events: Event bus.
+        hooks: The session end hooks.
+        hub: The rooms of sessions and detached states.
+        detached: The stores of both.
+        tokens: The reconnect tokens of plain clients.
+        budget: Memory budget that counts both.
+        idempotency: Idempotency keys of the messages that an ended session leaves unread.
     """
 
     def __init__(
@@ -75,26 +56,20 @@ class SessionLifecycle(SessionListener):
         events: EventBus,
         hooks: HookRegistry,
         hub: Hub,
-        sessions: SessionStore,
-        detached: DetachedStateStore,
-        tokens: ReconnectTokens,
+        detached: DetachedRecipients,
+        tokens: ReconnectTokenRegistry,
         budget: MemoryBudget,
         idempotency: IdempotencyCache,
     ) -> None:
-        self.sessions = sessions
-        self.detached = detached
         self._events = events
         self._hooks = hooks
         self._hub = hub
+        self._detached = detached
+        self._sessions = detached.sessions
+        self._states = detached.states
         self._tokens = tokens
         self._budget = budget
         self._idempotency = idempotency
-        self._enabled = config.enable_reconnect
-        self._allows_duplicates = config.on_duplicate is DuplicatePolicy.ALLOW
-        self._token_ttl = config.reconnect_token_ttl.total_seconds()
-        self._token_keys: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
-        """Number of a token → key of the state of its connection, and monotonic time of the token's expiry."""
-        self._inherited_keys: dict[str, str] = {}  # id of a connection → key that it inherited from an earlier one
         self._end_hook_tasks = TaskSet(
             lambda _, error: events.emit_exception("internal_task_failed", error, task="ws-session-end")
         )
@@ -103,8 +78,7 @@ class SessionLifecycle(SessionListener):
         self._timer: asyncio.TimerHandle | None = None
         # Later hooks must not get the context variables of the connection that happens to close before them.
         self._context = contextvars.copy_context()
-        self._ended_by_application = EndedSessions(config.session_ttl)
-        sessions.listener = self
+        self._sessions.listener = self
 
     # ── detaching ──
 
@@ -116,35 +90,28 @@ class SessionLifecycle(SessionListener):
             if close_info is None or not session.detach(connection):
                 return  # another connection has taken the session over
             if ends_session(close_info) or not session.connect_hooks_passed:  # a resume would skip the connect hooks
-                self.sessions.end(session, close_info)
+                self._sessions.end(session, close_info)
             else:
                 connection.attempt(self._leave_presence, session)
-                self.sessions.on_detached(session)
+                self._sessions.on_detached(session)
             return
-        expected = (
-            close_info is not None
-            and (connection.connect_hooks_started or connection.inherited_state)
-            and self.detached.is_resumable(connection.client_id, self._key_of(connection))
-        )
-        if expected and close_info is not None and not ends_session(close_info):
-            connection.attempt(self._save_state, connection)
-        elif (
-            expected
-            and close_info is not None
-            and close_info.cause is DisconnectReason.APPLICATION
-            and is_terminal(close_info.code)
-        ):
-            # The close frame may be lost if the network is down.
-            key = self._resumable_key(connection)
-            connection.attempt(self._ended_by_application.add, key, connection.client_id, close_info)
+        key = None
+        if connection.connect_hooks_started or connection.inherited_state:
+            key = self._tokens.resumable_key_of(connection.client_id, connection.connection_id)
+        if key is not None and close_info is not None:
+            if not ends_session(close_info):
+                connection.attempt(self._save_state, connection, key)
+            elif close_info.cause is DisconnectReason.APPLICATION and is_terminal(close_info.code):
+                # The close frame may be lost if the network is down.
+                connection.attempt(self._tokens.remember_end, key, connection.client_id, close_info)
         self._hub.remove(connection)
 
-    def _save_state(self, connection: Connection) -> None:
+    def _save_state(self, connection: Connection, key: str) -> None:
         """Save the state that a plain client may restore with a token."""
         state = self._detached_state_of(connection)
         connection.session_end_reported = True  # the session ends later, with the state
         state.user_data.owner = state
-        self._forget(self.detached.save(self._resumable_key(connection), state))
+        self._forget(self._states.save(key, state))
         self._budget.detach(state)
         self._arm()
         self._hub.keep_rooms(connection, state)
@@ -163,23 +130,20 @@ class SessionLifecycle(SessionListener):
 
     def _forget_early(self, state: DetachedState) -> None:
         """Discard a detached state early, because of memory, a close, or a newer connection."""
-        if not self.detached.discard(state):
+        if not self._states.discard(state):
             return
         if state.close_info is not None and state.close_info.cause is DisconnectReason.APPLICATION:
-            self._ended_by_application.add(state.key, state.client_id, state.close_info)
+            self._tokens.remember_end(state.key, state.client_id, state.close_info)
         if state.close_info is None:
             self._events.counters.evictions += 1
             self._events.emit("session_evicted", logging.WARNING, client_id=state.socket.client_id, why="memory")
         self._forget([state])
 
-    def ended_by_application(self, connection: Connection) -> CloseInfo | None:
-        """Return the close info if the application ended the state that a plain client restores, else `None`."""
-        key = self._inherited_keys.get(connection.connection_id, connection.client_id)
-        return self._ended_by_application.find(key, connection.client_id)
-
     def forget(self, client_id: str) -> None:
-        """Discard all detached state of a plain client."""
-        self._forget(self.detached.discard_of(client_id))
+        """Discard all detached states of a plain client, and expect it back with no earlier token."""
+        discarded = self._states.discard_of(client_id)
+        self._tokens.forget(client_id, [state.key for state in discarded])
+        self._forget(discarded)
 
     async def notify_session_end(self, connection: Connection) -> None:
         """Run the session end hooks after the disconnect hooks of a connection, if its session has ended."""
@@ -202,7 +166,7 @@ class SessionLifecycle(SessionListener):
         """Detach the session from a closed connection, so that it does not keep objects of the server alive."""
         session = session_of(connection)
         if session is None:
-            self._inherited_keys.pop(connection.connection_id, None)
+            self._tokens.take_inherited(connection.connection_id)
             return
         if session.previous_connection is not connection:
             return  # another connection has taken the session over
@@ -258,112 +222,40 @@ class SessionLifecycle(SessionListener):
 
     # ── resuming ──
 
-    def issue_token(self, client_id: str, connection: Connection | None) -> str:
-        """Issue a reconnect token for one connection of a client; without one, for the connection that closes last.
+    def pinned(self, client_id: str | None) -> AbstractContextManager[None]:
+        """Protect the detached state of a verified client from eviction during its handshake.
 
-        Raises:
-            ValueError: The client id is invalid.
-            InvalidTokenError: `enable_reconnect` is False.
+        Args:
+            client_id: The client; `None` if it is not verified.
         """
-        if not self._enabled:
-            raise InvalidTokenError("disabled")
-        token = self._tokens.issue(client_id)
-        key = client_id if connection is None or session_of(connection) is not None else self._key_of(connection)
-        self._ended_by_application.forget(key)  # a new token allows the client to return
-        self.detached.mark_resumable(key, self._token_ttl)
-        if key != client_id:
-            self._token_keys[self._tokens.read(token).number] = key, monotonic() + self._token_ttl
-            self._expire_token_keys()
-        return token
-
-    def _expire_token_keys(self) -> None:
-        """Forget the keys of expired tokens, and the oldest keys above `MAX_EXPECTED`."""
-        now = monotonic()
-        while self._token_keys:
-            number, (_, until) = next(iter(self._token_keys.items()))
-            if until > now and len(self._token_keys) <= MAX_EXPECTED:
-                break
-            del self._token_keys[number]
-
-    def _resumable_key(self, connection: Connection) -> str:
-        """Return the key for the state of a connection: its own if a token names it, else the client id."""
-        key = self._key_of(connection)
-        return key if self.detached.is_resumable(key) else connection.client_id
-
-    def _key_of(self, connection: Connection) -> str:
-        """Return the key of a plain connection, inherited from the connection that it continues, if any."""
-        if not self._allows_duplicates:
-            return connection.client_id
-        own = key_of_connection(connection.client_id, connection.connection_id)
-        return self._inherited_keys.get(connection.connection_id, own)
-
-    def verify_token(self, websocket: WebSocket, client_id: str | None) -> str | None:
-        """Verify the reconnect token of a handshake, and return its client id, or `None`.
-
-        With an invalid token the client connects as a new one.
-        """
-        token = token_in(websocket)
-        if not self._enabled or token is None:
-            return None
-        try:
-            claimed = self._tokens.check(token, client_id).client_id
-        except (InvalidTokenError, TokenExpiredError) as problem:
-            self._report_lost(client_id, problem)
-            return None
-        return claimed
+        return nullcontext() if client_id is None else self._pinned(client_id)
 
     @contextmanager
-    def pinned(self, client_id: str | None) -> Iterator[None]:
-        """Protect the detached state of a verified client from eviction during its handshake."""
+    def _pinned(self, client_id: str) -> Iterator[None]:
         with ExitStack() as stack:
-            for state in () if client_id is None else self.detached.all_of(client_id):
+            for state in self._states.all_of(client_id):
                 stack.enter_context(self._budget.pinned(state))
             yield
 
-    def consume_token(self, connection: Connection, client_id: str) -> bool:
-        """Use up the token that `verify_token` accepted. Return False if it has since been used or revoked."""
-        try:
-            claim = self.consume(token_in(connection.websocket) or "", client_id)
-        except (InvalidTokenError, TokenExpiredError) as problem:
-            self._report_lost(client_id, problem)
-            return False
-        self._continue_from(connection, claim)
-        return True
+    def verify_for_current_task(self, token: str) -> str:
+        """Use up a token that your code got, and return its client id.
 
-    def consume(self, token: str, client_id: str | None = None) -> TokenClaims:
-        """Use up a token, and return its content.
-
-        If the application ended the state of the token, the token restores nothing and is not used up. So each attempt
-        gets the close code of the application.
-
-        Args:
-            token: The token that the client sent.
-            client_id: The client that the token must belong to. By default any client.
+        It authorizes the next connection of the current task with that client id.
 
         Raises:
             InvalidTokenError: The token is invalid, or was used before.
             TokenExpiredError: The token has expired.
         """
-        claim = self._tokens.check(token, client_id)
-        return claim if self._was_ended_by_application(claim) else self._tokens.consume(token, client_id)
+        claims = self._tokens.consume(token)
+        self._tokens.mark_verified(claims)
+        for state in self._states.all_of(claims.client_id):
+            self._budget.attach(state)  # evicted last, because the time until the connection is unknown
+        return claims.client_id
 
-    def _was_ended_by_application(self, claim: TokenClaims) -> bool:
-        """Return whether the application ended the state that a token names."""
-        key, _ = self._token_keys.get(claim.number, (claim.client_id, 0.0))
-        return key in self._ended_by_application
-
-    def _continue_from(self, connection: Connection, claim: TokenClaims) -> None:
-        """Give a connection the key that its token names, if any."""
-        key, _ = self._token_keys.get(claim.number, (None, 0.0))
-        if key is not None:
-            self._inherited_keys[connection.connection_id] = key
-            if not self._was_ended_by_application(claim):
-                del self._token_keys[claim.number]
-
-    def _report_lost(self, client_id: str | None, problem: InvalidTokenError | TokenExpiredError) -> None:
-        self._events.counters.sessions_lost += 1
-        why = getattr(problem, "problem", "expired")
-        self._events.emit("session_lost", logging.INFO, client_id=client_id or "", why=why)
+    def restore_rooms(self, session: Session) -> None:
+        """Make a resumed session present in its rooms again."""
+        saved_presence, session.saved_presence = session.saved_presence, {}
+        self._hub.restore(session, saved_presence)
 
     def restore(self, connection: Connection, open_connections: Sequence[Connection]) -> None:
         """Restore the state of a plain client with a verified token.
@@ -373,30 +265,8 @@ class SessionLifecycle(SessionListener):
             open_connections: The open plain connections of the client. They are half-open and will be closed, but with
                 `on_duplicate="allow"` they belong to other tabs and stay open.
         """
-        client_id = connection.client_id
-        self._forget(self.detached.collect())
-        key = self._inherited_keys.pop(connection.connection_id, None)  # the key that the token names
-        newest = self.detached.of(client_id)
-        state = self.detached.claim(key) if key else None if newest is None else self.detached.claim(newest.key)
-        last = next((one for one in reversed(open_connections) if key is None or self._key_of(one) == key), None)
-        if state is not None and self._allows_duplicates:
-            self._inherited_keys[connection.connection_id] = state.key  # so that older tokens find its state later
-        since = 0.0
-        if state is not None:
-            since = self.detached.detached_at(state)
-            rooms = self._hub.take_rooms(state)
-            state.rooms = {room: state.rooms.get(room, {}) for room in rooms}  # without rooms it was removed from
-            self._budget.remove(state)
-            connection.inherited_state = True
-            if isinstance(state.socket._connection, Connection):
-                connection.add_predecessor(state.socket._connection)
-        elif last is not None and self._allows_duplicates:
-            state = self._detached_state_of(last)
-        elif last is not None:
-            connection.inherited_state = last.session_end_reported = True  # the session continues
-            connection.add_predecessor(last)
-            state = self._detached_state_of(last)
-            since = last.liveness.last_seen  # later messages may have been lost
+        self._forget(self._states.collect())
+        state, since = self._claim_state(connection, open_connections)
         if state is None:
             connection.resume_outcome = ResumeOutcome.LOST
             self._events.counters.sessions_lost += 1
@@ -404,16 +274,7 @@ class SessionLifecycle(SessionListener):
             return
         connection.resume_outcome = ResumeOutcome.GAP
         self._events.counters.sessions_resumed += 1
-        try:
-            if connection.inherited_state:
-                connection.socket._transfer_user_data(state.user_data)
-                connection.on_nonzero()
-            else:
-                connection.socket._copy_user_data(state.user_data)
-        except MemoryLimitExceededError as error:
-            if connection.inherited_state:
-                state.user_data.stop_accounting()
-            connection.emit("user_data_lost", logging.WARNING, why=str(error))
+        self._restore_user_data(connection, state)
         for room, presence in state.rooms.items():
             try:
                 self._hub.join(connection, room, presence or None)
@@ -425,31 +286,58 @@ class SessionLifecycle(SessionListener):
         if connection.inherited_state:
             self._hub.record_missed_since(connection, state.rooms, since)
 
-    def mark_verified(self, claim: TokenClaims) -> None:
-        """Record that the current task has verified a token. It authorizes the next connection with that client id."""
-        _proven.set(claim)
-        for state in self.detached.all_of(claim.client_id):
-            self._budget.attach(state)  # evicted last, because the time until the connection is unknown
+    def _claim_state(
+        self, connection: Connection, open_connections: Sequence[Connection]
+    ) -> tuple[DetachedState | None, float]:
+        """Return the state that a connection restores, and the monotonic time since which messages may be lost.
+
+        It is the detached state that the token names, else the newest one of the client, else that of an open
+        connection. With `on_duplicate="allow"` an open connection keeps its state, and the new one gets a copy.
+        """
+        client_id, tokens = connection.client_id, self._tokens
+        key = tokens.take_inherited(connection.connection_id)  # the key that the token names
+        newest = self._states.of(client_id)
+        state = self._states.claim(key) if key else None if newest is None else self._states.claim(newest.key)
+        if state is not None:
+            tokens.inherit(connection.connection_id, state.key)
+            rooms = self._hub.take_rooms(state)
+            state.rooms = {room: state.rooms.get(room, {}) for room in rooms}  # without rooms it was removed from
+            self._budget.remove(state)
+            connection.inherited_state = True
+            if isinstance(state.socket._connection, Connection):
+                connection.add_predecessor(state.socket._connection)
+            return state, self._states.detached_at(state)
+        same_key = (
+            one for one in reversed(open_connections) if key in (None, tokens.key_of(client_id, one.connection_id))
+        )
+        last = next(same_key, None)
+        if last is None:
+            return None, 0.0
+        if not tokens.has_own_keys:
+            connection.inherited_state = last.session_end_reported = True  # the session continues
+            connection.add_predecessor(last)
+        return self._detached_state_of(last), last.liveness.last_seen
 
     @staticmethod
-    def is_verified(client_id: str) -> bool:
-        """Return whether the current task has verified a token of a client that no connection has used yet."""
-        claim = _proven.get()
-        return claim is not None and claim.client_id == client_id
+    def _restore_user_data(connection: Connection, state: DetachedState) -> None:
+        try:
+            if connection.inherited_state:
+                connection.socket._transfer_user_data(state.user_data)
+                connection.on_nonzero()
+            else:
+                connection.socket._copy_user_data(state.user_data)
+        except MemoryLimitExceededError as error:
+            if connection.inherited_state:
+                state.user_data.stop_accounting()
+            connection.emit("user_data_lost", logging.WARNING, why=str(error))
 
-    def consume_verification(self, connection: Connection) -> bool:
-        """Return whether the current task has verified a token for a connection. Each token authorizes one connection.
-
-        Raises:
-            InvalidTokenError: The token has since been revoked.
-        """
-        claim = _proven.get()
-        if claim is None or claim.client_id != connection.client_id:
-            return False
-        _proven.set(None)
-        self._tokens.check_not_revoked(claim)
-        self._continue_from(connection, claim)
-        return True
+    def supersede_detached(self, client_id: str, session: Session | None) -> None:
+        """End the detached states of a client, and its detached sessions except for `session`."""
+        for detached in self._detached.of_client(client_id):
+            if isinstance(detached, DetachedState):
+                detached.close(DisconnectReason.REPLACED)
+            elif detached is not session:
+                self._sessions.supersede(detached)
 
     # ── expiry ──
 
@@ -493,7 +381,7 @@ class SessionLifecycle(SessionListener):
             await self._hooks.session_end(socket, reason or DisconnectReason.SERVER_SHUTDOWN)
 
     def _arm(self) -> None:
-        due = self.detached.next_due()
+        due = self._states.next_due()
         if due is not None and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(
                 max(0.0, due - monotonic()) + 0.01, self._on_timer, context=self._context
@@ -501,8 +389,8 @@ class SessionLifecycle(SessionListener):
 
     def _on_timer(self) -> None:
         self._timer = None
-        self._forget(self.detached.collect())
-        self._expire_token_keys()
+        self._forget(self._states.collect())
+        self._tokens.expire()
         self._arm()
 
     async def stop(self, patience: float) -> None:
@@ -513,8 +401,8 @@ class SessionLifecycle(SessionListener):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self.sessions.stop()
-        self._forget(self.detached.clear())
+        self._sessions.stop()
+        self._forget(self._states.clear())
         await wait_for_all(self._end_hook_tasks.tasks, patience)
         if cancelled := self._end_hook_tasks.cancel():
             self._events.emit("session_ends_cut", logging.WARNING, count=len(cancelled))

@@ -1,0 +1,93 @@
+"""Many clients that connect within seconds, and that vanish at once."""
+
+from __future__ import annotations
+
+from benchmarks.bench import Bench
+from benchmarks.contenders import BARE_DEPENDENCY, PLAIN, PROTOCOL
+from benchmarks.figures import Table
+from benchmarks.processes import ContenderError, Stand
+
+ADDRESSES = 8
+WARM_UP_CONNECTIONS = 200
+GARBAGE_CONNECTIONS = 1000
+TIMEOUT = 60.0
+
+PACED_BARE = BARE_DEPENDENCY.using("same pacing", gc_thresholds=[100_000, 50, 1000])
+
+
+def storm(bench: Bench) -> list[Table]:
+    """Measure a storm of connects, and the disconnect of all these clients at once."""
+    clients = bench.scale.storm_clients
+    baseline = BARE_DEPENDENCY.key
+    connecting = Table(
+        "storm-connecting",
+        f"Storm: longest stall of the event loop while {clients:,} clients connect",
+        "ms",
+        "A timer that is due each millisecond: the most that it came late. 50 handshakes at a time.",
+        baseline,
+    )
+    vanishing = Table(
+        "storm-vanishing",
+        f"Storm: longest stall of the event loop when all {clients:,} vanish at once",
+        "ms",
+        "Of the same runs. The clients close their sockets without a closing handshake.",
+        baseline,
+    )
+    cpu = Table(
+        "storm-cpu",
+        "Storm: server CPU of a connect",
+        "µs",
+        "Of the same runs, until the server is idle again; garbage collections are in it.",
+        baseline,
+        digits=0,
+    )
+    garbage = Table(
+        "storm-garbage",
+        "Storm: objects left to the garbage collector",
+        "objects",
+        f"Per ended connection, of {GARBAGE_CONNECTIONS:,} that vanished while automatic collections were off.",
+        baseline,
+    )
+
+    def measure(stand: Stand) -> None:
+        stand.load.call("churn", count=WARM_UP_CONNECTIONS, port=stand.port, path=stand.contender.path)
+        stand.wait_until_idle()
+        found = count_garbage(stand)
+        stand.server.call("watch", on=True)
+        before = stand.cpu()
+        stand.load.begin("connect", count=clients, port=stand.port, **how(stand))
+        answer = stand.loaded()
+        stand.wait_until_idle()
+        used = stand.cpu() - before
+        opened = stand.server.call("stall")
+        if answer["connected"] != clients:
+            raise ContenderError(f"{answer['connected']} of {clients} clients are connected")
+        share = stand.take_load_share()
+        stand.load.call("vanish")
+        stand.wait_until_idle()
+        closed = stand.server.call("stall")
+        connecting.add(stand.contender, 1e3 * opened["longest"], share)
+        vanishing.add(stand.contender, 1e3 * closed["longest"])
+        cpu.add(stand.contender, 1e6 * used / clients, share)
+        garbage.add(stand.contender, found / GARBAGE_CONNECTIONS)
+        for table, held in ((connecting, opened), (vanishing, closed)):
+            note = f"longest garbage collection of the last run {1e3 * held['collection']:.1f} ms"
+            table.row(stand.contender).note("collection", note)
+
+    tables = [connecting, vanishing, cpu, garbage]
+    bench.afresh((BARE_DEPENDENCY, PACED_BARE, PLAIN, PROTOCOL), tables, measure)
+    return tables
+
+
+def how(stand: Stand) -> dict[str, object]:
+    """Return how the clients of a storm connect."""
+    return {"path": stand.contender.path, "addresses": ADDRESSES, "timeout": TIMEOUT}
+
+
+def count_garbage(stand: Stand) -> int:
+    """Return the number of objects that `GARBAGE_CONNECTIONS` leave to the garbage collector when they vanish."""
+    stand.server.call("collect", automatic=False)
+    stand.load.call("connect", count=GARBAGE_CONNECTIONS, port=stand.port, **how(stand))
+    stand.load.call("vanish")
+    stand.wait_until_idle()
+    return int(stand.server.call("collect")["found"])

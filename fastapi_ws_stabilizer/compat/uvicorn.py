@@ -1,0 +1,102 @@
+"""Events of uvicorn's own WebSocket class, passed on as they arrive.
+
+uvicorn puts each received message into an `asyncio.Queue` and stops reading until the application has taken it. Behind
+that queue a connection needs a task that always reads, and each message costs a switch to that task.
+`PushedEvents` replaces the queue and passes each event on at once. uvicorn keeps reading.
+
+Supported: `WebSocketsSansIOProtocol` of uvicorn 0.35 and newer, without middleware that wraps `receive`. Fallback, also
+if an attribute or a method below is missing or has changed: the connection reads with a task, through ASGI.
+`tests/unit/compat/test_pushed_events.py` runs on the lowest and on the newest version.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Final, Protocol
+
+_MODULE: Final = "uvicorn.protocols.websockets.websockets_sansio_impl"
+PUSHING_CLASS: Final = "WebSocketsSansIOProtocol"
+"""Name of the class whose objects can pass on their events."""
+
+_NAMES: Final = {
+    "receive": {"queue", "get", "read_paused", "empty", "transport", "resume_reading"},
+    "send_receive_event_to_app": {"queue", "put_nowait", "read_paused", "transport", "pause_reading"},
+}
+"""Methods that use the queue, and the names that they use for that."""
+
+
+class EventReceiver(Protocol):
+    """Receiver of the events of one connection. Its methods never wait and never raise."""
+
+    def message_received(self, message: str | bytes) -> None:
+        """Process a received message."""
+
+    def connection_lost(self, event: Mapping[str, Any]) -> None:
+        """Process the end of the connection; `event` is the ASGI `websocket.disconnect`."""
+
+
+class PushedEvents:
+    """Queue of a uvicorn protocol object that stores nothing and passes each event to a receiver."""
+
+    __slots__ = ("_receiver",)
+
+    def __init__(self, receiver: EventReceiver) -> None:
+        self._receiver: EventReceiver | None = receiver
+
+    def put_nowait(self, event: Mapping[str, Any]) -> None:
+        """Pass an event to the receiver. Hot path: uvicorn calls this for each message."""
+        receiver = self._receiver
+        if receiver is None:
+            return
+        if event["type"] == "websocket.receive":
+            text = event.get("text")
+            receiver.message_received(event["bytes"] if text is None else text)
+        else:
+            receiver.connection_lost(event)
+
+    def stop(self) -> None:
+        """Ignore all further events."""
+        self._receiver = None
+
+    def empty(self) -> bool:
+        """Return `True`: the queue never contains anything."""
+        return True
+
+    async def get(self) -> Any:
+        """Raise, because no event ever arrives here."""
+        raise RuntimeError("fastapi-ws-stabilizer reads this WebSocket: read from its StableSocket instead")
+
+
+def can_push_events(protocol: Any) -> bool:
+    """Return whether a server's protocol object can pass on its events.
+
+    It cannot if a call of `receive` is waiting, which would then wait forever. asyncio has no public name for the
+    waiters of a queue.
+    """
+    kind: type = type(protocol)
+    if kind.__name__ != PUSHING_CLASS or kind.__module__ != _MODULE or not _is_known(kind):
+        return False
+    return not getattr(protocol.queue, "_getters", True)
+
+
+def push_events(protocol: Any, receiver: EventReceiver) -> PushedEvents:
+    """Pass all events of a protocol object to a receiver from now on, starting with those in its queue.
+
+    uvicorn stops reading after a message unless `read_paused` says that it has done so already. Therefore this sets
+    `read_paused` and resumes reading. At the close, uvicorn resumes reading once more, which has no effect then.
+    """
+    queue = protocol.queue
+    events = protocol.queue = PushedEvents(receiver)
+    protocol.read_paused = True
+    protocol.transport.resume_reading()
+    while not queue.empty():
+        events.put_nowait(queue.get_nowait())
+    return events
+
+
+@functools.cache
+def _is_known(kind: type) -> bool:
+    """Return whether a class uses its queue as this module expects."""
+    methods = {name: getattr(getattr(kind, name, None), "__code__", None) for name in _NAMES}
+    return all(code is not None and _NAMES[name] <= set(code.co_names) for name, code in methods.items())

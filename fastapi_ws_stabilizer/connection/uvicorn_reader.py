@@ -1,0 +1,50 @@
+"""Reader of a connection on uvicorn's own protocol class, which replaces the read pump and needs no task."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fastapi_ws_stabilizer.compat.uvicorn import PushedEvents, push_events
+from fastapi_ws_stabilizer.connection.push_reader import PushReader
+
+if TYPE_CHECKING:
+    from fastapi_ws_stabilizer.connection.connection import Connection
+
+
+class UvicornReader(PushReader):
+    """Reader of a connection on uvicorn's own protocol class.
+
+    uvicorn parses a whole read at once. So the messages beyond a full inbox have at most the size of one read.
+
+    Args:
+        connection: The connection.
+        protocol: The server's protocol object.
+    """
+
+    __slots__ = ("_events", "_transport")
+
+    def __init__(self, connection: Connection, protocol: Any) -> None:
+        super().__init__(connection)
+        self._transport: asyncio.Transport = protocol.transport
+        self._events: PushedEvents = push_events(protocol, self)
+
+    def _pause_reading(self) -> None:
+        self._transport.pause_reading()
+
+    def _resume_reading(self) -> None:
+        self._transport.resume_reading()
+
+    def connection_lost(self, event: Mapping[str, Any]) -> None:
+        """Start teardown after the server has lost the connection.
+
+        uvicorn reports its own close frame like this too. A closing connection has sent it, or finds out when it sends.
+        """
+        if self._connection.close_info is None:
+            super().connection_lost(event)
+
+    def stop(self) -> None:
+        """Stop waiting for room in the inbox, and ignore all further events."""
+        super().stop()
+        self._events.stop()

@@ -1,0 +1,205 @@
+"""Tests of reading without a task on uvicorn's own class, with a real uvicorn of the installed version."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import MutableMapping
+from typing import Any
+
+import pytest
+from fastapi import FastAPI, WebSocket
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
+
+from fastapi_ws_stabilizer import StableSocketDep, WebSocketConfig, WebSocketConnectionManager
+from fastapi_ws_stabilizer.compat import uvicorn as compat
+from tests.support.fake_websocket import eventually, with_deadline
+from tests.support.uvicorn_server import served
+from tests.support.versions import HAS_PROTOCOL_CLASS
+
+pytestmark = pytest.mark.skipif(not HAS_PROTOCOL_CLASS, reason="uvicorn has no such class yet")
+
+OPTIONS = {"ws": "websockets-sansio"}
+
+
+class Wrapped:
+    """Middleware that wraps `receive` and counts the messages."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.seen = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def counted() -> MutableMapping[str, Any]:
+            event: MutableMapping[str, Any] = await receive()
+            self.seen += event["type"] == "websocket.receive"
+            return event
+
+        await self.app(scope, counted, send)
+
+
+def make(**options: Any) -> tuple[WebSocketConnectionManager, FastAPI]:
+    """An app that echoes."""
+    manager = WebSocketConnectionManager(WebSocketConfig(handle_signals=False, **options))
+    app = FastAPI(lifespan=manager.lifespan)
+
+    @app.websocket("/ws/{client_id}")
+    async def endpoint(ws: StableSocketDep) -> None:
+        async for message in ws:
+            await ws.send(message)
+
+    return manager, app
+
+
+def pumps() -> int:
+    """Return the number of tasks that read."""
+    return sum(task.get_name() == "ws-pump" for task in asyncio.all_tasks())
+
+
+async def test_connection_on_uvicorns_own_class_reads_without_task() -> None:
+    """An idle connection owns no task of the library, and echoes text and bytes."""
+    manager, app = make()
+    async with served(app, **OPTIONS) as url, connect(url) as client:
+        for message in ("text", b"bytes", "", b""):
+            await client.send(message)
+            assert await with_deadline(client.recv()) == message
+        assert pumps() == 0
+        assert manager.counters.messages_received == 4
+
+
+@pytest.mark.parametrize("how", ["close frame", "abort"])
+async def test_disconnect_without_task_is_noticed(how: str) -> None:
+    """The close code of the client and a lost connection reach the disconnect hooks."""
+    manager, app = make()
+    reasons: list[str] = []
+
+    @manager.on_disconnect
+    async def left(_: Any, reason: Any) -> None:
+        reasons.append(reason.value)
+
+    async with served(app, **OPTIONS) as url:
+        client = await connect(url)
+        await eventually(lambda: manager.get_connection_count() == 1)
+        if how == "abort":
+            client.transport.abort()
+        else:
+            await client.close(4123)
+        await eventually(lambda: bool(reasons))
+        assert reasons == ["network_lost" if how == "abort" else "client_close"]
+
+
+async def test_full_inbox_without_task_stops_reading_and_loses_nothing() -> None:
+    """Messages beyond a full inbox wait in the network, and arrive in order once the endpoint reads."""
+    manager = WebSocketConnectionManager(WebSocketConfig(handle_signals=False, inbox_max_messages=5))
+    app = FastAPI(lifespan=manager.lifespan)
+    go, got = asyncio.Event(), []
+
+    @app.websocket("/ws/{client_id}")
+    async def endpoint(ws: StableSocketDep) -> None:
+        got.append(await ws.receive_text())  # an endpoint that reads: nothing is dropped
+        await go.wait()
+        async for message in ws:
+            got.append(message)
+
+    async with served(app, **OPTIONS) as url, connect(url, compression=None) as client:
+        padding = "x" * 100_000
+        sender = asyncio.ensure_future(send_all(client, [f"{number} {padding}" for number in range(200)]))
+        await eventually(lambda: bool(manager.get_sockets()) and manager.get_sockets()[0]._connection.pause is not None)
+        await asyncio.sleep(0.1)
+        assert not sender.done()
+        assert len(manager.get_sockets()[0]._connection.inbox) < 100
+        go.set()
+        await with_deadline(sender)
+        await eventually(lambda: len(got) == 200)
+        assert [message.split()[0] for message in got] == [str(number) for number in range(200)]
+
+
+async def send_all(client: Any, messages: list[str]) -> None:
+    """Send messages one after the other."""
+    for message in messages:
+        await client.send(message)
+
+
+async def test_close_of_application_arrives_without_task() -> None:
+    """The close frame has the code and the reason of the application, and the answer ends the connection."""
+    manager, app = make()
+    async with served(app, **OPTIONS) as url:
+        client = await connect(url)
+        await eventually(lambda: manager.get_connection_count() == 1)
+        await manager.disconnect("ann", 4000, "bye")
+        with pytest.raises(ConnectionClosed) as closed:
+            await with_deadline(client.recv())
+        assert closed.value.rcvd is not None
+        assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (4000, "bye")
+        await eventually(lambda: not manager._node.connections)
+
+
+async def test_middleware_that_wraps_receive_sees_every_message() -> None:
+    """Behind middleware that wraps `receive`, the connection reads with a task, through the middleware."""
+    _, app = make()
+    wrapped = Wrapped(app)
+    async with served(wrapped, **OPTIONS) as url, connect(url) as client:
+        await client.send("one")
+        assert await with_deadline(client.recv()) == "one"
+        assert (pumps(), wrapped.seen) == (1, 1)
+
+
+async def test_message_received_before_connect_is_not_lost() -> None:
+    """A message that waits in uvicorn's queue when the application calls `connect()` is the first one."""
+    manager = WebSocketConnectionManager(WebSocketConfig(handle_signals=False))
+    app = FastAPI(lifespan=manager.lifespan)
+
+    @app.websocket("/ws/{client_id}")
+    async def endpoint(websocket: WebSocket, client_id: str) -> None:
+        await websocket.accept()
+        await websocket.receive_text()
+        await asyncio.sleep(0.1)
+        ws = await manager.connect(client_id, websocket)
+        assert ws is not None
+        for _ in range(2):
+            await ws.send(await ws.receive_text())
+        await manager.disconnect(client_id)
+
+    async with served(app, **OPTIONS) as url, connect(url) as client:
+        for message in ("first", "second", "third"):
+            await client.send(message)
+        assert [await with_deadline(client.recv()) for _ in range(2)] == ["second", "third"]
+
+
+async def test_waiting_receive_keeps_reading_task() -> None:
+    """A call of `receive` that waits when the application calls `connect()` gets the next message, and none is lost."""
+    manager = WebSocketConnectionManager(WebSocketConfig(handle_signals=False))
+    app = FastAPI(lifespan=manager.lifespan)
+    first: list[str] = []
+
+    @app.websocket("/ws/{client_id}")
+    async def endpoint(websocket: WebSocket, client_id: str) -> None:
+        await websocket.accept()
+        waiting = asyncio.ensure_future(websocket.receive_text())
+        await asyncio.sleep(0)
+        ws = await manager.connect(client_id, websocket)
+        assert ws is not None
+        await ws.send("ready")
+        first.append(await waiting)
+        await ws.send(await ws.receive_text())
+        await manager.disconnect(client_id)
+
+    async with served(app, **OPTIONS) as url, connect(url) as client:
+        assert await with_deadline(client.recv()) == "ready"
+        assert pumps() == 1
+        await client.send("first")
+        await client.send("second")
+        assert await with_deadline(client.recv()) == "second"
+        assert first == ["first"]
+
+
+def test_class_that_uses_its_queue_differently_is_not_known() -> None:
+    """A uvicorn whose methods no longer use the queue as expected falls back to the reading task."""
+    from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+    class Changed(WebSocketsSansIOProtocol):
+        async def receive(self) -> Any:
+            return None
+
+    assert compat._is_known(WebSocketsSansIOProtocol)
+    assert not compat._is_known(Changed)
