@@ -17,7 +17,7 @@ from fastapi_ws_stabilizer.connection import current
 from fastapi_ws_stabilizer.connection.client_address import ClientAddressResolver
 from fastapi_ws_stabilizer.connection.closing import ClosingConnections
 from fastapi_ws_stabilizer.connection.connection import Connection
-from fastapi_ws_stabilizer.connection.metered import ResidualMemory
+from fastapi_ws_stabilizer.connection.ended_connection import EndedConnection
 from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
 from fastapi_ws_stabilizer.connection.resources import ConnectionListener, SharedResources
 from fastapi_ws_stabilizer.errors import ConnectionNotFoundError, MemoryLimitExceededError
@@ -46,7 +46,8 @@ from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
 from fastapi_ws_stabilizer.sessions.reconnect_tokens import ReconnectTokenRegistry
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import SessionStore
-from fastapi_ws_stabilizer.socket import SocketServices
+from fastapi_ws_stabilizer.sessions.v1_protocol import session_of
+from fastapi_ws_stabilizer.socket import SocketServices, StableSocket
 from fastapi_ws_stabilizer.tasks import TaskSet, copied, wait_for_all
 
 
@@ -105,13 +106,13 @@ class Node(ConnectionListener):
         )
         if loop is not None:
             self.budget.bind_loop()
-        self.registry: ConnectionRegistry[Connection] = ConnectionRegistry(config.num_shards)
+        self.registry: ConnectionRegistry = ConnectionRegistry(config.num_shards)
         self.sessions = SessionStore(config, events, self.budget, next_shard=self.registry.next_shard)
         states = DetachedStateStore(
             config.session_ttl if config.enable_reconnect else 0.0, config.max_detached_sessions
         )
         self.detached = DetachedRecipients(self.sessions, states)
-        self.hub: Hub[Connection] = Hub(
+        self.hub: Hub = Hub(
             config,
             events,
             scheduler,
@@ -151,6 +152,7 @@ class Node(ConnectionListener):
             ),
             next_shard=self.registry.next_shard,
         )
+        self._renewer = CredentialRenewer(hooks, self._tasks)
         self.closer = EndpointCloser(self._tasks, config.disconnect_grace)
         self.acceptor = Acceptor(
             self._resources,
@@ -158,7 +160,6 @@ class Node(ConnectionListener):
             hooks,
             self.admission,
             SessionNegotiator(self.admission, hooks, self._hello_reader, self.sessions),
-            CredentialRenewer(hooks, self._tasks),
             self.sessions,
             self.lifecycle,
             self.tokens,
@@ -204,7 +205,7 @@ class Node(ConnectionListener):
         Raises:
             InvalidTokenError: `enable_reconnect` is False.
         """
-        has_session = connection.session is not None
+        has_session = session_of(connection) is not None
         return self.tokens.issue(connection.client_id, None if has_session else connection.connection_id)
 
     # ── actions by client id ──
@@ -299,10 +300,10 @@ class Node(ConnectionListener):
 
     def on_admitted(self, connection: Connection) -> None:
         """Add an open connection that may stay to all registries."""
-        session = connection.session
-        self.registry.add(connection, with_queue=session is None)
-        if session is None and self.budget.evicts:
-            self.budget.attach(connection)
+        is_plain = not connection.protocol.acknowledges  # a session is added to both when it begins
+        self.registry.add(connection, with_queue=is_plain)
+        if is_plain and self.budget.evicts:
+            self.budget.attach(connection.account)
         self.heartbeat.add(connection)
         self.reaper.add(connection)
 
@@ -315,11 +316,11 @@ class Node(ConnectionListener):
             attempt(connection.reservation.release)
         attempt(self.heartbeat.remove, connection)
         attempt(self.reaper.remove, connection)
-        attempt(self.budget.remove, connection)
+        if self.budget.evicts:
+            attempt(self.budget.remove, connection.account)
         attempt(self.lifecycle.detach, connection)
         if self.budget.evicts:
-            connection.residual = ResidualMemory(connection)
-            attempt(self.budget.mark_closed, connection.residual)
+            attempt(self.budget.mark_closed, connection.account)
         attempt(connection.socket._detach_user_data)
 
     def _save_rooms(self, connection: Connection) -> None:
@@ -330,11 +331,19 @@ class Node(ConnectionListener):
     def on_closed(self, connection: Connection) -> None:
         """Release a connection at the end of its teardown."""
         connection.attempt(current.unbind_current, connection)
-        if connection.residual is not None:
-            connection.attempt(self.budget.remove, connection.residual)
-            connection.residual = None
+        if self.budget.evicts:
+            connection.attempt(self.budget.remove, connection.account)
         connection.attempt(self._closing.remove, connection)
         connection.attempt(self.lifecycle.on_closed, connection)
+
+    def on_ended(self, connection: Connection, ended: EndedConnection) -> None:
+        """Replace a connection in its socket by the facts about it, because nothing of it is needed any more."""
+        socket: StableSocket = connection.socket
+        socket._end(ended)
+
+    def on_renewal(self, connection: Connection, credential: str | None) -> None:
+        """Verify a new credential of a client, without waiting. `None` is a missing one."""
+        self._renewer.start(connection, credential)
 
     def on_evicted(self, connection: Connection) -> None:
         """Count and report a connection that is about to be closed because the memory limit is reached."""

@@ -1,12 +1,14 @@
-"""The send queues of clients as senders see them: the enqueue result, and waiting while a queue is full."""
+"""Recipients of messages and their queues as senders see them, and waiting while a queue is full."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
+from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason
+from fastapi_ws_stabilizer.memory.budget import Evictable
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 
 MAX_TURNS: Final = 8
@@ -30,6 +32,30 @@ class EnqueueResult(Enum):
     """The frame was not queued. The connection is closed, or its full outbox has just closed it."""
 
 
+class QueueOwner(Protocol):
+    """Owner of a queue, as a broadcast reports it."""
+
+    @property
+    def connection_id(self) -> str:
+        """Its id, by which a broadcast excludes it."""
+
+    @property
+    def client_id(self) -> str:
+        """Id of its client."""
+
+    @property
+    def close_info(self) -> CloseInfo | None:
+        """Close info; `None` while it is open."""
+
+
+class EndedOwner(NamedTuple):
+    """Owner of a queue after its end. A broadcast that began before may still ask for it."""
+
+    connection_id: str
+    client_id: str
+    close_info: CloseInfo | None
+
+
 class SendQueueLike(Protocol):
     """Interface of a queue of messages waiting to be sent to one client. No method waits.
 
@@ -40,7 +66,7 @@ class SendQueueLike(Protocol):
     shard_index: int
 
     @property
-    def owner(self) -> Any:
+    def owner(self) -> QueueOwner:
         """The `Recipient` that the queue belongs to."""
 
     def offer(self, frame: EncodedMessage) -> EnqueueResult:
@@ -57,6 +83,32 @@ class SendQueueLike(Protocol):
 
     def is_backpressured(self) -> bool:
         """Return whether more than half of the outbox is used and the client seems to read."""
+
+
+class Recipient(QueueOwner, Protocol):
+    """Recipient of messages and member of rooms: a connection, a session or a detached state. No method waits."""
+
+    @property
+    def outbox(self) -> SendQueueLike:
+        """Queue with the messages that wait to be sent."""
+
+    @property
+    def socket(self) -> Any:
+        """Object that represents it in user code."""
+
+    @property
+    def account(self) -> Evictable:
+        """Holder of its memory, for the memory budget."""
+
+    def close(
+        self,
+        cause: DisconnectReason,
+        *,
+        code: int | None = None,
+        reason: str | None = None,
+        from_outside: bool = False,
+    ) -> bool:
+        """Begin to close; `False` if it has begun already."""
 
 
 async def yield_to_writers(backpressured: Sequence[SendQueueLike]) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fastapi_ws_stabilizer.close_codes import check_close_code
-from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.hub.broadcast import BroadcastResult
 from fastapi_ws_stabilizer.hub.hub import Hub
 from fastapi_ws_stabilizer.hub.presence import Presence
@@ -28,7 +27,7 @@ class Room:
 
     __slots__ = ("_get_hub", "_history", "name")
 
-    def __init__(self, name: str, hub: Callable[[], Hub[Connection]], *, history: bool = True) -> None:
+    def __init__(self, name: str, hub: Callable[[], Hub], *, history: bool = True) -> None:
         check_room_name(name)
         self.name: str = name
         self._history = history  # the default for `history` of `send`
@@ -44,7 +43,7 @@ class Room:
         return f"<Room {self.name!r} {len(self)} connections>"
 
     @property
-    def _hub(self) -> Hub[Connection]:
+    def _hub(self) -> Hub:
         return self._get_hub()
 
     def __len__(self) -> int:
@@ -57,7 +56,7 @@ class Room:
     def __contains__(self, item: object) -> bool:
         """Return whether a socket, or any connection or session of a client id, is in the room."""
         if isinstance(item, StableSocket):
-            return self.name in self._hub.rooms.rooms_of(item._connection.recipient)
+            return self._hub.rooms.get(self.name, item.recipient_id) is not None
         return isinstance(item, str) and self._hub.is_in(item, self.name)
 
     @property

@@ -18,8 +18,6 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, ends_session, is_terminal
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.connection import Connection
-from fastapi_ws_stabilizer.connection.inbox import Inbox
-from fastapi_ws_stabilizer.ended_socket import socket_after_end
 from fastapi_ws_stabilizer.errors import MemoryLimitExceededError, RoomLimitError
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handlers.hooks import HookRegistry
@@ -31,6 +29,7 @@ from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
 from fastapi_ws_stabilizer.sessions.reconnect_tokens import ReconnectTokenRegistry
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import SessionListener
+from fastapi_ws_stabilizer.sessions.v1_protocol import session_of
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from fastapi_ws_stabilizer.wire.v1.frames import Message
@@ -56,7 +55,7 @@ class SessionLifecycle(SessionListener):
         config: WebSocketConfig,
         events: EventBus,
         hooks: HookRegistry,
-        hub: Hub[Connection],
+        hub: Hub,
         detached: DetachedRecipients,
         tokens: ReconnectTokenRegistry,
         budget: MemoryBudget,
@@ -71,7 +70,6 @@ class SessionLifecycle(SessionListener):
         self._tokens = tokens
         self._budget = budget
         self._idempotency = idempotency
-        self._closing_states: dict[str, DetachedState] = {}  # by id of a connection in teardown
         self._end_hook_tasks = TaskSet(
             lambda _, error: events.emit_exception("internal_task_failed", error, task="ws-session-end")
         )
@@ -87,9 +85,8 @@ class SessionLifecycle(SessionListener):
     def detach(self, connection: Connection) -> None:
         """Save the state of a closing connection if its client may resume, and remove the connection from the hub."""
         close_info = connection.close_info
-        if connection.protocol is not None:
+        if (session := session_of(connection)) is not None:
             connection.attempt(self._hub.remove, connection)
-            session = connection.protocol.session
             if close_info is None or not session.detach(connection):
                 return  # another connection has taken the session over
             if ends_session(close_info) or not session.connect_hooks_passed:  # a resume would skip the connect hooks
@@ -114,20 +111,19 @@ class SessionLifecycle(SessionListener):
         state = self._detached_state_of(connection)
         connection.session_end_reported = True  # the session ends later, with the state
         state.user_data.owner = state
-        self._closing_states[connection.connection_id] = state
         self._forget(self._states.save(key, state))
         self._budget.detach(state)
         self._arm()
-        self._hub.keep_rooms(connection, state)  # type: ignore[arg-type]  # a recipient like a session
+        self._hub.keep_rooms(connection, state)
 
     def _leave_presence(self, session: Session) -> None:
-        presence = self._hub.suspend(session)  # type: ignore[arg-type]
+        presence = self._hub.suspend(session)
         session.saved_presence = session.saved_presence or presence  # not restored yet if it closes early
 
     def _detached_state_of(self, connection: Connection) -> DetachedState:
         socket = connection.socket
         if socket._user_data is None:  # the socket of a closing connection would not account for a new dict
-            socket._user_data = MeteredDict(self._budget, connection)
+            socket._user_data = MeteredDict(self._budget, connection.account)
         return DetachedState(
             self._hub.presence_metadata(connection), socket._user_data, 0.0, socket, self._forget_early
         )
@@ -152,8 +148,7 @@ class SessionLifecycle(SessionListener):
     async def notify_session_end(self, connection: Connection) -> None:
         """Run the session end hooks after the disconnect hooks of a connection, if its session has ended."""
         close_info = connection.close_info
-        if connection.protocol is not None:
-            session = connection.protocol.session
+        if (session := session_of(connection)) is not None:
             close_info = session.ended
             if (
                 close_info is None
@@ -168,12 +163,9 @@ class SessionLifecycle(SessionListener):
             await self._hooks.session_end(connection.socket, close_info.cause)
 
     def on_closed(self, connection: Connection) -> None:
-        """Detach the saved state from a closed connection, so that it does not keep objects of the server alive."""
-        session = connection.session
+        """Detach the session from a closed connection, so that it does not keep objects of the server alive."""
+        session = session_of(connection)
         if session is None:
-            state = self._closing_states.pop(connection.connection_id, None)
-            if state is not None:
-                state.socket = socket_after_end(connection.socket)
             self._tokens.take_inherited(connection.connection_id)
             return
         if session.previous_connection is not connection:
@@ -181,9 +173,8 @@ class SessionLifecycle(SessionListener):
         session.previous_connection = None
         if session.ended is not None:
             session.socket = None
-            return
-        session.socket = socket_after_end(connection.socket)
-        connection.inbox = session.inbox.transfer()
+        elif session.inbox is not None:
+            connection.inbox = session.inbox.transfer()
 
     @staticmethod
     def _claim_end_report(session: Session) -> bool:
@@ -195,14 +186,14 @@ class SessionLifecycle(SessionListener):
 
     def on_session_began(self, session: Session) -> None:
         """Add a new session to the recipients of broadcasts."""
-        self._hub.begin_session(session)  # type: ignore[arg-type]  # a session is a recipient like a connection
+        self._hub.begin_session(session, session.shard)
 
     def on_session_ended(self, session: Session, close_info: CloseInfo) -> None:
         """Clean up after a session that ended with its connection, or because its client did not resume."""
-        if session.ended is not None and (rooms := self._hub.rooms.rooms_of(session)):  # type: ignore[arg-type]
+        if session.ended is not None and (rooms := self._hub.rooms.rooms_of(session)):
             session.ended = replace(session.ended, rooms=rooms)
-        self._hub.end_session(session)  # type: ignore[arg-type]
-        last: Connection | None = session.previous_connection
+        self._hub.end_session(session, session.shard)
+        last = session.previous_connection
         if last is not None and (last.is_closed or close_info.cause is DisconnectReason.MEMORY):
             last.close_unread()  # otherwise the teardown of that connection does it, but memory is needed now
         elif last is not None:
@@ -217,7 +208,7 @@ class SessionLifecycle(SessionListener):
 
     def _discard_unread(self, session: Session) -> None:
         """Discard received messages of an ended session that no handler will read."""
-        inbox: Inbox | None = session.inbox
+        inbox = session.inbox
         if inbox is None:
             return
         for item in inbox.unread():
@@ -264,7 +255,7 @@ class SessionLifecycle(SessionListener):
     def restore_rooms(self, session: Session) -> None:
         """Make a resumed session present in its rooms again."""
         saved_presence, session.saved_presence = session.saved_presence, {}
-        self._hub.restore(session, saved_presence)  # type: ignore[arg-type]
+        self._hub.restore(session, saved_presence)
 
     def restore(self, connection: Connection, open_connections: Sequence[Connection]) -> None:
         """Restore the state of a plain client with a verified token.
@@ -309,11 +300,12 @@ class SessionLifecycle(SessionListener):
         state = self._states.claim(key) if key else None if newest is None else self._states.claim(newest.key)
         if state is not None:
             tokens.inherit(connection.connection_id, state.key)
-            rooms = self._hub.take_rooms(state)  # type: ignore[arg-type]
+            rooms = self._hub.take_rooms(state)
             state.rooms = {room: state.rooms.get(room, {}) for room in rooms}  # without rooms it was removed from
             self._budget.remove(state)
             connection.inherited_state = True
-            connection.add_predecessor(state.socket._connection)
+            if isinstance(state.socket._connection, Connection):
+                connection.add_predecessor(state.socket._connection)
             return state, self._states.detached_at(state)
         same_key = (
             one for one in reversed(open_connections) if key in (None, tokens.key_of(client_id, one.connection_id))
@@ -355,8 +347,8 @@ class SessionLifecycle(SessionListener):
             state.user_data.stop_accounting()
             last: Connection = state.socket._connection
             if last.close_info is not None:  # the application may have removed it from rooms
-                last.close_info = replace(last.close_info, rooms=self._hub.rooms.rooms_of(state))  # type: ignore[arg-type]
-            self._hub.leave_rooms(state)  # type: ignore[arg-type]
+                last.close_info = replace(last.close_info, rooms=self._hub.rooms.rooms_of(state))
+            self._hub.leave_rooms(state)
             self._spawn_session_end(
                 state.socket, state.socket.reason if state.close_info is None else state.close_info.cause
             )
@@ -383,7 +375,8 @@ class SessionLifecycle(SessionListener):
             await wait_for_all(list(running), None)
 
     async def _run_session_end_hooks(self, socket: StableSocket, reason: DisconnectReason | None) -> None:
-        await socket._connection.wait_for_hooks()
+        if isinstance(socket._connection, Connection):
+            await socket._connection.wait_for_hooks()
         async with self._end_hook_slots:
             await self._hooks.session_end(socket, reason or DisconnectReason.SERVER_SHUTDOWN)
 

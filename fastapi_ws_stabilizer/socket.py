@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import _get_running_loop as running_loop
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import WebSocket
 from pydantic import GetCoreSchemaHandler
@@ -18,8 +18,10 @@ from starlette.websockets import WebSocketState
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason
 from fastapi_ws_stabilizer.connection.client_address import ClientAddressResolver
-from fastapi_ws_stabilizer.connection.connection import Connection
-from fastapi_ws_stabilizer.connection.inbox import InboxClosed
+from fastapi_ws_stabilizer.connection.connection import AnyConnection, Connection
+from fastapi_ws_stabilizer.connection.ended_connection import EndedConnection
+from fastapi_ws_stabilizer.connection.inbox import InboxClosed, Item
+from fastapi_ws_stabilizer.connection.memory_account import MemoryAccount
 from fastapi_ws_stabilizer.connection.pending import PendingConnection
 from fastapi_ws_stabilizer.connection.pump import drop_without_reader, on_inbox_full
 from fastapi_ws_stabilizer.errors import (
@@ -30,8 +32,9 @@ from fastapi_ws_stabilizer.errors import (
 )
 from fastapi_ws_stabilizer.hub.hub import Hub
 from fastapi_ws_stabilizer.hub.presence import PresenceList
-from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.memory.metered_dict import MeteredDict
+from fastapi_ws_stabilizer.sessions.session import Session
+from fastapi_ws_stabilizer.sessions.v1_protocol import session_of
 from fastapi_ws_stabilizer.wire.encoded import encode, encode_json
 from fastapi_ws_stabilizer.wire.handshake import ANSWERED_KEY, HEADERS_KEY
 from fastapi_ws_stabilizer.wire.strict_json import InvalidJsonError, read_json
@@ -56,9 +59,9 @@ class SocketServices:
         issue_token: Issues a reconnect token for a connection.
     """
 
-    hub: Hub[Connection]
+    hub: Hub
     addresses: ClientAddressResolver
-    run_handlers: Callable[[Connection, int], Awaitable[None]]
+    run_handlers: Callable[[AnyConnection, int], Coroutine[Any, Any, None]]
     issue_token: Callable[[Connection], str]
 
 
@@ -92,13 +95,13 @@ class StableSocket:
         metadata: Mapping[str, Any] | None = None,
         identity: Any = None,
     ) -> None:
-        self._connection = cast("Connection", connection)  # a stand-in, until the handshake is accepted
+        self._connection: AnyConnection = connection
         self._services = services
         self._metadata: MeteredDict | None = None
         self._user_data: MeteredDict | None = None
         if metadata:
             self._metadata = MeteredDict(connection.budget, None, metadata)
-            self._metadata.owner = connection
+            self._metadata.owner = connection.account
         self.identity: Any = identity
 
     if not TYPE_CHECKING:  # with `__getattr__`, a type checker would accept every name
@@ -141,14 +144,13 @@ class StableSocket:
     @property
     def recipient_id(self) -> str:
         """Id used in rooms: that of the session, or of the connection if there is no session."""
-        recipient_id: str = self._connection.recipient.connection_id
-        return recipient_id
+        return self._connection.recipient_id
 
     @property
     def metadata(self) -> dict[str, Any]:
         """Metadata passed to `manager.connect(..., metadata=...)`."""
         if self._metadata is None:
-            self._metadata = MeteredDict(self._open_budget, self._connection.recipient)
+            self._metadata = self._create_data(session_of(self._connection))
         return self._metadata
 
     @property
@@ -158,13 +160,13 @@ class StableSocket:
         Each write is counted. A write that would exceed `max_memory_per_connection` raises `MemoryLimitExceededError`
         and changes nothing.
         """
-        session = self._connection.session
+        session = session_of(self._connection)
         if session is not None:
             if session.user_data is None:
                 session.user_data = MeteredDict(self._connection.budget if session.ended is None else None, session)
             return session.user_data
         if self._user_data is None:
-            self._user_data = MeteredDict(self._open_budget, self._connection)
+            self._user_data = self._create_data(None)
         return self._user_data
 
     @user_data.setter
@@ -178,10 +180,12 @@ class StableSocket:
         if data is not current:  # `ws.user_data |= ...` has already written to it
             current.replace(data)
 
-    @property
-    def _open_budget(self) -> MemoryBudget | None:
-        """Memory budget for new data; `None` once the connection is closed, because nothing would release it."""
-        return self._connection.budget if self._connection.close_info is None else None
+    def _create_data(self, session: Session | None) -> MeteredDict:
+        """Return a new dict. Once the connection is closed, it is not counted, because nothing would release it."""
+        connection = self._connection
+        if isinstance(connection, EndedConnection) or connection.close_info is not None:
+            return MeteredDict(None, None)
+        return MeteredDict(connection.budget, connection.account if session is None else session)
 
     @property
     def _user_data_bytes(self) -> int:
@@ -193,6 +197,15 @@ class StableSocket:
         """Bytes held by the metadata."""
         return 0 if self._metadata is None else self._metadata.held_bytes
 
+    @property
+    def _account(self) -> MemoryAccount | PendingConnection | None:
+        """Account of the connection in the memory budget; `None` after its end."""
+        return None if isinstance(self._connection, EndedConnection) else self._connection.account
+
+    def _end(self, ended: EndedConnection) -> None:
+        """Keep facts about the connection instead of the connection, because everything for it is done."""
+        self._connection = ended
+
     def _transfer_user_data(self, user_data: MeteredDict) -> None:
         """Take over the user data of an earlier connection as the same dict, since its hooks may still write to it.
 
@@ -202,7 +215,7 @@ class StableSocket:
         own, self._user_data = self._user_data, user_data
         previous_owner, user_data.owner = (
             user_data.owner,
-            self._connection,
+            self._account,
         )  # eviction frees memory for this connection and spares it
         if own is None:
             return
@@ -230,29 +243,30 @@ class StableSocket:
         """
         self._connection = connection
         if self._metadata is not None:
-            self._metadata.owner = connection.recipient
+            self._metadata.owner = connection.recipient.account
         if self._user_data is None:
             return
-        if connection.session is None:
-            self._user_data.owner = connection
+        session = session_of(connection)
+        if session is None:
+            self._user_data.owner = connection.account
         else:
             user_data, self._user_data = self._user_data, None
-            connection.session.adopt_user_data(user_data)
+            session.adopt_user_data(user_data)
 
     def _detach_user_data(self) -> None:
         """Stop counting the data that belongs to this closed connection alone."""
         if self._metadata is not None:
             self._metadata.stop_accounting()
-        if self._user_data is not None and self._user_data.owner is self._connection:
+        if self._user_data is not None and self._user_data.owner is self._account:
             self._user_data.stop_accounting()
-        if not self._connection.opened:  # it was rejected, so `_open_budget` cannot see a `close_info`
+        if not self._connection.opened:  # it was rejected, so there is no `close_info`
             self._metadata = self._metadata or MeteredDict(None, None)
             self._user_data = self._user_data or MeteredDict(None, None)
 
     @property
     def session_id(self) -> str | None:
         """Session id of a `stabilizer.v1.json` client, the same in all its connections; `None` for a plain client."""
-        session = self._connection.session
+        session = session_of(self._connection)
         return None if session is None else session.connection_id
 
     @property
@@ -367,12 +381,12 @@ class StableSocket:
     @property
     def queued_messages(self) -> int:
         """Number of messages waiting to be sent."""
-        return len(self._connection.outbox)
+        return self._connection.queued_messages
 
     @property
     def queued_bytes(self) -> int:
         """Bytes waiting to be sent."""
-        return self._connection.outbox.held_bytes
+        return self._connection.queued_bytes
 
     @property
     def held_bytes(self) -> int:
@@ -409,16 +423,16 @@ class StableSocket:
         Raises:
             NotOpenError: The handshake was rejected.
         """
-        if isinstance(self._connection, PendingConnection):
-            await self._connection.wait_accepted()
         connection = self._connection
+        if isinstance(connection, PendingConnection):
+            connection = await connection.wait_accepted()
         connection.check_loop()
-        if connection.close_info is not None:
+        if isinstance(connection, EndedConnection) or connection.close_info is not None:
             return await connection.wait_closing()
         inbox = connection.inbox
         inbox.begin_to_decide()
         # A cancelled timer holds its context until it is due. The endpoint's context must not outlive the connection.
-        context, loop = connection._parts.outbox_limits.context, asyncio.get_running_loop()
+        context, loop = connection.resources.outbox_limits.context, asyncio.get_running_loop()
         timer = loop.call_later(READER_START_GRACE, drop_without_reader, connection, context=context)
         try:
             return await connection.wait_closing()
@@ -444,8 +458,9 @@ class StableSocket:
         connection = self._connection
         connection.check_opened()
         connection.check_loop()
-        connection.inbox.reads = 0
-        drop_without_reader(connection)
+        if isinstance(connection, Connection):
+            connection.inbox.reads = 0
+            drop_without_reader(connection)
 
     async def receive(self) -> str | bytes:
         """Wait for the next message, text or bytes. Cancelling is safe: no message is lost.
@@ -454,7 +469,21 @@ class StableSocket:
             SocketClosed: The connection is closed, and all received messages have been read.
             ConcurrentReceiveError: Another task is receiving from this connection.
         """
-        return await self._connection.receive()
+        return self._connection.read_raw(await self._receive_item())
+
+    async def _receive_item(self) -> Item:
+        """Wait for the next message, parsed if the client uses `stabilizer.v1.json`. Cancelling is safe."""
+        connection = self._connection
+        if not connection.opened:
+            raise await connection.closed_error()
+        connection.check_loop()
+        try:
+            return await connection.inbox.get()
+        except InboxClosed:
+            raise await connection.closed_error() from None
+        except ConcurrentReceiveError:
+            await connection.yield_after_end()
+            raise
 
     async def receive_text(self) -> str:
         """Wait for the next message, which must be text. Cancelling is safe.
@@ -464,7 +493,7 @@ class StableSocket:
             SocketClosed: The connection is closed, and all received messages have been read.
             ConcurrentReceiveError: Another task is receiving.
         """
-        message = await self._connection.receive()
+        message = await self.receive()
         if not isinstance(message, str):
             raise MessageFormatError("expected a text message, got a binary one: use receive() to accept both")
         return message
@@ -477,7 +506,7 @@ class StableSocket:
             SocketClosed: The connection is closed, and all received messages have been read.
             ConcurrentReceiveError: Another task is receiving.
         """
-        message = await self._connection.receive()
+        message = await self.receive()
         if not isinstance(message, bytes):
             raise MessageFormatError("expected a binary message, got a text one: use receive() to accept both")
         return message
@@ -490,9 +519,9 @@ class StableSocket:
             SocketClosed: The connection is closed, and all received messages have been read.
             ConcurrentReceiveError: Another task is receiving.
         """
-        message = await self._connection.receive_item()
+        message = await self._receive_item()
         if isinstance(message, Message):
-            self._connection.read(message)
+            self._connection.read_raw(message)
             if not isinstance(message.data, bytes):
                 return message.data
             message = message.data
@@ -508,8 +537,8 @@ class StableSocket:
     async def __anext__(self) -> str | bytes:
         """Return the next message, for `async for`. Cancelling is safe."""
         if not self._connection.opened:
-            self._connection.check_opened()
-        if running_loop() is not self._connection._parts.loop:
+            raise await self._connection.closed_error()
+        if running_loop() is not self._connection.resources.loop:
             self._connection.check_loop()
         try:  # without receive(), because an idle connection would hold its coroutine frame
             item = await self._connection.inbox.get()
@@ -519,7 +548,7 @@ class StableSocket:
         except ConcurrentReceiveError:
             await self._connection.yield_after_end()
             raise
-        return self._connection.read(item)
+        return self._connection.read_raw(item)
 
     async def iter_text(self) -> AsyncIterator[str]:
         """Iterate over the messages, which must all be text, until the connection closes."""
@@ -545,7 +574,7 @@ class StableSocket:
         except SocketClosed:
             return
 
-    async def run(self, *, concurrency: int = 1) -> None:
+    def run(self, *, concurrency: int = 1) -> Coroutine[Any, Any, None]:
         """Dispatch every message to the handlers of `@manager.on_message` until the connection closes.
 
         Args:
@@ -557,7 +586,8 @@ class StableSocket:
             ConcurrentReceiveError: Another task is receiving.
             Exception: An exception of a handler ends the run and closes the connection.
         """
-        await self._services.run_handlers(self._connection, concurrency)
+        # Not awaited here, which saves a frame for each idle connection.
+        return self._services.run_handlers(self._connection, concurrency)
 
     # ── rooms ──
 
@@ -584,8 +614,7 @@ class StableSocket:
             SocketClosed: The connection is closed.
             NotOpenError: The connection is not accepted yet.
         """
-        await self._connection.still_open()
-        hub, recipient = self._services.hub, self._connection.recipient
+        recipient, hub = (await self._connection.still_open()).recipient, self._services.hub
         newcomer = history > 0 and room not in self.rooms
         presence = hub.join(recipient, room, metadata)
         if history > 0:
@@ -595,7 +624,9 @@ class StableSocket:
     async def leave(self, room: str) -> bool:
         """Leave a room; `False` if the connection is not in it. Its presence ends immediately, without a grace."""
         self._connection.check_loop()
-        return self._services.hub.leave(self._connection.recipient, room)
+        hub = self._services.hub
+        member = hub.rooms.get(room, self._connection.recipient_id)  # after the end, its session or detached state
+        return member is not None and hub.leave(member, room)
 
     @property
     def rooms(self) -> tuple[str, ...]:
@@ -605,8 +636,10 @@ class StableSocket:
         live until the session ends.
         """
         recipient = self._connection.recipient
-        close_info: CloseInfo | None = recipient.close_info
-        return self._services.hub.rooms.rooms_of(recipient) if close_info is None else close_info.rooms
+        if recipient is not None and recipient.close_info is None:
+            return self._services.hub.rooms.rooms_of(recipient)
+        close_info = self.close_info if recipient is None else recipient.close_info
+        return () if close_info is None else close_info.rooms
 
     # ── sending ──
 
@@ -689,8 +722,7 @@ class StableSocket:
             SocketClosed: The connection is closed.
             NotOpenError: The connection is not accepted yet.
         """
-        self._connection.check_open()
-        return self._services.issue_token(self._connection)
+        return self._services.issue_token(self._connection.check_open())
 
     # ── closing ──
 
@@ -709,7 +741,7 @@ class StableSocket:
         """
         self._connection.check_loop()
         self._connection.close(DisconnectReason.APPLICATION, code=code, reason=reason or "")
-        await asyncio.wait({self._connection.outbox.done})
+        await self._connection.wait_sent()
 
     def create_task(self, coroutine: Coroutine[Any, Any, T], *, name: str | None = None) -> asyncio.Task[T]:
         """Start a task that is cancelled when the connection ends.

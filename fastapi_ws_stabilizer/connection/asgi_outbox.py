@@ -60,7 +60,7 @@ class AsgiOutbox(Outbox):
 
     def __init__(
         self,
-        owner: Connection,
+        connection: Connection,
         limits: OutboxLimits,
         scheduler: FlushScheduler,
         shard: int,
@@ -69,7 +69,7 @@ class AsgiOutbox(Outbox):
         inline: bool,
         writers: WriterPool,
     ) -> None:
-        super().__init__(owner, limits, scheduler, shard)
+        super().__init__(connection, limits, scheduler, shard)
         self.writers = writers
         self._send = send
         self._inline = inline
@@ -105,7 +105,7 @@ class AsgiOutbox(Outbox):
         limits = self.limits
         limits.counters.messages_sent += 1
         if limits.reports_delivery:
-            self.owner.on_delivered()
+            self.connection.on_delivered()
 
     def _send_queued(self) -> None:
         """Send queued messages one by one until `send` blocks."""
@@ -191,7 +191,7 @@ class AsgiOutbox(Outbox):
             self._in_flight = 0
             self.limits.counters.messages_sent += 1
             if self._delivers and self.limits.reports_delivery:
-                self.owner.on_delivered()
+                self.connection.on_delivered()
 
     def on_send_failed(self, error: BaseException) -> None:
         """Stop sending, because the server has rejected a frame."""
@@ -226,7 +226,7 @@ class AsgiOutbox(Outbox):
         self.blocked_send = None
         self.unblock()
         if unsent := self._take_unsent():  # the task was cancelled
-            self.owner.on_discarded(unsent)
+            self.connection.on_discarded(unsent)
         if self.has_next:
             self._schedule_flush()
         else:
@@ -286,11 +286,11 @@ class BlockedSend:
 
     def start_writer(self, slots: CallbackSemaphore) -> bool:
         """Start the writer task, and take a slot if it blocks. Return whether it has ended already."""
-        outbox, owner = self._outbox, self._outbox.owner
-        context = copied(owner.context)  # not the context of the code that sent to this client first
+        outbox, connection = self._outbox, self._outbox.connection
+        context = copied(connection.context)  # not the context of the code that sent to this client first
         task = outbox.writers.tasks.spawn(
             self._write(),
-            name=f"ws-writer-{owner.connection_id}",
+            name=f"ws-writer-{connection.connection_id}",
             context=context,
             eager=self._started is None,
         )

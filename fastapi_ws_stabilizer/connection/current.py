@@ -5,6 +5,7 @@ In an endpoint that calls `connect()` itself, they decide which connection a cal
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 from collections.abc import Iterator
 
@@ -34,10 +35,16 @@ class Opened:
     def on_task_done(self) -> None:
         """Drop the reference as soon as the connection is closed, because the task that opened it has ended."""
         connection = self.connection
-        if connection is not None and connection.is_closed:
+        if connection is None:
+            return
+        connection.endpoint.mark_over()
+        if connection.is_closed:
             self.connection = None
-        elif connection is not None:
-            connection.closed.add_done_callback(lambda _: self.on_task_done())
+        else:
+            connection.closed.add_done_callback(self._on_closed)
+
+    def _on_closed(self, _: asyncio.Future[None]) -> None:
+        self.connection = None
 
 
 _last_opened: contextvars.ContextVar[Opened | None] = contextvars.ContextVar("last_opened", default=None)

@@ -28,11 +28,11 @@ class DirectOutbox(Outbox):
         min_bytes: Minimum size in bytes of a compressed message.
     """
 
-    __slots__ = ("_compresses", "_direct", "_min_bytes", "_paused", "_window_bits", "_write")
+    __slots__ = ("_compresses", "_min_bytes", "_paused", "_window_bits", "_write", "direct")
 
     def __init__(
         self,
-        owner: Connection,
+        connection: Connection,
         limits: OutboxLimits,
         scheduler: FlushScheduler,
         shard: int,
@@ -40,8 +40,8 @@ class DirectOutbox(Outbox):
         direct: DirectTransport,
         min_bytes: int,
     ) -> None:
-        super().__init__(owner, limits, scheduler, shard)
-        self._direct = direct
+        super().__init__(connection, limits, scheduler, shard)
+        self.direct = direct
         self._min_bytes = min_bytes
         # Copies of state of the direct transport. In a large broadcast, cache misses on each connection's objects are
         # most of the cost, so this code touches as few objects as possible.
@@ -52,9 +52,9 @@ class DirectOutbox(Outbox):
 
     def on_attached(self, *, compress: bool) -> None:
         """Read the negotiated state of the direct transport once it is attached."""
-        if self._direct.write_paused:
+        if self.direct.write_paused:
             self.pause_writing()
-        self._window_bits = self._direct.window_bits if compress else 0
+        self._window_bits = self.direct.window_bits if compress else 0
         self._compresses = self._window_bits > 0 or self._deflates
 
     def deflate_frames(self) -> None:
@@ -78,7 +78,7 @@ class DirectOutbox(Outbox):
             limits = self.limits
             limits.counters.messages_sent += 1
             if limits.reports_delivery:
-                self.owner.on_delivered()
+                self.connection.on_delivered()
 
     def _compressed(self, frame: EncodedMessage) -> bytes:
         """Return a frame as it is sent on the wire, compressed as the client accepts it."""
@@ -102,13 +102,13 @@ class DirectOutbox(Outbox):
                 return
             self.limits.counters.messages_sent += len(frames)
             if delivers and self.limits.reports_delivery:
-                self.owner.on_delivered()
+                self.connection.on_delivered()
         if not self._paused:
             self._on_drained()
         if self._close is not None:  # a few bytes, which a transport accepts even while writing is paused
             close, self._close = self._close, None
             try:
-                self._direct.close(*close)
+                self.direct.close(*close)
             except Exception as error:
                 self._failed(error, 0)
         if self._shut:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
-from fastapi_ws_stabilizer.connection.pump import Pumped
 from fastapi_ws_stabilizer.connection.push_reader import PushReader
 from fastapi_ws_stabilizer.servers.direct import DirectTransport
+
+if TYPE_CHECKING:
+    from fastapi_ws_stabilizer.connection.connection import Connection
 
 VIOLATION_GRACE: Final = 1.0
 """Maximum seconds in which the endpoint can read and answer the messages that came before a protocol violation."""
@@ -25,7 +27,7 @@ class _PendingFailure:
 
     __slots__ = ("_connection", "_fail", "_timer")
 
-    def __init__(self, connection: Pumped, fail: Callable[[], None], context: contextvars.Context) -> None:
+    def __init__(self, connection: Connection, fail: Callable[[], None], context: contextvars.Context) -> None:
         self._connection = connection
         self._fail: Callable[[], None] | None = fail
         self._timer = asyncio.get_running_loop().call_later(VIOLATION_GRACE, self._fail_now, context=context)
@@ -52,7 +54,7 @@ class DirectReader(PushReader):
 
     __slots__ = ("_direct", "_outbox")
 
-    def __init__(self, connection: Pumped, direct: DirectTransport, outbox: DirectOutbox) -> None:
+    def __init__(self, connection: Connection, direct: DirectTransport, outbox: DirectOutbox) -> None:
         super().__init__(connection)
         self._direct = direct
         self._outbox = outbox
@@ -70,8 +72,8 @@ class DirectReader(PushReader):
     def pong_received(self, payload: bytes) -> None:
         """Handle a received pong frame."""
         self._connection.liveness.awaiting_since = None
-        if not self._connection.liveness.on_pong_frame(payload, monotonic()):
-            self._connection.on_control_frame()
+        if unsolicited := self._connection.liveness.on_pong_frame(payload, monotonic()):
+            self._connection.on_control_frame(unsolicited)
 
     def violation_received(self, fail: Callable[[], None]) -> None:
         """Call `fail` once the endpoint has read all messages, at the latest after `VIOLATION_GRACE` seconds."""

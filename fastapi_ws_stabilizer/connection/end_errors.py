@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import weakref
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from starlette.websockets import WebSocketDisconnect
+
+if TYPE_CHECKING:
+    from fastapi_ws_stabilizer.connection.connection import Connection
+    from fastapi_ws_stabilizer.connection.ended_connection import EndedConnection
+    from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
 
 IGNORED: Final = 10
 """Errors in a row after which a task counts as ignoring the end of its connection. A clean-up tries a few sends."""
@@ -68,6 +74,37 @@ class EndErrors:
 
     def _has_waited(self) -> None:
         self._waited = True
+
+
+async def yield_after_error(
+    connection: Connection | EndedConnection, endpoint: EndpointTask | None = None, endpoint_name: str = "?"
+) -> None:
+    """Count an error for a closed connection, and yield to the event loop from the second one on.
+
+    The log names code that ignores the errors. If that code continues, or was cancelled, it is slowed down. Cancelling
+    is safe.
+
+    Args:
+        connection: The connection.
+        endpoint: Its endpoint; `None` if that has ended.
+        endpoint_name: Name of the endpoint, for the log.
+    """
+    task = asyncio.current_task()
+    if task is None:
+        return
+    own = endpoint is not None and task is endpoint.task
+    errors, scheduler = end_errors_of(task), connection.resources.scheduler
+    times = errors.count(connection.connection_id, sends=scheduler.sends, own=own)
+    if not errors.is_new:
+        await asyncio.sleep(0)
+    if times == IGNORED and connection.close_info is not None:
+        name = endpoint_name if own else getattr(task.get_coro(), "__qualname__", "?")
+        fields = {"endpoint" if own else "coroutine": name, "task": task.get_name()}
+        connection.emit_throttled("end_ignored", logging.WARNING, name, **fields)
+    swallowed = endpoint is not None and endpoint.has_swallowed_cancellation
+    if times > SPINS or (times > IGNORED and swallowed):
+        await asyncio.sleep(PAUSE)
+    errors.mark_resumed(sends=scheduler.sends)
 
 
 def end_errors_of(task: asyncio.Task[Any]) -> EndErrors:

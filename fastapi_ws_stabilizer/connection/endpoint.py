@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
@@ -30,19 +30,20 @@ class _Busy:
         self._endpoint._on_work_done()
 
 
-class EndpointTask(LazyEvent):
+class EndpointTask:
     """Task that serves one connection, with the user code that runs for it in other tasks.
 
-    It is itself the event that is set when the endpoint has returned, which saves an object for each idle connection.
+    Args:
+        cancellable: Whether the current task is the endpoint's, and `mark_returned` is called when it returns.
 
     Attributes:
-        tracked: Whether `mark_returned` is called when the endpoint returns.
+        tracked: Whether `mark_returned` is called when the endpoint returns. Without that, nothing waits for it, and
+            `mark_over` is called when its task has ended.
     """
 
-    __slots__ = ("_cancelled", "_idle", "_running", "_task", "tracked")
+    __slots__ = ("_cancelled", "_idle", "_is_over", "_on_over", "_returned", "_running", "_task", "tracked")
 
     def __init__(self, *, cancellable: bool) -> None:
-        super().__init__()
         task = asyncio.current_task() if cancellable else None
         # A weak reference, because the connections of a task are stored under the task and must not keep it alive.
         self._task = None if task is None else weakref.ref(task)
@@ -50,12 +51,30 @@ class EndpointTask(LazyEvent):
         self.tracked = cancellable
         self._running = 0
         self._idle: asyncio.Future[None] | None = None
+        self._returned = LazyEvent()
+        self._is_over = False
+        self._on_over: Callable[[], None] | None = None
         if not cancellable:
-            self.mark_returned()  # nothing else would call it
+            self._returned.set()  # nothing else would set it
 
     def mark_returned(self) -> None:
         """Record that the endpoint has returned."""
-        self.set()
+        self._returned.set()
+        self.mark_over()
+
+    def mark_over(self) -> None:
+        """Record that no code of the endpoint runs any more."""
+        self._is_over = True
+        on_over, self._on_over = self._on_over, None
+        if on_over is not None:
+            on_over()
+
+    def call_when_over(self, on_over: Callable[[], None]) -> None:
+        """Call a function once, as soon as no code of the endpoint runs any more."""
+        if self._is_over:
+            on_over()
+        else:
+            self._on_over = on_over
 
     @property
     def has_ended(self) -> bool:
@@ -63,17 +82,17 @@ class EndpointTask(LazyEvent):
 
         FastAPI then closes its dependencies in the same task, which must not be cancelled.
         """
-        return self.is_set
+        return self._returned.is_set
 
     @property
     def is_running(self) -> bool:
         """Whether the endpoint has not returned, or user code is handling a received message."""
-        return not self.is_set or self._running > 0
+        return not self._returned.is_set or self._running > 0
 
     @property
     def returned(self) -> asyncio.Future[None]:
         """Future that completes when the endpoint has returned."""
-        return self.future
+        return self._returned.future
 
     def running(self) -> AbstractContextManager[None]:
         """Return a context manager for user code that handles received messages."""

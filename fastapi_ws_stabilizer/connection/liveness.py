@@ -12,6 +12,10 @@ _payload: Final = struct.Struct("!d").pack
 MAX_OPEN_PINGS: Final = 2048
 """Maximum number of pings with a pong outstanding: twice the number of senders that may wait for an acknowledgement."""
 
+FREE_PONGS: Final = 8
+"""Unsolicited pongs between two pings that are not counted yet. Some clients send them as a sign of life (RFC 6455,
+section 5.5.3). The next one counts for all of them."""
+
 
 class Liveness:
     """Ping and pong state of one client. All times are on the monotonic clock, in seconds.
@@ -52,7 +56,7 @@ class Liveness:
         self.due = now
         self.recipient: Any = None
         self._ping_sent: float | None = None
-        self._open_pings = 0
+        self._open_pings = 0  # minus the unsolicited pongs since the last ping
         self._round_trips = round_trips
 
     def __lt__(self, other: Liveness) -> bool:
@@ -66,7 +70,7 @@ class Liveness:
 
     def on_unmeasured_ping(self) -> None:
         """Record a queued ping that measures no round trip and sets no deadline."""
-        self._open_pings = min(self._open_pings + 1, MAX_OPEN_PINGS)
+        self._open_pings = min(max(self._open_pings, 0) + 1, MAX_OPEN_PINGS)
 
     def on_ping_queued(self, now: float) -> None:
         """Record a queued ping."""
@@ -86,30 +90,32 @@ class Liveness:
         self._ping_sent = now
         return _payload(now)
 
-    def on_pong_frame(self, payload: bytes, now: float) -> bool:
-        """Record a pong frame. It measures the round trip only if it answers the last ping.
-
-        Returns:
-            Whether a ping was open that it may answer.
-        """
+    def on_pong_frame(self, payload: bytes, now: float) -> int:
+        """Record a pong frame like `on_pong`. It measures the round trip only if it answers the last ping."""
         if self._ping_sent is not None and payload == _payload(self._ping_sent):
             return self.on_pong(now)
-        return self._is_expected()
+        return self._count_unsolicited()
 
-    def on_pong(self, now: float) -> bool:
-        """Record a pong. Return whether a ping was open that it may answer."""
+    def on_pong(self, now: float) -> int:
+        """Record a pong.
+
+        Returns:
+            Number of unsolicited pongs to count: 0 if a ping was open that this one may answer, or for the first few.
+        """
         self.has_ponged = True
         if self._ping_sent is not None:
             self.rtt = now - self._ping_sent
             self._ping_sent = None
             if self._round_trips is not None:
                 self._round_trips.observe(self.rtt)
-        return self._is_expected()
+        return self._count_unsolicited()
 
-    def _is_expected(self) -> bool:
-        expected = self._open_pings > 0
-        self._open_pings -= expected
-        return expected
+    def _count_unsolicited(self) -> int:
+        self._open_pings -= 1
+        unsolicited = -self._open_pings
+        if unsolicited <= FREE_PONGS:
+            return 0
+        return unsolicited if unsolicited == FREE_PONGS + 1 else 1
 
     def clear_deadline(self) -> None:
         """Restart the deadline at the next ping, because the client could not have answered."""

@@ -17,7 +17,7 @@ from fastapi_ws_stabilizer.config import OutboxOverflow
 from fastapi_ws_stabilizer.connection.send_queue import OutboxLimits, SendQueue
 from fastapi_ws_stabilizer.connection.stall_watch import StallWatch
 from fastapi_ws_stabilizer.memory.budget import FRAME_OVERHEAD_BYTES
-from fastapi_ws_stabilizer.queueing import EnqueueResult
+from fastapi_ws_stabilizer.queueing import EndedOwner, EnqueueResult, QueueOwner
 from fastapi_ws_stabilizer.scheduling import FlushScheduler
 from fastapi_ws_stabilizer.tasks import LazyEvent
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
@@ -71,7 +71,8 @@ class Outbox(abc.ABC):
     Subclasses implement `_send_queued`, which sends what can be sent now and then the close frame.
 
     Attributes:
-        owner: The connection.
+        connection: The connection, until its end.
+        owner: The connection, or facts about it after its end.
         limits: Bounds, overflow policy and counters.
         shard_index: Position in the connection's shard, for the registry.
         used: Whether a message was queued since `used` was reset.
@@ -96,6 +97,7 @@ class Outbox(abc.ABC):
         "_slow",
         "_stall",
         "_waiters",
+        "connection",
         "dropped_messages",
         "fast",
         "limits",
@@ -104,8 +106,9 @@ class Outbox(abc.ABC):
         "used",
     )
 
-    def __init__(self, owner: Connection, limits: OutboxLimits, scheduler: FlushScheduler, shard: int) -> None:
-        self.owner = owner
+    def __init__(self, connection: Connection, limits: OutboxLimits, scheduler: FlushScheduler, shard: int) -> None:
+        self.connection = connection
+        self.owner: QueueOwner = connection
         self.limits = limits
         self.shard_index = 0
         self.used = False
@@ -405,7 +408,7 @@ class Outbox(abc.ABC):
         if self._slow is not state and self._slow is not SlowConsumer.DROPPING:
             self._slow = state
             self._update_fast_path()
-            self.owner.on_slow(state)
+            self.connection.on_slow(state)
 
     def _drop(self, count: int) -> None:
         self.dropped_messages += count
@@ -473,7 +476,7 @@ class Outbox(abc.ABC):
     def _on_nonzero(self) -> None:
         """Report counted bytes, where possibly no memory was held before."""
         if self.limits.budget.evicts:
-            self.owner.on_nonzero()
+            self.connection.on_nonzero()
 
     # ── sending ──
 
@@ -531,8 +534,8 @@ class Outbox(abc.ABC):
         self._broken = self._due = True
         self._update_fast_path()
         if unsent:
-            self.owner.on_discarded(unsent)
-        self.owner.on_send_failed(error)
+            self.connection.on_discarded(unsent)
+        self.connection.on_send_failed(error)
 
     def _on_drained(self) -> None:
         """Drop the empty queue, and report a slow client that has caught up."""
@@ -544,7 +547,7 @@ class Outbox(abc.ABC):
             self._slow = None
         self._update_fast_path()
         if caught_up:
-            self.owner.on_caught_up()
+            self.connection.on_caught_up()
 
     # ── closing ──
 
@@ -609,11 +612,21 @@ class Outbox(abc.ABC):
         """Complete `done` regardless of the state."""
         Outbox._set_done(self)
 
+    def release(self) -> None:
+        """Drop the connection after its end, as soon as nothing more will be sent."""
+        connection = self.connection
+        self.owner = EndedOwner(connection.connection_id, connection.client_id, connection.close_info)
+        if self.is_done:
+            del self.connection
+
     def _set_done(self) -> None:
         if self._stall is not None:
             self._stall.stop()
             self._stall = None
-        self._done_event().set()
+        if not self.is_done:
+            self._done_event().set()
+            if self.owner is not self.connection:
+                del self.connection
 
     def _done_event(self) -> LazyEvent:
         if self._done is None:

@@ -1,9 +1,10 @@
-"""What a handshake has of its connection before it is accepted, and the empty queues of stand-ins for connections."""
+"""What a handshake has of its connection before it is accepted, and the empty inbox of stand-ins for connections."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from fastapi import WebSocket
@@ -11,6 +12,7 @@ from fastapi import WebSocket
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxLimits
 from fastapi_ws_stabilizer.connection.liveness import Liveness
+from fastapi_ws_stabilizer.connection.protocol import PLAIN
 from fastapi_ws_stabilizer.errors import NotOpenError
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.tasks import LazyEvent, wait_for_all
@@ -18,35 +20,9 @@ from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
 
 if TYPE_CHECKING:
-    from fastapi_ws_stabilizer.connection.connection import Connection
+    from fastapi_ws_stabilizer.connection.connection import AnyConnection, Connection
+    from fastapi_ws_stabilizer.connection.ended_connection import EndedConnection
 
-
-class _NoOutbox:
-    """Outbox that is empty and accepts nothing."""
-
-    held_bytes = 0
-
-    def __len__(self) -> int:
-        return 0
-
-    def try_enqueue(self, _: EncodedMessage) -> bool:
-        return False
-
-    def try_send(self, _: EncodedMessage) -> bool:
-        return False
-
-    async def put_wait(self, *_: object) -> bool:
-        return False
-
-    @property
-    def done(self) -> asyncio.Future[None]:
-        done = asyncio.get_running_loop().create_future()
-        done.set_result(None)
-        return done
-
-
-NO_OUTBOX: Final[Any] = _NoOutbox()
-"""Outbox of every stand-in for a connection."""
 
 NO_INBOX: Final = Inbox(InboxLimits(0, 0))
 """Inbox of every stand-in for a connection. It is closed."""
@@ -78,9 +54,11 @@ class PendingConnection:
     dropped_messages = 0
     inbox = NO_INBOX
     opened = False
-    outbox = NO_OUTBOX
     outcome = ResumeOutcome.NONE
-    session = None
+    protocol = PLAIN
+    queued_bytes = 0
+    queued_messages = 0
+    recipient = None
 
     def __init__(self, websocket: WebSocket, client_id: str, budget: MemoryBudget) -> None:
         self.websocket = websocket
@@ -100,9 +78,9 @@ class PendingConnection:
         raise NotOpenError
 
     @property
-    def recipient(self) -> PendingConnection:
-        """This object. It is in no room."""
-        return self
+    def recipient_id(self) -> str:
+        """Id that a plain client uses in rooms."""
+        return self.connection_id
 
     @property
     def liveness(self) -> Liveness:
@@ -130,15 +108,17 @@ class PendingConnection:
             self.socket._detach_user_data()
         self.decided.set()
 
-    async def wait_accepted(self) -> None:
-        """Wait until the handshake is accepted. Cancelling is safe.
+    async def wait_accepted(self) -> Connection | EndedConnection:
+        """Wait until the handshake is accepted, and return its connection, which may have ended. Cancelling is safe.
 
         Raises:
             NotOpenError: The handshake was rejected.
         """
         await wait_for_all([self.decided.future], None)
-        if self.socket is None or self.socket._connection is self:
+        connection: AnyConnection = self.socket._connection
+        if isinstance(connection, PendingConnection):
             raise NotOpenError
+        return connection
 
     def try_send(self, _: EncodedMessage) -> bool:
         """Return `False`: nothing can be sent yet."""
@@ -153,9 +133,28 @@ class PendingConnection:
         await asyncio.sleep(0)
         raise NotOpenError
 
-    receive = receive_item = request = send_with_ack = still_open = send
+    request = send_with_ack = still_open = send
+
+    async def closed_error(self) -> Exception:
+        """Yield to the event loop as `send` does, and return the error for code that uses the connection."""
+        await asyncio.sleep(0)
+        return NotOpenError()
+
+    def spawn(self, coroutine: Coroutine[Any, Any, Any], _: str | None) -> NoReturn:
+        """Start no task, and raise.
+
+        Raises:
+            NotOpenError: Always.
+        """
+        coroutine.close()
+        raise NotOpenError
 
     # ── memory ──
+
+    @property
+    def account(self) -> PendingConnection:
+        """This object: it is its own account in the memory budget."""
+        return self
 
     @property
     def memory_usage(self) -> int:

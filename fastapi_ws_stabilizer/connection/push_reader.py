@@ -5,19 +5,20 @@ from __future__ import annotations
 import abc
 import asyncio
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.connection.pump import (
-    Pumped,
     begin_pause,
     close_on_disconnect_event,
-    decode,
     drop_unread,
     end_pause,
     on_inbox_full,
 )
 from fastapi_ws_stabilizer.wire.v1.frames import Message
+
+if TYPE_CHECKING:
+    from fastapi_ws_stabilizer.connection.connection import Connection
 
 
 class PushReader(abc.ABC):
@@ -28,7 +29,7 @@ class PushReader(abc.ABC):
 
     __slots__ = ("_connection", "_reads", "_since", "_timer")
 
-    def __init__(self, connection: Pumped) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._reads = 0
         self._since = 0.0
@@ -50,7 +51,7 @@ class PushReader(abc.ABC):
                 connection.events.counters.messages_discarded += 1
                 return
             connection.liveness.on_frame(monotonic())
-            item = decode(connection, message)
+            item = connection.protocol.decode(connection, message)
             if item is None:
                 return
             inbox = connection.inbox
@@ -61,8 +62,8 @@ class PushReader(abc.ABC):
             inbox.put(item, item.size if isinstance(item, Message) else None)
             if full and connection.pause is None and connection.close_info is None:
                 self._pause()
-                if connection.watches_input:  # reading has stopped, so no later message would find the limit exceeded
-                    connection.on_message()
+                if connection.resources.watches_input:
+                    connection.on_message()  # reading has stopped, so no later message would find the limit exceeded
         except Exception as error:
             self._report_bug(error)
 

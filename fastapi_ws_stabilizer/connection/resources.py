@@ -20,6 +20,7 @@ from fastapi_ws_stabilizer.tasks import TaskSet
 
 if TYPE_CHECKING:
     from fastapi_ws_stabilizer.connection.connection import Connection
+    from fastapi_ws_stabilizer.connection.ended_connection import EndedConnection
 
 
 class ConnectionListener(Protocol):
@@ -33,6 +34,12 @@ class ConnectionListener(Protocol):
 
     def on_closed(self, connection: Connection) -> None:
         """Release a connection at the end of its teardown."""
+
+    def on_ended(self, connection: Connection, ended: EndedConnection) -> None:
+        """Replace a connection in its socket by the facts about it, because nothing of it is needed any more."""
+
+    def on_renewal(self, connection: Connection, credential: str | None) -> None:
+        """Verify a new credential of a client, without waiting. `None` is a missing one."""
 
     def on_evicted(self, connection: Connection) -> None:
         """Report a connection that is about to be closed because the memory limit is reached."""

@@ -81,14 +81,14 @@ class StallWatch:
         if self.since is None:
             outbox.drop_stall_watch()
             return
-        before, self._progress = self._progress, outbox.owner.send_progress()
+        before, self._progress = self._progress, outbox.connection.server_transport.progress()
         if before is not None and self._progress is not None and self._progress > before:
             self.since = monotonic()  # the client reads slowly
         waited = monotonic() - self.since
         if waited >= outbox.limits.send_timeout:
-            outbox.owner.on_send_stalled()
+            outbox.connection.on_send_stalled()
             return
         if waited >= POLL_INTERVAL:
-            outbox.owner.on_send_delayed()
+            outbox.connection.on_send_delayed()
         if not outbox.is_done:
             self._set_timer(waited)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from fastapi_ws_stabilizer.compat.uvicorn import PushedEvents, push_events
-from fastapi_ws_stabilizer.connection.pump import Pumped
 from fastapi_ws_stabilizer.connection.push_reader import PushReader
+
+if TYPE_CHECKING:
+    from fastapi_ws_stabilizer.connection.connection import Connection
 
 _LOST: Final = AttributeError
 """What the TLS transport of Python 3.10 raises after its connection was lost."""
@@ -28,7 +30,7 @@ class UvicornReader(PushReader):
 
     __slots__ = ("_events", "_transport")
 
-    def __init__(self, connection: Pumped, protocol: Any) -> None:
+    def __init__(self, connection: Connection, protocol: Any) -> None:
         super().__init__(connection)
         self._transport: asyncio.Transport = protocol.transport
         self._events = PushedEvents(self)

@@ -17,13 +17,14 @@ from fastapi_ws_stabilizer.compat.fastapi import find_exit_stack
 from fastapi_ws_stabilizer.compat.starlette import asgi_callables
 from fastapi_ws_stabilizer.config import CompressionMode, DuplicatePolicy
 from fastapi_ws_stabilizer.connection import current
+from fastapi_ws_stabilizer.connection.asgi_shim import AsgiShim
 from fastapi_ws_stabilizer.connection.closing import ClosingConnections
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
 from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
 from fastapi_ws_stabilizer.connection.pending import PendingConnection
+from fastapi_ws_stabilizer.connection.protocol import PLAIN
 from fastapi_ws_stabilizer.connection.resources import SharedResources
-from fastapi_ws_stabilizer.connection.v1_protocol import V1Protocol
 from fastapi_ws_stabilizer.errors import (
     ConnectionLimitExceededError,
     DuplicateClientError,
@@ -42,13 +43,14 @@ from fastapi_ws_stabilizer.handlers.hooks import HookRegistry
 from fastapi_ws_stabilizer.handshake.admission import AdmissionController, Handshake
 from fastapi_ws_stabilizer.handshake.client_id import fresh_client_id, reconnect_token_from_request
 from fastapi_ws_stabilizer.handshake.negotiator import SessionNegotiator
-from fastapi_ws_stabilizer.handshake.renewal import CredentialRenewer
 from fastapi_ws_stabilizer.handshake.request import ConnectionRequest, ServeOptions
 from fastapi_ws_stabilizer.servers.direct import has_direct_transport
 from fastapi_ws_stabilizer.session_lifecycle import SessionLifecycle
 from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
 from fastapi_ws_stabilizer.sessions.reconnect_tokens import ReconnectTokenRegistry
+from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import ResumeResult, SessionStore
+from fastapi_ws_stabilizer.sessions.v1_protocol import V1Protocol, session_of
 from fastapi_ws_stabilizer.socket import SocketServices, StableSocket
 from fastapi_ws_stabilizer.wire.handshake import HEADERS_KEY, check_headers
 from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
@@ -63,7 +65,6 @@ class Acceptor:
         hooks: The hooks that decide about a client.
         admission: The admission controller.
         negotiator: The negotiator of sessions.
-        renewer: The verifier of renewed credentials.
         sessions: The store of sessions.
         lifecycle: What restores rooms and user data.
         tokens: The reconnect tokens of plain clients.
@@ -79,7 +80,6 @@ class Acceptor:
         hooks: HookRegistry,
         admission: AdmissionController,
         negotiator: SessionNegotiator,
-        renewer: CredentialRenewer,
         sessions: SessionStore,
         lifecycle: SessionLifecycle,
         tokens: ReconnectTokenRegistry,
@@ -92,7 +92,6 @@ class Acceptor:
         self._hooks = hooks
         self._admission = admission
         self._negotiator = negotiator
-        self._renewer = renewer
         self._sessions = sessions
         self._lifecycle = lifecycle
         self._tokens = tokens
@@ -134,7 +133,7 @@ class Acceptor:
         self._admission.on_established(handshake)
         current.bind_current(connection)
         try:
-            await self._open(connection, has_used_token=request.has_used_token)
+            await self._open(connection, request)
         except (SocketClosed, DuplicateClientError) as error:
             code = connection.close_info.code if connection.close_info else error.close_code
             raise (self._closer.error_for_dependencies(connection, error) or WebSocketException(code)) from error
@@ -158,7 +157,7 @@ class Acceptor:
         """
         if websocket.application_state is not WebSocketState.CONNECTED:
             raise RuntimeError("connect() needs an accepted WebSocket: call `await websocket.accept()` before it")
-        if isinstance(known := getattr(asgi_callables(websocket)[0], "__self__", None), Connection):
+        if isinstance(known := getattr(asgi_callables(websocket)[0], "__self__", None), AsgiShim):
             raise RuntimeError(f"this WebSocket is already connected, as client {known.client_id!r}")
         stack = find_exit_stack(websocket.scope)
         handshake = self._admit_adoption(websocket, client_id)
@@ -184,7 +183,7 @@ class Acceptor:
             stack.push_async_exit(_AdoptingEndpoint(self._closer, connection, opened))
         elif (task := asyncio.current_task()) is not None:
             task.add_done_callback(functools.partial(_on_adopting_task_done, opened))
-        await self._open(connection, has_used_token=request.has_used_token)
+        await self._open(connection, request)
         opened.connecting = False
         return connection
 
@@ -253,7 +252,7 @@ class Acceptor:
 
     def _build(self, request: ConnectionRequest, resume_result: ResumeResult | None = None) -> Connection:
         """Build the connection of an accepted client, which takes over the ids and the socket of the handshake."""
-        handshake, pending = request.handshake, request.pending
+        handshake, pending, config = request.handshake, request.pending, self._resources.config
         connection = Connection(
             pending.websocket,
             pending.client_id,
@@ -261,20 +260,17 @@ class Acceptor:
             connection_id=pending.connection_id,
             control_frames=request.options.control_frames,
             endpoint=handshake.endpoint,
-            numbered=resume_result is not None,
+            protocol=PLAIN if resume_result is None else V1Protocol(resume_result, config, self._idempotency),
         )
         connection.reservation = handshake.reservation
         connection.socket = pending.socket
-        on_renewal = functools.partial(self._renewer.start, connection)
         if resume_result is not None:
-            connection.protocol = V1Protocol(connection, resume_result, self._idempotency, on_renewal)
-            connection.credential = connection.protocol.credential
-            self._sessions.on_attached(resume_result.session)
-        elif request.identity_expiry is not None:
-            connection.credential = CredentialExpiry(connection, on_renewal)
-        if connection.credential is not None:
-            expiry = request.identity_expiry
-            connection.credential.start(request.expires_in, None if expiry is None else max(0.0, expiry - monotonic()))
+            request.session = resume_result.session
+            self._sessions.on_attached(request.session)
+        expiry = None if request.identity_expiry is None else max(0.0, request.identity_expiry - monotonic())
+        if request.expires_in is not None or expiry is not None:
+            connection.credential = CredentialExpiry()
+            connection.credential.start(connection, request.expires_in, expiry)
         try:
             pending.accept(connection)
         except MemoryLimitExceededError as error:  # a rejection would repeat at each reconnect
@@ -283,7 +279,7 @@ class Acceptor:
 
     # ── opening ──
 
-    async def _open(self, connection: Connection, *, has_used_token: bool) -> None:
+    async def _open(self, connection: Connection, request: ConnectionRequest) -> None:
         """Open and register a connection and run its connect hooks. Close it if a step fails.
 
         Raises:
@@ -294,13 +290,13 @@ class Acceptor:
         try:
             connection.open()
             self._warn_about_server_limits(connection)
-            older = self._admission.others(connection.client_id, connection.session)
-            refusal = self._refusal(connection, older, has_used_token=has_used_token)
+            older = self._admission.others(connection.client_id, request.session)
+            refusal = self._refusal(connection, older, has_used_token=request.has_used_token)
             if refusal is None:
                 self._resources.listener.on_admitted(connection)
-                self._restore(connection, older, has_used_token=has_used_token)
-                self._close_duplicates(connection, older)
-                await self._run_open_hooks(connection)
+                self._restore(connection, request, older)
+                self._close_duplicates(connection, request.session, older)
+                await self._run_open_hooks(connection, request.session)
                 if connection.close_info is not None:  # a hook closed it, or the client has left
                     refusal = closed_error_for(connection.close_info)
         except BaseException as error:
@@ -330,27 +326,27 @@ class Acceptor:
             return None
         return _closed_error(connection)
 
-    def _restore(self, connection: Connection, older: Sequence[Connection], *, has_used_token: bool) -> None:
+    def _restore(self, connection: Connection, request: ConnectionRequest, older: Sequence[Connection]) -> None:
         """Restore the rooms of a resumed session, or the state of a plain client with a reconnect token."""
-        if connection.session is not None:
-            self._lifecycle.restore_rooms(connection.session)
-        elif has_used_token:
-            plain = [one for one in older if one.protocol is None]  # a token restores nothing of a session
+        if request.session is not None:
+            self._lifecycle.restore_rooms(request.session)
+        elif request.has_used_token:
+            plain = [one for one in older if session_of(one) is None]  # a token restores nothing of a session
             self._lifecycle.restore(connection, plain)
 
-    def _close_duplicates(self, connection: Connection, older: Sequence[Connection]) -> None:
+    def _close_duplicates(self, connection: Connection, session: Session | None, older: Sequence[Connection]) -> None:
         """Close the older connections of a client, and end its detached state and its other detached sessions."""
         if self._policy is DuplicatePolicy.ALLOW:
             return
         for one in older:
             # A client with a session must not resume it, or two devices would replace each other forever.
-            code = SESSION_ENDED if one.protocol is not None else None
+            code = SESSION_ENDED if session_of(one) is not None else None
             one.close(DisconnectReason.REPLACED, code=code)
-        self._lifecycle.supersede_detached(connection.client_id, connection.session)
+        self._lifecycle.supersede_detached(connection.client_id, session)
         # An application with a list of online clients then removes the old connection before it adds the new one.
-        connection.add_hook_predecessors(self._closing.of_client(connection.client_id))
+        connection.wait_for_hooks_of(self._closing.of_client(connection.client_id))
 
-    async def _run_open_hooks(self, connection: Connection) -> None:
+    async def _run_open_hooks(self, connection: Connection, session: Session | None) -> None:
         """Run the connect hooks, or the resume hooks, after the hooks of the connections that it replaces."""
         await connection.wait_for_predecessors()
         if self._policy is not DuplicatePolicy.ALLOW:
@@ -359,7 +355,7 @@ class Acceptor:
             return
         with connection.endpoint.running():
             connection.disconnect_hooks_pending = connection.connect_hooks_started = True
-            session, outcome = connection.session, connection.outcome
+            outcome = connection.outcome
             is_resumed = outcome in (ResumeOutcome.FULL, ResumeOutcome.GAP)
             if session is not None:
                 # The previous connection may have been lost during its connect hooks.

@@ -226,7 +226,7 @@ class AdmissionController:
         addresses: ClientAddressResolver,
         rejector: Rejector,
         hello_reader: HelloReader,
-        registry: ConnectionRegistry[Connection],
+        registry: ConnectionRegistry,
         closing_connections: ClosingConnections,
     ) -> None:
         self._events = events

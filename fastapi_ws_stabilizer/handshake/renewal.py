@@ -31,10 +31,10 @@ class CredentialRenewer:
         if expiry is None:
             return
         if credential is None:
-            expiry.renewal_rejected("missing credential")
+            expiry.renewal_rejected(connection, "missing credential")
             return
         if not self._hooks.has("auth"):  # no hook can verify it
-            expiry.renewal_rejected("credential renewal is not supported")
+            expiry.renewal_rejected(connection, "credential renewal is not supported")
             return
         try:
             expires_in = await self._hooks.auth(connection.socket, credential)
@@ -42,4 +42,4 @@ class CredentialRenewer:
             close_info = close_info_for(error)
             connection.close(close_info.cause, code=close_info.code, reason=close_info.reason)
         else:
-            expiry.renewed(expires_in)
+            expiry.renewed(connection, expires_in)

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi_ws_stabilizer.connection.pending import PendingConnection
 from fastapi_ws_stabilizer.handshake.admission import Handshake
+from fastapi_ws_stabilizer.sessions.session import Session
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class ConnectionRequest:
         claimed: Client id of the reconnect token of a plain client; `None` without a valid token.
         has_used_token: Whether the client has used up its reconnect token for the connection.
         expires_in: Seconds until the credential in the hello expires; `None` for no expiry.
+        session: The session that was negotiated; `None` for a plain client.
     """
 
     handshake: Handshake
@@ -47,3 +49,4 @@ class ConnectionRequest:
     claimed: str | None = None
     has_used_token: bool = False
     expires_in: float | None = None
+    session: Session | None = None

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.errors import BroadcastFailedError
 from fastapi_ws_stabilizer.events import Counters
-from fastapi_ws_stabilizer.hub.recipient import Recipient
 from fastapi_ws_stabilizer.queueing import EnqueueResult, SendQueueLike, yield_to_writers
 from fastapi_ws_stabilizer.scheduling import FlushScheduler, LoopBudget
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
@@ -130,14 +129,14 @@ class Broadcaster:
             if enqueued is EnqueueResult.BACKPRESSURE:
                 backpressured.append(outbox)
                 continue
-            recipient: Recipient = outbox.owner
-            close_info = recipient.close_info
+            owner = outbox.owner
+            close_info = owner.close_info
             if enqueued is EnqueueResult.CLOSED:
                 result.succeeded -= 1
                 result.failed += 1
                 if close_info is not None and close_info.cause is DisconnectReason.SLOW_CONSUMER:
                     result.slow += 1
-                result.errors.append((recipient.client_id, close_info.cause.value if close_info else "not open"))
+                result.errors.append((owner.client_id, close_info.cause.value if close_info else "not open"))
             elif enqueued is EnqueueResult.SKIPPED:
                 result.succeeded -= 1
                 result.skipped += 1

@@ -13,10 +13,10 @@ from typing import Final
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import HeartbeatType, WebSocketConfig
+from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.liveness import Liveness
 from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.events import EventBus
-from fastapi_ws_stabilizer.hub.recipient import Recipient
 from fastapi_ws_stabilizer.scheduling import DeadlineHeap, LoopBudget
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage, encode
 from fastapi_ws_stabilizer.wire.text_ping import PING
@@ -58,11 +58,11 @@ class UnansweredPing:
         self.progress = progress
         self.before_ping = unsent + (progress or 0)
 
-    def has_progressed(self, recipient: Recipient) -> bool:
+    def has_progressed(self, connection: Connection) -> bool:
         """Whether the client has accepted bytes before the ping since the last check."""
         if self.progress is None or self.progress >= self.before_ping:
             return False
-        before, now = self.progress, recipient.send_progress()
+        before, now = self.progress, connection.server_transport.progress()
         if now is None or now <= before:
             return False
         self.progress = now
@@ -96,20 +96,20 @@ class HeartbeatScheduler:
     def __len__(self) -> int:
         return len(self._deadlines)
 
-    def add(self, recipient: Recipient) -> None:
+    def add(self, connection: Connection) -> None:
         """Start the heartbeat of a connection."""
         if not self._enabled:
             return
         now = monotonic()
-        recipient.liveness.next_ping = now + random.uniform(0.0, self._interval)  # noqa: S311 (spreads load, guards nothing)
-        self._push(recipient, recipient.liveness.next_ping)
+        connection.liveness.next_ping = now + random.uniform(0.0, self._interval)  # noqa: S311 (spreads load, guards nothing)
+        self._push(connection, connection.liveness.next_ping)
         self._deadlines.arm()
 
-    def remove(self, recipient: Recipient) -> None:
+    def remove(self, connection: Connection) -> None:
         """Stop the heartbeat of a connection and drop the reference to it."""
-        self._unanswered.pop(recipient.liveness, None)
-        if recipient.liveness.recipient is not None:
-            self._deadlines.remove(recipient.liveness)
+        self._unanswered.pop(connection.liveness, None)
+        if connection.liveness.recipient is not None:
+            self._deadlines.remove(connection.liveness)
 
     def stop(self) -> None:
         """Drop all connections and the timer."""
@@ -128,101 +128,105 @@ class HeartbeatScheduler:
             liveness = self._deadlines.pop(now)
             if liveness is None:
                 break
-            recipient: Recipient = liveness.recipient
+            connection: Connection = liveness.recipient
             liveness.recipient = None
-            due = self._check(recipient, now, late)
+            due = self._check(connection, now, late)
             if due is not None:
-                self._push(recipient, due)
+                self._push(connection, due)
 
-    def _check(self, recipient: Recipient, now: float, late: float) -> float | None:
+    def _check(self, connection: Connection, now: float, late: float) -> float | None:
         """Check one connection and return when to check it again; `None` if it is closing."""
-        if recipient.close_info is not None:
+        if connection.close_info is not None:
             return None
-        liveness = recipient.liveness
-        if recipient.reading_paused or recipient.has_backlog():
+        liveness = connection.liveness
+        if connection.pause is not None or connection.outbox.is_stalled:
             # The pong may be unread, or the ping not sent yet.
             liveness.clear_deadline()
-        deadline = self._deadline(recipient)
-        if deadline is not None and now >= deadline and not self._has_progress(recipient, now):
+        deadline = self._deadline(connection)
+        if deadline is not None and now >= deadline and not self._has_progress(connection, now):
             if late < MAX_TIMER_LAG:
-                self._close_silent(recipient, now)
+                self._close_silent(connection, now)
                 return None
             liveness.awaiting_since = now - self._timeout + min(GRACE_AFTER_LAG, self._timeout)
         if now >= liveness.next_ping:
-            self._ping(recipient, now)
+            self._ping(connection, now)
             liveness.next_ping = now + self._interval
-            if recipient.close_info is not None:  # the payload function closed the connection
+            if connection.close_info is not None:  # the payload function closed the connection
                 return None
-        deadline = self._deadline(recipient)
+        deadline = self._deadline(connection)
         return liveness.next_ping if deadline is None else min(liveness.next_ping, deadline)
 
-    def _deadline(self, recipient: Recipient) -> float | None:
-        liveness = recipient.liveness
+    def _deadline(self, connection: Connection) -> float | None:
+        liveness = connection.liveness
         enforced = (
-            liveness.has_ponged or recipient.pings_by_protocol if self._require_pong == "auto" else self._require_pong
+            liveness.has_ponged or connection.protocol.pings_are_answered(connection)
+            if self._require_pong == "auto"
+            else self._require_pong
         )
         if not enforced or liveness.awaiting_since is None:
             return None
         return liveness.awaiting_since + self._timeout
 
-    def _has_progress(self, recipient: Recipient, now: float) -> bool:
+    def _has_progress(self, connection: Connection, now: float) -> bool:
         """Whether bytes moved in either direction since the ping; if so, restart its timeout.
 
         A pong waits behind a large message that the client is sending, and a ping behind one that it is reading.
         """
-        liveness = recipient.liveness
+        liveness = connection.liveness
         since = last_progress = liveness.awaiting_since or 0.0
         unanswered = self._unanswered.setdefault(liveness, UnansweredPing(since))
-        silent = recipient.seconds_since_received()
+        silent = connection.server_transport.seconds_since_received()
         received = liveness.last_seen if silent is None else max(liveness.last_seen, now - silent)
         if received > since:
             liveness.last_seen = received
             last_progress = min(received, unanswered.since + self._max_upload_time)
-        if unanswered.has_progressed(recipient):
+        if unanswered.has_progressed(connection):
             last_progress = now
         if last_progress + self._timeout <= now:
             return False
         liveness.awaiting_since = last_progress
         return True
 
-    def _check_queue(self, recipient: Recipient, now: float) -> None:
+    def _check_queue(self, connection: Connection, now: float) -> None:
         """Record the client's progress before a ping is queued, if much is queued before it."""
-        liveness = recipient.liveness
+        liveness = connection.liveness
         since = liveness.awaiting_since
         unanswered = self._unanswered.get(liveness)
         if since is None and unanswered is not None:  # the client has answered
             del self._unanswered[liveness]
             unanswered = None
         if unanswered is not None:
-            if unanswered.has_progressed(recipient):
+            if unanswered.has_progressed(connection):
                 liveness.awaiting_since = now
             return
-        unsent = recipient.unsent_bytes()
+        unsent = connection.server_transport.unsent_bytes()
         if unsent is not None and unsent >= LARGE_BACKLOG_BYTES:
             self._unanswered[liveness] = UnansweredPing(
-                now if since is None else since, recipient.send_progress(), unsent
+                now if since is None else since, connection.server_transport.progress(), unsent
             )
 
-    def _close_silent(self, recipient: Recipient, now: float) -> None:
-        silent = now - recipient.liveness.last_seen
+    def _close_silent(self, connection: Connection, now: float) -> None:
+        silent = now - connection.liveness.last_seen
         self._events.emit(
             "heartbeat_timeout",
             logging.INFO,
-            client_id=recipient.client_id,
-            connection_id=recipient.connection_id,
+            client_id=connection.client_id,
+            connection_id=connection.connection_id,
             silent_seconds=silent,
         )
-        recipient.close(DisconnectReason.HEARTBEAT_TIMEOUT)
+        connection.close(DisconnectReason.HEARTBEAT_TIMEOUT)
 
-    def _ping(self, recipient: Recipient, now: float) -> None:
+    def _ping(self, connection: Connection, now: float) -> None:
         frame = self._constant
-        if frame is PING and recipient.pings_by_protocol:
+        if frame is PING and connection.protocol.pings_are_answered(connection):
             frame = None
         elif frame is None:
             try:
-                context = recipient.context
+                context = connection.context
                 value = (
-                    self._payload(recipient.socket) if context is None else context.run(self._payload, recipient.socket)
+                    self._payload(connection.socket)
+                    if context is None
+                    else context.run(self._payload, connection.socket)
                 )
                 frame = encode(value)
             except Exception as error:  # the user's function or its result; the next ping tries again
@@ -230,18 +234,18 @@ class HeartbeatScheduler:
                     "heartbeat_payload_invalid" if isinstance(error, MessageEncodeError) else "heartbeat_payload_failed"
                 )
                 self._events.emit_exception(
-                    name, error, client_id=recipient.client_id, connection_id=recipient.connection_id
+                    name, error, client_id=connection.client_id, connection_id=connection.connection_id
                 )
                 return
-        if recipient.close_info is None:  # else the function has closed the connection, and no record of it may remain
-            self._check_queue(recipient, now)
-        if recipient.ping(frame, now):  # False if the outbox is full; another check closes a client that does not read
-            self._events.counters.pings_sent += 1
+        if connection.close_info is None:  # else the function has closed the connection, and no record of it may remain
+            self._check_queue(connection, now)
+        if connection.protocol.ping(connection, frame, now):
+            self._events.counters.pings_sent += 1  # else the outbox is full; a stall closes a client that does not read
 
-    def _push(self, recipient: Recipient, due: float) -> None:
-        liveness = recipient.liveness
+    def _push(self, connection: Connection, due: float) -> None:
+        liveness = connection.liveness
         liveness.due = due
-        liveness.recipient = recipient
+        liveness.recipient = connection
         self._deadlines.push(liveness)
 
     def _on_due(self, now: float, late: float) -> None:

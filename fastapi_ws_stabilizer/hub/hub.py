@@ -5,27 +5,25 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final
 
 from fastapi_ws_stabilizer.close_codes import NO_STATUS, CloseInfo, DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.errors import RoomLimitError
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.hub.broadcast import Broadcaster, BroadcastResult
 from fastapi_ws_stabilizer.hub.history import RoomHistory
 from fastapi_ws_stabilizer.hub.presence import Presence, PresenceList, PresenceTracker
-from fastapi_ws_stabilizer.hub.recipient import Recipient
 from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
 from fastapi_ws_stabilizer.hub.rooms import RoomMembership, check_room_name
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.memory.presence_metadata import PresenceMetadataSizes
-from fastapi_ws_stabilizer.queueing import EnqueueResult, SendQueueLike, yield_to_writers
+from fastapi_ws_stabilizer.queueing import EnqueueResult, Recipient, SendQueueLike, yield_to_writers
 from fastapi_ws_stabilizer.scheduling import FlushScheduler, LoopBudget
 from fastapi_ws_stabilizer.tasks import TaskSet
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 from fastapi_ws_stabilizer.wire.envelope import check_size, copy_for_replay
-
-M = TypeVar("M", bound=Recipient)
 
 _NOT_QUEUED = (EnqueueResult.DROPPED, EnqueueResult.SKIPPED, EnqueueResult.CLOSED)
 
@@ -36,7 +34,7 @@ _DELIBERATE = frozenset({DisconnectReason.COMPLETED, DisconnectReason.APPLICATIO
 """Causes after which no client is expected back, because this side ended the connection deliberately."""
 
 
-class Hub(Generic[M]):
+class Hub:
     """Registry, rooms, presence and broadcast of one manager on one event loop.
 
     Args:
@@ -64,7 +62,7 @@ class Hub(Generic[M]):
         events: EventBus,
         scheduler: FlushScheduler,
         tasks: TaskSet,
-        registry: ConnectionRegistry[M],
+        registry: ConnectionRegistry,
         *,
         joined: Callable[[Presence], Awaitable[None]],
         left: Callable[[Presence], Awaitable[None]],
@@ -78,7 +76,7 @@ class Hub(Generic[M]):
         self._detached_of = detached_of
         self._history = RoomHistory(config.room_history, config.room_history_max_age)
         self.registry = registry
-        self.rooms: RoomMembership[M] = RoomMembership(config.max_rooms_per_connection)
+        self.rooms: RoomMembership[Recipient] = RoomMembership(config.max_rooms_per_connection)
         self.presence = PresenceTracker(
             grace=config.presence_grace,
             joined=joined,
@@ -142,7 +140,7 @@ class Hub(Generic[M]):
 
         return await self._broadcaster.send(frame, select)
 
-    def _recipient_groups(self, members: Sequence[M]) -> Iterator[Sequence[SendQueueLike]]:
+    def _recipient_groups(self, members: Sequence[Recipient]) -> Iterator[Sequence[SendQueueLike]]:
         """Yield the outboxes of some recipients, in at most as many groups as there are shards."""
         size = max(SMALL_ROOM, -(-len(members) // self._num_shards))
         for start in range(0, len(members), size):
@@ -181,7 +179,7 @@ class Hub(Generic[M]):
 
     # ── rooms ──
 
-    def join(self, recipient: M, room: str, metadata: Mapping[str, Any] | None) -> PresenceList:
+    def join(self, recipient: Recipient, room: str, metadata: Mapping[str, Any] | None) -> PresenceList:
         """Add a connection to a room and return the presence list. Joining again renews the metadata.
 
         Raises:
@@ -194,7 +192,7 @@ class Hub(Generic[M]):
             raise TypeError(f"presence metadata must be a mapping of names to values, not a {type(metadata).__name__}")
         if metadata is not None:
             check_room_name(room)
-            self._metadata_sizes.put(recipient, room, metadata)
+            self._metadata_sizes.put(recipient.account, room, metadata)
         try:
             newcomer = self.rooms.join(recipient, room)
         except RoomLimitError:
@@ -217,11 +215,11 @@ class Hub(Generic[M]):
             return False
         connection_id = next(iter(self.presence.connections(room, client_id)), None)
         if connection_id is not None and (recipient := self.rooms.get(room, connection_id)) is not None:
-            self._metadata_sizes.put(recipient, room, metadata)
+            self._metadata_sizes.put(recipient.account, room, metadata)
             self._release_other_metadata(recipient.connection_id, room, client_id)
         elif detached := [one for one in self._detached_of(client_id) if room in self.rooms.rooms_of(one)]:
             newest = detached.pop()
-            self._metadata_sizes.put(newest, room, metadata)
+            self._metadata_sizes.put(newest.account, room, metadata)
             newest.update_saved_presence(room, metadata)
             for other in detached:  # the client gets this metadata whichever session resumes first
                 self._metadata_sizes.release(other.connection_id, room)
@@ -236,7 +234,7 @@ class Hub(Generic[M]):
             if other != connection_id:
                 self._metadata_sizes.release(other, room)
 
-    def _leave_room(self, recipient: M, room: str, *, at_once: bool) -> bool:
+    def _leave_room(self, recipient: Recipient, room: str, *, at_once: bool) -> bool:
         """Update presence after a recipient has left a room.
 
         If other connections of its client are in the room, one of them takes over the metadata.
@@ -249,7 +247,7 @@ class Hub(Generic[M]):
         self._metadata_sizes.release(recipient.connection_id, room, successor)
         return was_present
 
-    def replay_history(self, recipient: M, room: str, count: int, *, newcomer: bool) -> None:
+    def replay_history(self, recipient: Recipient, room: str, count: int, *, newcomer: bool) -> None:
         """Send the last messages of a room to a recipient.
 
         A recipient that is new in the room gets all of them. Other recipients get the messages that they missed, once.
@@ -260,7 +258,7 @@ class Hub(Generic[M]):
             recipient.outbox.offer(copy_for_replay(frame))
         recipient.outbox.flush()
 
-    def record_missed_since(self, recipient: M, rooms: Iterable[str], since: float) -> None:
+    def record_missed_since(self, recipient: Recipient, rooms: Iterable[str], since: float) -> None:
         """Record that a connection's client was detached from some rooms since a time."""
         if self._history.enabled and (missed := dict.fromkeys(rooms, since)):
             self._detached_since[recipient.connection_id] = missed
@@ -270,7 +268,7 @@ class Hub(Generic[M]):
         if not self.room_exists(room):
             self._history.end(room)
 
-    def leave(self, recipient: M, room: str) -> bool:
+    def leave(self, recipient: Recipient, room: str) -> bool:
         """Remove a recipient from a room; `False` if it is not in the room."""
         if not self.rooms.leave(recipient, room):
             return False
@@ -334,22 +332,22 @@ class Hub(Generic[M]):
                 await loop_budget.yield_to_loop()
         return ended
 
-    def begin_session(self, session: M) -> None:
+    def begin_session(self, session: Recipient, shard: int) -> None:
         """Add a session to the recipients of broadcasts, attached or detached."""
-        self.registry.add_queue(session.outbox, session.shard)
+        self.registry.add_queue(session.outbox, shard)
 
-    def end_session(self, session: M) -> None:
+    def end_session(self, session: Recipient, shard: int) -> None:
         """Remove an ended session from broadcasts and from its rooms."""
         try:
-            self.registry.remove_queue(session.outbox, session.shard)
+            self.registry.remove_queue(session.outbox, shard)
         finally:
             self.leave_rooms(session)
 
-    def presence_metadata(self, recipient: M) -> dict[str, Mapping[str, Any]]:
+    def presence_metadata(self, recipient: Recipient) -> dict[str, Mapping[str, Any]]:
         """Return the rooms of a recipient, with its client's metadata in each."""
         return {room: self.presence.metadata(room, recipient.client_id) for room in self.rooms.rooms_of(recipient)}
 
-    def suspend(self, session: M) -> dict[str, Mapping[str, Any]]:
+    def suspend(self, session: Recipient) -> dict[str, Mapping[str, Any]]:
         """Start the presence grace of a detached session. The session stays in its rooms.
 
         Returns:
@@ -360,7 +358,7 @@ class Hub(Generic[M]):
             self.presence.leave(room, session.client_id, session.connection_id, at_once=False)
         return metadata_by_room
 
-    def restore(self, session: M, metadata_by_room: Mapping[str, Mapping[str, Any]]) -> None:
+    def restore(self, session: Recipient, metadata_by_room: Mapping[str, Mapping[str, Any]]) -> None:
         """Make a resumed session present in its rooms again.
 
         A room that still expects the client back has its current metadata. Elsewhere `metadata_by_room` applies.
@@ -371,7 +369,7 @@ class Hub(Generic[M]):
                 room, session.client_id, session.connection_id, metadata_by_room.get(room) if expired else None
             )
 
-    def keep_rooms(self, connection: M, state: M) -> None:
+    def keep_rooms(self, connection: Recipient, state: Recipient) -> None:
         """Hand the rooms of a closing plain connection over to its detached state, and start the grace.
 
         The presence metadata follows, because the state has the same connection id.
@@ -380,13 +378,13 @@ class Hub(Generic[M]):
         for room in self.rooms.rooms_of(state):
             self.presence.leave(room, state.client_id, state.connection_id, at_once=False)
 
-    def take_rooms(self, state: M) -> tuple[str, ...]:
+    def take_rooms(self, state: Recipient) -> tuple[str, ...]:
         """Remove a detached state from its rooms, which its client joins again; return their names."""
         rooms = self.rooms.leave_all(state)
         self._metadata_sizes.release_all(state.connection_id)
         return rooms
 
-    def remove(self, connection: M) -> None:
+    def remove(self, connection: Connection) -> None:
         """Remove a closed connection from the registry and from its own rooms."""
         self._detached_since.pop(connection.connection_id, None)
         try:
@@ -394,11 +392,11 @@ class Hub(Generic[M]):
         finally:
             self.leave_rooms(connection)
 
-    def leave_rooms(self, recipient: M) -> None:
+    def leave_rooms(self, recipient: Recipient) -> None:
         """Remove a closed recipient from its rooms."""
         self._leave_presence(recipient, self.rooms.leave_all(recipient), final=_is_final(recipient.close_info))
 
-    def _leave_presence(self, recipient: M, rooms: Iterable[str], *, final: bool) -> None:
+    def _leave_presence(self, recipient: Recipient, rooms: Iterable[str], *, final: bool) -> None:
         failure: Exception | None = None
         for room in rooms:
             try:

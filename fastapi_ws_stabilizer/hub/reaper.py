@@ -13,7 +13,7 @@ from typing import Final
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.hub.recipient import Recipient
+from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.scheduling import DeadlineHeap, LoopBudget
 
 JITTER: Final = 0.1
@@ -43,12 +43,12 @@ class _Deadline:
 
     __slots__ = ("drain_requested", "due", "ends", "recipient", "used_at")
 
-    def __init__(self, recipient: Recipient, now: float, ends: float) -> None:
+    def __init__(self, recipient: Connection, now: float, ends: float) -> None:
         self.due = ends
         self.ends = ends
         self.used_at = now
         self.drain_requested = False
-        self.recipient: Recipient | None = recipient
+        self.recipient: Connection | None = recipient
 
     def __lt__(self, other: _Deadline) -> bool:
         """Whether this deadline is checked first, for the heap."""
@@ -72,7 +72,7 @@ class ConnectionReaper:
     def __len__(self) -> int:
         return len(self._deadlines)
 
-    def add(self, recipient: Recipient) -> None:
+    def add(self, recipient: Connection) -> None:
         """Start watching a connection."""
         if not self._enabled:
             return
@@ -87,7 +87,7 @@ class ConnectionReaper:
         self._heap.push(deadline)
         self._heap.arm()
 
-    def remove(self, recipient: Recipient) -> None:
+    def remove(self, recipient: Connection) -> None:
         """Stop watching a connection and drop the reference to it."""
         deadline = self._deadlines.pop(recipient.connection_id, None)
         if deadline is not None and deadline.recipient is not None:
@@ -98,7 +98,7 @@ class ConnectionReaper:
         self._deadlines.clear()
         self._heap.stop()
 
-    def _check(self, deadline: _Deadline, recipient: Recipient, now: float) -> None:
+    def _check(self, deadline: _Deadline, recipient: Connection, now: float) -> None:
         """Check a connection, and set `due` to the time of the next check."""
         if now >= deadline.ends:
             if deadline.drain_requested or not recipient.request_drain(
@@ -111,7 +111,7 @@ class ConnectionReaper:
         deadline.due = deadline.ends
         if self._idle_timeout is None:
             return
-        if recipient.consume_activity():
+        if recipient.protocol.consume_activity(recipient):
             deadline.used_at = now
         idle_at = deadline.used_at + self._idle_timeout
         if now >= idle_at:

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Generic, TypeVar
 
-from fastapi_ws_stabilizer.hub.recipient import Recipient
+from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.queueing import SendQueueLike
 
-M = TypeVar("M", bound=Recipient)
 
-
-class ConnectionRegistry(Generic[M]):
+class ConnectionRegistry:
     """Open connections of one manager.
 
     Args:
@@ -26,8 +23,10 @@ class ConnectionRegistry(Generic[M]):
     __slots__ = ("_by_client", "_by_id", "_numbers", "_shards")
 
     def __init__(self, num_shards: int = 1) -> None:
-        self._by_id: dict[str, M] = {}
-        self._by_client: dict[str, M | dict[str, M]] = {}  # a dict only for a client with several connections
+        self._by_id: dict[str, Connection] = {}
+        self._by_client: dict[
+            str, Connection | dict[str, Connection]
+        ] = {}  # a dict only for a client with several connections
         self._shards: tuple[list[SendQueueLike], ...] = tuple([] for _ in range(num_shards))
         self._numbers = itertools.count()
 
@@ -48,7 +47,7 @@ class ConnectionRegistry(Generic[M]):
             shard[queue.shard_index] = last
             last.shard_index = queue.shard_index
 
-    def add(self, connection: M, *, with_queue: bool = True) -> None:
+    def add(self, connection: Connection, *, with_queue: bool = True) -> None:
         """Add a connection.
 
         Args:
@@ -69,7 +68,7 @@ class ConnectionRegistry(Generic[M]):
                 connection.connection_id: connection,
             }
 
-    def remove(self, connection: M, *, with_queue: bool = True) -> None:
+    def remove(self, connection: Connection, *, with_queue: bool = True) -> None:
         """Remove a connection with the `with_queue` of its `add`. Does nothing if it is not there."""
         if self._by_id.pop(connection.connection_id, None) is None:
             return
@@ -81,11 +80,11 @@ class ConnectionRegistry(Generic[M]):
         else:
             del self._by_client[connection.client_id]
 
-    def get(self, connection_id: str) -> M | None:
+    def get(self, connection_id: str) -> Connection | None:
         """Return the connection with that id."""
         return self._by_id.get(connection_id)
 
-    def of_client(self, client_id: str) -> list[M]:
+    def of_client(self, client_id: str) -> list[Connection]:
         """Return all connections of a client, oldest first."""
         existing = self._by_client.get(client_id)
         if existing is None:
@@ -102,7 +101,7 @@ class ConnectionRegistry(Generic[M]):
             if shard:
                 yield tuple(shard)
 
-    def __iter__(self) -> Iterator[M]:
+    def __iter__(self) -> Iterator[Connection]:
         """Iterate over a copy of all connections, oldest first."""
         return iter(tuple(self._by_id.values()))
 

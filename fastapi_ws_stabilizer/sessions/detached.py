@@ -16,6 +16,39 @@ from fastapi_ws_stabilizer.sessions.store import SessionStore
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 
 
+class SkippingQueue:
+    """Send queue of a detached plain client.
+
+    Args:
+        owner: The state of the client.
+    """
+
+    __slots__ = ("owner", "shard_index")
+
+    def __init__(self, owner: DetachedState) -> None:
+        self.owner = owner
+        self.shard_index = 0
+
+    def offer(self, _: EncodedMessage) -> EnqueueResult:
+        """Skip the message."""
+        return EnqueueResult.SKIPPED
+
+    def offer_now(self, _: EncodedMessage) -> EnqueueResult:
+        """Skip the message."""
+        return EnqueueResult.SKIPPED
+
+    def flush(self) -> None:
+        """Do nothing: nothing is queued."""
+
+    def has_sendable_frames(self) -> bool:
+        """Return `False`: nothing is queued."""
+        return False
+
+    def is_backpressured(self) -> bool:
+        """Return `False`: nothing is queued."""
+        return False
+
+
 @dataclass(eq=False)
 class DetachedState:
     """State that one closed connection left behind.
@@ -64,42 +97,18 @@ class DetachedState:
     # ── as a recipient ──
 
     @property
-    def recipient(self) -> DetachedState:
-        """This state."""
-        return self
+    def outbox(self) -> SkippingQueue:
+        """Queue that skips each message, because a plain client does not get it later."""
+        return SkippingQueue(self)
 
     @property
-    def owner(self) -> DetachedState:
-        """This state: it is its own send queue."""
-        return self
-
-    @property
-    def outbox(self) -> DetachedState:
-        """This state."""
+    def account(self) -> DetachedState:
+        """This state: it is its own account in the memory budget."""
         return self
 
     def update_saved_presence(self, room: str, metadata: Mapping[str, Any]) -> None:
         """Store new presence metadata that the application has set in one of its rooms."""
         self.rooms = {**self.rooms, room: dict(metadata)}
-
-    def offer(self, _: EncodedMessage) -> EnqueueResult:
-        """Skip the message: a plain client does not get it later."""
-        return EnqueueResult.SKIPPED
-
-    def offer_now(self, frame: EncodedMessage) -> EnqueueResult:
-        """Skip the message, as `offer` does."""
-        return self.offer(frame)
-
-    def flush(self) -> None:
-        """Do nothing: nothing is queued."""
-
-    def has_sendable_frames(self) -> bool:
-        """Whether messages wait that the network may accept: never."""
-        return False
-
-    def is_backpressured(self) -> bool:
-        """Whether messages wait: never."""
-        return False
 
     def close(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final, cast
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.memory.budget import FRAME_OVERHEAD_BYTES, MemoryBudget
+from fastapi_ws_stabilizer.memory.budget import FRAME_OVERHEAD_BYTES, Evictable, MemoryBudget
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 
 NOTHING: Final = cast("list[EncodedMessage]", ())
@@ -38,15 +38,20 @@ class ReplayBuffer:
 
     The numbers are implicit: the last message has number `head`, the one before it `head - 1`, and so on.
 
+    Args:
+        limits: Limits, shared by all sessions.
+        session: Holder of the messages, for the memory budget.
+
     Attributes:
         head: Number of the last message that was ever added; 0 before the first.
         held_bytes: Bytes of the stored messages.
     """
 
-    __slots__ = ("_entries", "_limits", "head", "held_bytes")
+    __slots__ = ("_entries", "_limits", "_session", "head", "held_bytes")
 
-    def __init__(self, limits: ReplayLimits) -> None:
+    def __init__(self, limits: ReplayLimits, session: Evictable | None = None) -> None:
         self._limits = limits
+        self._session = session
         self._entries = NOTHING
         self.head = 0
         self.held_bytes = 0
@@ -88,7 +93,7 @@ class ReplayBuffer:
         else:
             self._entries = [frame]
             if limits.evicts:
-                limits.budget.on_nonzero(self)
+                limits.budget.on_nonzero(self._session)
         return self.head
 
     def forget_up_to(self, seq: int) -> None:
@@ -115,6 +120,13 @@ class ReplayBuffer:
     def forget_all(self) -> None:
         """Drop all messages; the numbers continue."""
         self._drop(len(self._entries))
+
+    def close(self) -> int:
+        """Drop all messages and the session at its end. Return the number of dropped messages."""
+        self._session = None
+        dropped = len(self._entries)
+        self.forget_all()
+        return dropped
 
     def rewind(self, lost: int) -> None:
         """Undo the last `lost` messages, as a store does that lost its newest entries."""

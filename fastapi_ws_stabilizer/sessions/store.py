@@ -184,14 +184,14 @@ class SessionStore:
             self.end(session, _expired(session))
             return self._fresh(client_id, hello, ResumeOutcome.LOST, "expired")
         session.last_attempt = hello.attempt
-        session.forget_old()
+        session.buffer.forget_old()
         why = gap_reason(session, epoch, hello.seq)
         if why is None:
             self._events.counters.sessions_resumed += 1
             session.acknowledge(hello.seq)
             return ResumeResult(session, ResumeOutcome.FULL, None, hello.seq, hello.deflates, hello.retries)
         missed = max(0, session.head - hello.seq)
-        session.forget_all()  # never replay only a part of what was missed
+        session.buffer.forget_all()  # never replay only a part of what was missed
         session.requests.fail_after_gap(0 if why == "epoch" else min(hello.seq, session.head))
         self._events.counters.session_gaps += 1
         self._emit(session, "session_gap", logging.WARNING, why=why, missed_messages=missed)
@@ -334,7 +334,7 @@ def gap_reason(session: Session, epoch: int, seq: int) -> str | None:
         return "epoch"  # its numbers may refer to other messages
     if seq > session.head:
         return "ahead"
-    if seq + 1 < session.first_seq:
+    if seq + 1 < session.buffer.first_seq:
         return "overflow"
     return None
 

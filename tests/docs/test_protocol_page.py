@@ -13,14 +13,14 @@ import pytest
 from fastapi_ws_stabilizer.close_codes import is_terminal
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
-from fastapi_ws_stabilizer.connection.metered import CONTROL_FRAMES, RATE_LIMITED
-from fastapi_ws_stabilizer.connection.v1_protocol import ACK_WITHIN, V1Protocol
+from fastapi_ws_stabilizer.connection.quota import CONTROL_FRAMES, RATE_LIMITED
 from fastapi_ws_stabilizer.handlers.dispatcher import Dispatcher
 from fastapi_ws_stabilizer.handlers.registry import HandlerRegistry
 from fastapi_ws_stabilizer.sessions import idempotency
 from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import SessionStore
+from fastapi_ws_stabilizer.sessions.v1_protocol import ACK_WITHIN, V1Protocol
 from fastapi_ws_stabilizer.wire import identifiers as names
 from fastapi_ws_stabilizer.wire import strict_json as json_text
 from fastapi_ws_stabilizer.wire.v1 import frames as v1
@@ -117,8 +117,8 @@ def test_every_error_code_is_on_the_page() -> None:
     """The page has all error codes that the library uses."""
     codes = {RATE_LIMITED} | set(re.findall(r'InvalidMessageError\(\s*"([a-z_]+)"', SOURCE))
     codes |= set(re.findall(r'"code": "([a-z_]+)"', SOURCE)) | set(re.findall(r'\bcode="([a-z_]+)"', SOURCE))
-    codes |= set(re.findall(r'_answer_failure\(\w+, \w+, "([a-z_]+)"', SOURCE))
-    codes |= set(re.findall(r'reject\(message, "([a-z_]+)"', SOURCE))
+    codes |= set(re.findall(r'on_no_answer\(\w+, "([a-z_]+)"', SOURCE))
+    codes |= set(re.findall(r'reject\(\w+, \w+, "([a-z_]+)"', SOURCE))
     assert {"rate_limited", "in_progress", "handler_failed", "not_read", "auth_refused"} <= codes
     assert {code for code in codes if f"`{code}`" not in PROSE} == set()
 

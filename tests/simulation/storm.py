@@ -146,7 +146,7 @@ class Storm:
 
     def publish(self, session: Session, data: str) -> None:
         """Send a message to one session."""
-        session.offer(encode(data))
+        session.outbox.offer(encode(data))
         entry = Published(session.head, data, asyncio.get_running_loop().time())
         self.published.setdefault(session.connection_id, []).append(entry)
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.client.send_buffer import SendBuffer
-from fastapi_ws_stabilizer.connection.v1_protocol import V1Protocol
 from fastapi_ws_stabilizer.sessions import store
 from fastapi_ws_stabilizer.sessions.replay_buffer import ReplayBuffer
 from fastapi_ws_stabilizer.sessions.session import Session
+from fastapi_ws_stabilizer.sessions.v1_protocol import V1Protocol
 from tests.simulation.storm import SCENARIOS, Outcome, Scenario, Storm
 from tests.support.virtual_time import run_virtually
 

@@ -28,6 +28,17 @@ class FakeAttachment(FakeOutbox):
         self.verdict = EnqueueResult.QUEUED
         self.before_enqueue: Callable[[], None] | None = None
         self.socket: Any = f"socket of {id(self)}"
+        self.used = False
+
+    @property
+    def owner(self) -> FakeAttachment:
+        """Itself: it is the owner of its outbox."""
+        return self
+
+    @property
+    def connection(self) -> FakeAttachment:
+        """Itself: it is the connection of its outbox."""
+        return self
 
     @property
     def outbox(self) -> FakeAttachment:

@@ -32,7 +32,7 @@ class FakeRecipient(FakeOutbox):
         self.shard = shard
         self.shard_index = 0
         self.liveness = Liveness(0.0)
-        self.reading_paused = False
+        self.pause: Any = None
         self.context: contextvars.Context | None = None
         self.pings_by_protocol = False
         self.socket: Any = f"socket of {self.connection_id}"
@@ -69,6 +69,21 @@ class FakeRecipient(FakeOutbox):
         """Itself: it has no session."""
         return self
 
+    @property
+    def account(self) -> FakeRecipient:
+        """Itself: it is its own account in the memory budget."""
+        return self
+
+    @property
+    def protocol(self) -> FakeRecipient:
+        """Itself: it pings by itself."""
+        return self
+
+    @property
+    def server_transport(self) -> FakeRecipient:
+        """Itself: it is its own transport."""
+        return self
+
     def offer(self, frame: EncodedMessage) -> EnqueueResult:
         """Queue a frame, or close like a connection with a full outbox."""
         if not self.takes:
@@ -79,7 +94,11 @@ class FakeRecipient(FakeOutbox):
         self.frames.append(frame)
         return EnqueueResult.BACKPRESSURE if self.pressed else self.verdict
 
-    def ping(self, frame: EncodedMessage | None, now: float) -> bool:
+    def pings_are_answered(self, _: object) -> bool:
+        """Return whether clients answer its pings automatically."""
+        return self.pings_by_protocol
+
+    def ping(self, _: object, frame: EncodedMessage | None, now: float) -> bool:
         """Send a heartbeat if there is room."""
         if not self.room:
             return False
@@ -90,15 +109,16 @@ class FakeRecipient(FakeOutbox):
             self.liveness.on_ping_queued(now)
         return True
 
-    def has_backlog(self) -> bool:
-        """Return whether frames wait to be sent."""
+    @property
+    def is_stalled(self) -> bool:
+        """Whether frames wait to be sent."""
         return self.backlog
 
     def unsent_bytes(self) -> int | None:
         """Return the bytes that the client's machine has not acknowledged."""
         return self.unsent
 
-    def send_progress(self) -> int | None:
+    def progress(self) -> int | None:
         """Return the bytes that the client's machine has acknowledged."""
         return self.taken
 

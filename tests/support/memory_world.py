@@ -176,7 +176,9 @@ class World:
         """Return the bytes of everything that is held, each message once, counted from scratch."""
         node = self.stage.manager._node
         sessions = list(node.sessions._by_id.values())
-        frames = {id(frame): frame.size + FRAME_OVERHEAD_BYTES for session in sessions for frame in session.entries}
+        frames = {
+            id(frame): frame.size + FRAME_OVERHEAD_BYTES for session in sessions for frame in session.buffer.entries
+        }
         inboxes: dict[int, tuple[str, Inbox]] = {
             id(session.inbox): (session.client_id, session.inbox) for session in sessions if session.inbox is not None
         }
@@ -185,7 +187,7 @@ class World:
             waiting = waiting_messages(connection.outbox)
             frames.update((id(frame), frame.size + FRAME_OVERHEAD_BYTES) for frame in waiting)
             inboxes[id(connection.inbox)] = (connection.client_id, connection.inbox)
-            if connection.close_info is None and connection.protocol is None:
+            if connection.close_info is None and connection.protocol.session is None:
                 user_data[id(connection.socket._user_data)] = connection.socket._user_data
         user_data.update((id(one.user_data), one.user_data) for one in node.detached.states._states.values())
         unread = [(client_id, item) for client_id, inbox in inboxes.values() for item in inbox.unread()]

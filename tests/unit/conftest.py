@@ -78,7 +78,7 @@ class Bench:
             InboundRateLimiter(),
             next_shard=lambda: 0,
         )
-        hub: Hub[Connection] = Hub(
+        hub: Hub = Hub(
             self.config,
             self.events,
             scheduler,

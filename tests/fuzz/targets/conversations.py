@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from types import SimpleNamespace
 from typing import Any, Final
 
 from fastapi_ws_stabilizer.close_codes import CloseInfo
 from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
+from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxLimits
 from fastapi_ws_stabilizer.connection.liveness import Liveness
-from fastapi_ws_stabilizer.connection.v1_protocol import V1Protocol
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.queueing import EnqueueResult
 from fastapi_ws_stabilizer.sessions.idempotency import MAX_KEYS_PER_CLIENT, IdempotencyCache
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import MAX_DETACHED_PER_CLIENT, SessionStore, StaleAttemptError
+from fastapi_ws_stabilizer.sessions.v1_protocol import V1Protocol
 from fastapi_ws_stabilizer.wire.deflate import deflate_stream
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage, encode
 from fastapi_ws_stabilizer.wire.v1.frames import Message, ProtocolError, parse
@@ -52,12 +55,14 @@ def conversations(data: bytes) -> None:
 class _Speaker(FakeAttachment):
     """Connection without a socket, for a conversation and its session."""
 
-    def __init__(self, events: EventBus, now: float) -> None:
+    def __init__(self, stage: _Stage, now: float) -> None:
         super().__init__()
         self.config = CONFIG
-        self.events = events
+        self.events = stage.events
+        self.resources = SimpleNamespace(config=CONFIG, watches_input=False, listener=stage)
         self.liveness = Liveness(now)
-        self.used = self.watches_input = False
+        self.inbox = Inbox(InboxLimits(100, 10**6))
+        self.credential: CredentialExpiry | None = None
         self.answers: list[EncodedMessage] = []
 
     def answer(self, frame: EncodedMessage) -> None:
@@ -67,24 +72,11 @@ class _Speaker(FakeAttachment):
     def emit(self, event: str, level: int, **fields: Any) -> None:
         """Ignore the event."""
 
-    def admit_message(self, size: int, message: Message | None = None) -> bool:
-        """Admit every message."""
-        return True
+    def deflate_frames(self) -> None:
+        """Change nothing."""
 
     def on_control_frame(self) -> None:
         """Count nothing."""
-
-    def on_message(self) -> None:
-        """Count nothing."""
-
-    def on_nonzero(self) -> None:
-        """Do nothing."""
-
-    def evict(self) -> None:
-        """Do nothing: memory is sufficient."""
-
-    def on_limit_exceeded(self, held: int) -> None:
-        """Do nothing: there is no limit."""
 
 
 class _Stage:
@@ -135,9 +127,9 @@ class _Stage:
         elif self.protocol is None or self.speaker is None:
             return
         elif sign in b"OVPA" and sign:
-            self._serves(sign, rest, self.protocol)
+            self._serves(sign, rest, self.protocol, self.speaker)
         elif sign in b"HFIX" and sign:
-            self._handles(sign, self.protocol)
+            self._handles(sign, self.protocol, self.speaker)
         else:
             self._says(_frame_of(sign, rest, line))
 
@@ -155,27 +147,29 @@ class _Stage:
         if resume_result.outcome in (ResumeOutcome.FULL, ResumeOutcome.GAP):
             assert resume_result.session is proven, "a session was resumed with a token of another one"
         self.sessions.on_attached(resume_result.session)
-        self.speaker = _Speaker(self.events, asyncio.get_running_loop().time())
-        self.protocol = V1Protocol(self.speaker, resume_result, self.seen, self._renewed)
-        welcome = self.protocol.welcome()
-        frame = strict_json(welcome.payload)
+        assert resume_result.session.connection is None, "only one connection is open at a time"
+        self.speaker = _Speaker(self, asyncio.get_running_loop().time())
+        self.protocol = V1Protocol(resume_result, CONFIG, self.seen)
+        self.protocol.on_open(self.speaker)
+        frame = strict_json(self.speaker.frames[0].payload)
         self.token = frame["token"]
         self.tokens[self.token] = resume_result.session
-        if resume_result.session.attach(self.speaker, resume_result.cursor, welcome) is not None:
-            raise AssertionError("only one connection is open at a time")
 
-    def _renewed(self, credential: str | None) -> None:
+    def on_renewal(self, _: _Speaker, credential: str | None) -> None:
+        """Check and count a new credential."""
         assert credential is None or isinstance(credential, str)
         self.renewals += 1
 
     def _leaves(self) -> None:
         if self.protocol is None or self.speaker is None:
             return
-        self.protocol.close()
+        self.protocol.on_closing()
         while self.messages:
-            self.protocol.on_discarded(self.messages.popleft())
-        if self.protocol.session.detach(self.speaker):
-            self.sessions.on_detached(self.protocol.session)
+            self.protocol.on_failed(self.messages.popleft())
+        session = self.protocol.session
+        if session.detach(self.speaker):
+            self.sessions.on_detached(session)
+        session.previous_connection = None  # its teardown has ended
         self.protocol = self.speaker = None
 
     def _says(self, raw: str | bytes) -> None:
@@ -183,7 +177,7 @@ class _Stage:
         if protocol is None or speaker is None or speaker.close_info is not None:
             return
         before = protocol.session.accepted
-        message = protocol.receive(raw)
+        message = protocol.decode(speaker, raw)
         assert protocol.session.accepted in (before, before + 1)
         if message is not None:
             assert message.seq in (None, protocol.session.accepted)
@@ -196,16 +190,17 @@ class _Stage:
 
     # ── the server ──
 
-    def _serves(self, sign: bytes, rest: bytes, protocol: V1Protocol) -> None:
+    def _serves(self, sign: bytes, rest: bytes, protocol: V1Protocol, speaker: _Speaker) -> None:
         if sign == b"P":
-            protocol.ping(asyncio.get_running_loop().time())
+            protocol.ping(speaker, None, asyncio.get_running_loop().time())
         elif sign == b"A":
-            protocol.credential.renewed(len(rest) or None)
+            speaker.credential = speaker.credential or CredentialExpiry()
+            speaker.credential.renewed(speaker, len(rest) or None)
         else:
             frame = encode(text_of(rest).encode("utf-8", "replace").decode(), volatile=sign == b"V")
-            assert protocol.session.offer(frame) in EnqueueResult
+            assert protocol.session.outbox.offer(frame) in EnqueueResult
 
-    def _handles(self, sign: bytes, protocol: V1Protocol) -> None:
+    def _handles(self, sign: bytes, protocol: V1Protocol, speaker: _Speaker) -> None:
         if not self.messages:
             return
         message = self.messages.popleft()
@@ -216,7 +211,7 @@ class _Stage:
         elif sign == b"I":
             protocol.on_interrupted(message)
         else:
-            protocol.reject(message, "refused", "no")
+            protocol.reject(speaker, message, "refused", "no")
 
     # ── invariants ──
 
@@ -226,10 +221,10 @@ class _Stage:
         if self.protocol is None or self.speaker is None:
             return
         session, speaker = self.protocol.session, self.speaker
-        assert session.held_bytes == sum(frame.size for frame in session.entries)
-        assert len(session.entries) <= max(1, CONFIG.replay_max_messages)
-        assert session.held_bytes <= CONFIG.replay_max_bytes or len(session.entries) == 1
-        assert session.first_seq == session.head - len(session.entries) + 1
+        assert session.buffer.held_bytes == sum(frame.size for frame in session.buffer.entries)
+        assert len(session.buffer.entries) <= max(1, CONFIG.replay_max_messages)
+        assert session.buffer.held_bytes <= CONFIG.replay_max_bytes or len(session.buffer.entries) == 1
+        assert session.buffer.first_seq == session.head - len(session.buffer.entries) + 1
         for frame in (*speaker.answers, *speaker.frames):
             _is_well_formed(frame)
         speaker.answers.clear()

@@ -105,7 +105,7 @@ async def test_full_inbox_without_task_stops_reading_and_loses_nothing() -> None
     async with served(app, **OPTIONS) as url, connect(url, compression=None) as client:
         padding = "x" * 100_000
         sender = asyncio.ensure_future(send_all(client, [f"{number} {padding}" for number in range(200)]))
-        await eventually(lambda: bool(manager.get_sockets()) and manager.get_sockets()[0]._connection.reading_paused)
+        await eventually(lambda: bool(manager.get_sockets()) and manager.get_sockets()[0]._connection.pause is not None)
         await asyncio.sleep(0.1)
         assert not sender.done()
         assert len(manager.get_sockets()[0]._connection.inbox) < 100
@@ -143,14 +143,14 @@ async def test_burst_in_one_read_waits_for_room_in_inbox() -> None:
 
     async with served(app, **OPTIONS) as url, connect(url, compression=None) as client:
         burst(client, 2000)
-        await eventually(lambda: bool(manager.get_sockets()) and manager.get_sockets()[0]._connection.reading_paused)
+        await eventually(lambda: bool(manager.get_sockets()) and manager.get_sockets()[0]._connection.pause is not None)
         connection = manager.get_sockets()[0]._connection
         assert connection.inbox.counted_bytes < limit
         assert len(connection.inbox) <= 257
         go.set()
         await eventually(lambda: len(got) == 2000)
         assert [int(message) for message in got] == list(range(2000))
-        await eventually(lambda: not connection.reading_paused)
+        await eventually(lambda: connection.pause is None)
         await client.send("2000")  # reading has resumed
         await eventually(lambda: got[-1] == "2000")
 
@@ -177,7 +177,7 @@ async def test_burst_before_disconnect_is_delivered(how: str) -> None:
             client.transport.write(Frame(Opcode.CLOSE, b"\x10\x1b").serialize(mask=True))
         await eventually(lambda: bool(got))
         if how == "abort":
-            await eventually(lambda: manager.get_sockets()[0]._connection.reading_paused)
+            await eventually(lambda: manager.get_sockets()[0]._connection.pause is not None)
             manager.get_sockets()[0]._connection.server_transport.abort()
         go.set()
         await eventually(lambda: bool(reasons))
@@ -212,7 +212,7 @@ async def test_full_inbox_of_lost_tls_connection_is_no_bug() -> None:
     async with served(app, **OPTIONS) as url:
         client = await connect(url, compression=None)
         burst(client, 10)
-        await eventually(lambda: bool(manager.get_sockets()) and manager.get_sockets()[0]._connection.reading_paused)
+        await eventually(lambda: bool(manager.get_sockets()) and manager.get_sockets()[0]._connection.pause is not None)
         connection = manager.get_sockets()[0]._connection
         connection._reader._transport = LostTransport()  # type: ignore[assignment,union-attr]
         connection.server_transport.abort()

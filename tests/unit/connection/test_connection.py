@@ -113,9 +113,9 @@ async def test_messages_received_before_disconnect_can_be_read(bench: Any) -> No
     b.server.feed_text("1", "2")
     b.server.feed_disconnect(1001)
     await with_deadline(connection.closed)
-    assert [await connection.receive(), await connection.receive()] == ["1", "2"]
+    assert [await connection.socket.receive(), await connection.socket.receive()] == ["1", "2"]
     with pytest.raises(SocketClosed) as caught:
-        await connection.receive()
+        await connection.socket.receive()
     assert (caught.value.code, caught.value.close_info) == (1001, connection.close_info)
 
 
@@ -140,7 +140,7 @@ async def test_close_wakes_senders_and_readers_at_once(bench: Any) -> None:
     await b.server.until(lambda: len(b.server.offered) == 2)
     assert connection.enqueue(encode("queued"))
     sender = asyncio.ensure_future(connection.send(encode("waiting")))
-    reader = asyncio.ensure_future(connection.receive())
+    reader = asyncio.ensure_future(connection.socket.receive())
     waiter = asyncio.ensure_future(connection.wait_closing())
     await settle()
     connection.close(DisconnectReason.REPLACED)
@@ -231,7 +231,7 @@ async def test_failed_send_waits_for_disconnect_event(bench: Any) -> None:
 
 async def test_failed_send_without_event_is_lost_connection(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the server gives no cause for a failed send, the connection counts as lost."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.sending.DISCONNECT_EVENT_GRACE", 0.01)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.connection.DISCONNECT_EVENT_GRACE", 0.01)
     b = bench()
     connection, _ = await b.open()
     b.server.fail(OSError("broken pipe"))
@@ -243,7 +243,7 @@ async def test_failed_send_without_event_is_lost_connection(bench: Any, monkeypa
 
 async def test_failed_flush_counts_unsent_messages(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages that the server refuses during the flush are counted as discarded."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.sending.DISCONNECT_EVENT_GRACE", 0.01)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.connection.DISCONNECT_EVENT_GRACE", 0.01)
     b = bench()
     connection, _ = await b.open()
     b.server.fail(OSError("broken pipe"))
@@ -277,7 +277,7 @@ async def test_use_before_open_raises(bench: Any) -> None:
     b = bench()
     connection, socket = await b.open(accept=False)
     with pytest.raises(NotOpenError, match="not accepted yet"):
-        await connection.receive()
+        await connection.socket.receive()
     with pytest.raises(NotOpenError):
         await connection.send(encode("early"))
     with pytest.raises(NotOpenError):
@@ -374,7 +374,7 @@ async def test_unsendable_asgi_message_raises(bench: Any) -> None:
     b = bench()
     connection, _ = await b.open()
     with pytest.raises(RuntimeError, match=r"cannot send 'websocket\.accept'"):
-        await connection._asgi_send({"type": "websocket.accept"})
+        await connection.websocket._send({"type": "websocket.accept"})
 
 
 # ── teardown ──

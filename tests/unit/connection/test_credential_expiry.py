@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,12 @@ class ExpiryHarness:
         self.sent: list[tuple[float, dict[str, Any]]] = []
         self.closes: list[tuple[float, int | None]] = []
         self.validated: list[str | None] = []
-        self.term = CredentialExpiry(self, self.validated.append)
+        self.term = CredentialExpiry()
+        self.resources = SimpleNamespace(listener=self)
+
+    def on_renewal(self, _: ExpiryHarness, credential: str | None) -> None:
+        """Record a credential."""
+        self.validated.append(credential)
 
     def answer(self, frame: Any) -> None:
         """Record a control frame."""
@@ -62,7 +68,7 @@ def now() -> float:
 async def test_client_gets_renewal_request_then_4401_at_expiry(lifetime: float, asked_at: float) -> None:
     """The notice depends on the credential's lifetime, and the connection closes with 4401 at expiry."""
     harness = ExpiryHarness()
-    harness.term.reset(lifetime)
+    harness.term.reset(harness, lifetime)
     await asyncio.sleep(lifetime + 1)
     assert harness.sent == [(asked_at, {"type": "auth", "in": to_milliseconds(lifetime - asked_at)})]
     assert harness.closes == [(lifetime, 4401)]
@@ -72,7 +78,7 @@ async def test_client_gets_renewal_request_then_4401_at_expiry(lifetime: float, 
 async def test_credential_without_expiry_is_never_requested() -> None:
     """Without an expiry no renewal is requested."""
     harness = ExpiryHarness()
-    harness.term.reset(None)
+    harness.term.reset(harness, None)
     await asyncio.sleep(1e6)
     assert (harness.sent, harness.closes) == ([], [])
 
@@ -81,11 +87,11 @@ async def test_credential_without_expiry_is_never_requested() -> None:
 async def test_renewed_credential_schedules_next_renewal() -> None:
     """The client gets a confirmation, and the next renewal is scheduled."""
     harness = ExpiryHarness()
-    harness.term.reset(10.0)
+    harness.term.reset(harness, 10.0)
     await asyncio.sleep(8.5)
-    harness.term.renewal_requested("new")
+    harness.term.request_renewal(harness, "new")
     assert harness.validated == ["new"]
-    harness.term.renewed(10.0)
+    harness.term.renewed(harness, 10.0)
     await asyncio.sleep(9.0)
     assert [frame for _, frame in harness.sent] == [
         {"type": "auth", "in": 2000},
@@ -102,10 +108,10 @@ async def test_renewal_during_validation_is_ignored() -> None:
     """A credential that arrives during a validation is ignored, because each validation calls the application."""
     harness = ExpiryHarness()
     for credential in ("one", "two", None):
-        harness.term.renewal_requested(credential)
+        harness.term.request_renewal(harness, credential)
     assert harness.validated == ["one"]
-    harness.term.renewed(None)
-    harness.term.renewal_requested("three")
+    harness.term.renewed(harness, None)
+    harness.term.request_renewal(harness, "three")
     assert harness.validated == ["one", "three"]
 
 
@@ -113,9 +119,9 @@ async def test_renewal_during_validation_is_ignored() -> None:
 async def test_renewal_without_validator_keeps_old_expiry() -> None:
     """The old expiry stays, and the client gets an error: it cannot renew its credential."""
     harness = ExpiryHarness()
-    harness.term.reset(10.0)
-    harness.term.renewal_requested("new")
-    harness.term.renewal_rejected("credential renewal is not supported")
+    harness.term.reset(harness, 10.0)
+    harness.term.request_renewal(harness, "new")
+    harness.term.renewal_rejected(harness, "credential renewal is not supported")
     assert harness.sent[0][1]["code"] == "auth_refused"
     await asyncio.sleep(11)
     assert harness.closes == [(10.0, 4401)]
@@ -125,11 +131,11 @@ async def test_renewal_without_validator_keeps_old_expiry() -> None:
 async def test_renewal_accepted_after_close_sends_nothing() -> None:
     """After the close nothing is sent, and no timer is left."""
     harness = ExpiryHarness()
-    harness.term.reset(1.0)
-    harness.term.renewal_requested("new")
+    harness.term.reset(harness, 1.0)
+    harness.term.request_renewal(harness, "new")
     await asyncio.sleep(2)
     before = len(harness.sent)
-    harness.term.renewed(1.0)
+    harness.term.renewed(harness, 1.0)
     await asyncio.sleep(10)
     assert len(harness.sent) == before
     assert harness.closes == [(1.0, 4401)]
@@ -177,9 +183,9 @@ def test_durations_are_sent_as_at_least_one_millisecond(seconds: float, expected
 async def test_on_auth_without_expiry_keeps_identity_expiry() -> None:
     """An `on_auth` that returns nothing leaves `expires_at` unchanged; only a new time moves it."""
     harness = ExpiryHarness()
-    harness.term.start(None, 10.0)
-    harness.term.renewal_requested("new")
-    harness.term.renewed(None)
+    harness.term.start(harness, None, 10.0)
+    harness.term.request_renewal(harness, "new")
+    harness.term.renewed(harness, None)
     assert harness.sent[-1][1]["code"] == "auth_refused"
     await asyncio.sleep(11)
     assert harness.closes == [(10.0, 4401)]
@@ -189,6 +195,6 @@ async def test_on_auth_without_expiry_keeps_identity_expiry() -> None:
 async def test_earlier_of_on_auth_and_identity_expiry_applies() -> None:
     """The earlier of the times of `on_auth` and of the identity is the expiry."""
     harness = ExpiryHarness()
-    harness.term.start(5.0, 10.0)
+    harness.term.start(harness, 5.0, 10.0)
     await asyncio.sleep(6)
     assert harness.closes == [(5.0, 4401)]

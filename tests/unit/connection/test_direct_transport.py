@@ -11,8 +11,8 @@ import pytest
 from fastapi_ws_stabilizer import scheduling as scheduling_module
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
-from fastapi_ws_stabilizer.connection.metered import CONTROL_FRAMES
 from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
+from fastapi_ws_stabilizer.connection.quota import CONTROL_FRAMES
 from fastapi_ws_stabilizer.servers.direct import EXTENSION
 from fastapi_ws_stabilizer.socket import READER_START_GRACE
 from fastapi_ws_stabilizer.wire.encoded import encode
@@ -228,7 +228,7 @@ async def test_messages_reach_inbox_without_task(linked: Any) -> None:
     assert len(b.tasks) == 0
     b.server.sink.message_received("hello")
     b.server.sink.message_received("ping")
-    assert await b.connection.receive() == "hello"
+    assert await b.connection.socket.receive() == "hello"
     offer(b, "data")
     await settle()
     assert b.server.writes == [b"\x81\x04pong", b"\x81\x04data"]
@@ -242,17 +242,17 @@ async def test_full_inbox_pauses_transport_until_read(linked: Any) -> None:
     assert b.server.reading
     b.server.sink.message_received("c")
     assert not b.server.reading
-    assert b.connection.reading_paused
-    assert [await b.connection.receive() for _ in range(2)] == ["a", "b"]
+    assert b.connection.pause
+    assert [await b.connection.socket.receive() for _ in range(2)] == ["a", "b"]
     assert b.server.reading
-    assert not b.connection.reading_paused
+    assert not b.connection.pause
 
 
 async def test_full_unread_inbox_closes_after_pause_timeout(linked: Any) -> None:
     """An endpoint that has read, but no longer reads or sends, is closed after inbox_pause_timeout."""
     b = await linked(inbox_max_messages=1, inbox_pause_timeout=0.03)
     b.server.sink.message_received("first")
-    await b.connection.receive()
+    await b.connection.socket.receive()
     b.server.sink.message_received("a")
     b.server.sink.message_received("b")
     await eventually(lambda: b.connection.close_info is not None)
@@ -283,22 +283,22 @@ async def test_heartbeat_measures_only_matching_pongs(linked: Any) -> None:
     """The payload distinguishes an answer from an unsolicited pong; a full transport gets no ping."""
     b = await linked()
     connection = b.connection
-    assert connection.pings_by_protocol
+    assert connection.protocol.pings_are_answered(connection)
     now = connection.opened_at + 5
-    assert connection.ping(None, now)
+    assert connection.protocol.ping(connection, None, now)
     b.server.sink.pong_received(b"anything")
     assert connection.liveness.rtt is None
     b.server.sink.pong_received(b.server.pings[0])
     assert connection.liveness.rtt is not None
     b.server.stall()
-    assert not connection.ping(None, now)
+    assert not connection.protocol.ping(connection, None, now)
 
 
 async def test_pongs_up_to_ping_count_are_free(linked: Any) -> None:
     """As many pong frames as there were ping frames are free, even late ones; further ones count."""
     b = await linked()
     for number in range(300):
-        b.connection.ping(None, b.connection.opened_at + number)
+        b.connection.protocol.ping(b.connection, None, b.connection.opened_at + number)
     for payload in b.server.pings:
         b.server.sink.pong_received(payload)
     for _ in range(int(CONTROL_FRAMES.burst)):
@@ -343,8 +343,7 @@ async def test_queued_messages_are_written_before_server_stops(linked: Any) -> N
 async def test_compression_none_negotiates_and_sends_none(linked: Any) -> None:
     """Neither the handshake nor a frame is compressed."""
     b = await linked(compression="none", compression_min_bytes=0)
-    assert b.connection._direct is not None
-    b.connection._direct.refuse_compression()  # as the handshake does
+    b.connection.outbox.direct.refuse_compression()  # as the handshake does
     assert not b.server.compression
     offer(b, "x" * 100)
     await settle()
@@ -384,7 +383,7 @@ async def test_middleware_around_direct_transport_is_logged_once(manager_with: A
 async def test_bug_in_message_receipt_is_logged_and_closes(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The log names the bug, and the server sees no exception, as on other servers."""
     b = await linked()
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.push_reader.decode", lambda *_: 1 / 0)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.protocol.PlainProtocol.decode", lambda *_: 1 / 0)
     b.server.sink.message_received("x")
     assert b.connection.close_info.cause is DisconnectReason.NETWORK_LOST
     (report,) = b.heard.of("internal_task_failed")
@@ -503,10 +502,10 @@ async def test_unread_inbox_drops_oldest_after_pause_timeout(linked: Any) -> Non
     """An endpoint that only sends is not closed for unread messages; the oldest are dropped, counted and logged."""
     b = await linked(inbox_max_messages=2, inbox_pause_timeout=0.05)
     say(b, "1", "2", "3")
-    assert b.connection.reading_paused
+    assert b.connection.pause
     assert not b.server.reading
     await eventually(lambda: b.server.reading)
-    assert not b.connection.reading_paused
+    assert not b.connection.pause
     say(b, "4", "5")
     assert b.server.reading
     assert b.connection.inbox.unread() == ["4", "5"]
@@ -633,7 +632,7 @@ async def test_endpoint_sending_after_first_read_stays_connected(linked: Any) ->
     """After a first read, an endpoint that only sends keeps its connection when its inbox is full."""
     b = await linked(inbox_max_messages=1, inbox_pause_timeout=0.05)
     say(b, "subscribe")
-    await b.connection.receive()
+    await b.connection.socket.receive()
     say(b, *"123")
     assert not b.server.reading
     await b.connection.socket.send("news")
@@ -646,7 +645,7 @@ async def test_broadcasts_do_not_save_hanging_endpoint_from_1013(linked: Any) ->
     """Broadcasts do not show that the endpoint is alive: it has neither read nor sent, and is closed with 1013."""
     b = await linked(inbox_max_messages=1, inbox_pause_timeout=0.05)
     say(b, "subscribe")
-    await b.connection.receive()
+    await b.connection.socket.receive()
     say(b, *"12")
     offer(b, "the news of others")
     await eventually(lambda: b.connection.close_info is not None or b.server.reading)
@@ -658,10 +657,10 @@ async def test_idle_check_does_not_close_sending_endpoint(linked: Any) -> None:
     """Sends of the endpoint are tracked separately from the use of its connection."""
     b = await linked(inbox_max_messages=1, inbox_pause_timeout=0.05)
     say(b, "subscribe")
-    await b.connection.receive()
+    await b.connection.socket.receive()
     say(b, *"12")
     await b.connection.socket.send("news")
-    assert b.connection.consume_activity()
+    assert b.connection.protocol.consume_activity(b.connection)
     await eventually(lambda: b.connection.close_info is not None or b.server.reading)
     assert b.connection.close_info is None
 

@@ -117,7 +117,7 @@ async def rounds_among(bench: Any, between: Callable[[Any], Awaitable[None]], st
     live = bench()
     await live.open()
     for b in benches:  # as connections of one manager do
-        b.connection._parts.scheduler = live.connection._parts.scheduler
+        b.connection.resources.scheduler = live.connection.resources.scheduler
 
     async def publish(rounds: int) -> None:
         for _ in range(rounds):

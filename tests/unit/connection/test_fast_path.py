@@ -50,7 +50,12 @@ class Owner:
         """Stop sending."""
         self.outbox.discard()
 
-    def send_progress(self) -> int | None:
+    @property
+    def server_transport(self) -> Any:
+        """Itself: it is its own transport."""
+        return self
+
+    def progress(self) -> int | None:
         """Return no number."""
         return None
 

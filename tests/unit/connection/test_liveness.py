@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastapi_ws_stabilizer.connection.liveness import MAX_OPEN_PINGS, Liveness
+from fastapi_ws_stabilizer.connection.liveness import FREE_PONGS, MAX_OPEN_PINGS, Liveness
 
 
 def test_new_connection_has_no_outstanding_ping() -> None:
@@ -42,19 +42,37 @@ def test_unsolicited_pong_does_not_change_round_trip() -> None:
     assert liveness.rtt == pytest.approx(0.5)
 
 
+def exhausted() -> Liveness:
+    """Return the liveness of a client that has sent all unsolicited pongs that are free."""
+    liveness = Liveness(0.0)
+    assert [liveness.on_pong(0.5) for _ in range(FREE_PONGS)] == [0] * FREE_PONGS
+    return liveness
+
+
 def test_pongs_beyond_pings_sent_are_unsolicited() -> None:
     """Pongs without a matching ping are unsolicited, whether early or late."""
-    liveness = Liveness(0.0)
-    assert not liveness.on_pong(0.5)
+    liveness = exhausted()
+    assert liveness.on_pong(0.5)
     liveness.on_ping_queued(1.0)
     liveness.on_unmeasured_ping()
     payload = liveness.start_ping(2.0)
     liveness.clear_deadline()
-    assert liveness.on_pong_frame(b"late", 3.0)
+    answers = [
+        liveness.on_pong_frame(b"late", 3.0),
+        liveness.on_pong_frame(payload, 3.0),
+        liveness.on_pong(3.0),
+    ]
+    assert answers == [0, 0, 0]
+    assert [liveness.on_pong(3.0) for _ in range(FREE_PONGS)] == [0] * FREE_PONGS
     assert liveness.on_pong_frame(payload, 3.0)
-    assert liveness.on_pong(3.0)
-    assert not liveness.on_pong(3.0)
-    assert not liveness.on_pong_frame(payload, 3.0)
+
+
+def test_pong_after_free_ones_counts_for_all() -> None:
+    """A few pongs as a sign of life are free, but a flood of pongs is counted from its first one."""
+    liveness = exhausted()
+    assert [liveness.on_pong(0.5) for _ in range(3)] == [FREE_PONGS + 1, 1, 1]
+    liveness.on_ping_queued(1.0)
+    assert [liveness.on_pong(1.5) for _ in range(2)] == [0, 0]
 
 
 def test_outstanding_pings_are_bounded() -> None:
@@ -62,7 +80,8 @@ def test_outstanding_pings_are_bounded() -> None:
     liveness = Liveness(0.0)
     for number in range(2 * MAX_OPEN_PINGS):
         liveness.on_ping_queued(float(number))
-    assert [liveness.on_pong(1e6) for _ in range(MAX_OPEN_PINGS + 1)] == [True] * MAX_OPEN_PINGS + [False]
+    free = MAX_OPEN_PINGS + FREE_PONGS
+    assert [liveness.on_pong(1e6) for _ in range(free + 1)] == [0] * free + [FREE_PONGS + 1]
 
 
 def test_round_trip_is_measured_from_oldest_open_ping() -> None:

@@ -65,11 +65,16 @@ class Owner:
         """Count messages that the server was given and did not take."""
         self.discarded += count
 
-    progress: list[int] = []  # noqa: RUF012 (replaced by the tests that use it)
+    remaining: list[int] = []  # noqa: RUF012 (replaced by the tests that use it)
 
-    def send_progress(self) -> int | None:
+    @property
+    def server_transport(self) -> Any:
+        """Itself: it is its own transport."""
+        return self
+
+    def progress(self) -> int | None:
         """Return the bytes that the client has taken, from a list; `None` if the list is empty."""
-        return self.progress.pop(0) if self.progress else None
+        return self.remaining.pop(0) if self.remaining else None
 
     def on_send_delayed(self) -> None:
         """Count a send that waits."""
@@ -436,9 +441,9 @@ async def test_send_with_progress_is_not_stalled(post: Any, monkeypatch: pytest.
     """A slow client makes progress, and `send_timeout` counts from the last progress."""
     monkeypatch.setattr("fastapi_ws_stabilizer.connection.stall_watch.POLL_INTERVAL", 0.02)
     p = post(send_timeout=0.05)
-    p.owner.progress = list(range(20))
+    p.owner.remaining = list(range(20))
     await p.stall_with("sending")
-    await eventually(lambda: not p.owner.progress)
+    await eventually(lambda: not p.owner.remaining)
     assert p.owner.stuck == 0
     await eventually(lambda: p.owner.stuck == 1)
 

@@ -21,7 +21,7 @@ async def test_messages_are_read_without_waiting_reader(bench: Any) -> None:
     b.server.feed_text("one", "")
     b.server.feed_bytes(b"two")
     await eventually(lambda: len(connection.inbox) == 3)
-    assert [await connection.receive() for _ in range(3)] == ["one", "", b"two"]
+    assert [await connection.socket.receive() for _ in range(3)] == ["one", "", b"two"]
     assert b.events.counters.messages_received == 3
 
 
@@ -30,7 +30,7 @@ async def test_event_without_text_or_bytes_is_empty_binary(bench: Any) -> None:
     b = bench()
     connection, _ = await b.open()
     b.server.feed({"type": "websocket.receive", "text": None, "bytes": None})
-    assert await with_deadline(connection.receive()) == b""
+    assert await with_deadline(connection.socket.receive()) == b""
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ async def test_disabled_control_frames_are_data(bench: Any) -> None:
     connection, _ = await b.open(control_frames=False)
     b.server.feed_text("ping", '{"type":"pong"}')
     await eventually(lambda: len(connection.inbox) == 2)
-    assert [await connection.receive(), await connection.receive()] == ["ping", '{"type":"pong"}']
+    assert [await connection.socket.receive(), await connection.socket.receive()] == ["ping", '{"type":"pong"}']
     assert b.server.data == []
 
 
@@ -115,7 +115,7 @@ async def test_message_at_max_size_is_accepted(bench: Any, message: str | bytes)
         b.server.feed_text(message)
     else:
         b.server.feed_bytes(message)
-    assert await with_deadline(connection.receive()) == message
+    assert await with_deadline(connection.socket.receive()) == message
 
 
 async def test_full_inbox_pauses_reading_until_read(bench: Any) -> None:
@@ -123,11 +123,11 @@ async def test_full_inbox_pauses_reading_until_read(bench: Any) -> None:
     b = bench(inbox_max_messages=2)
     connection, _ = await b.open()
     b.server.feed_text("1", "2", "3", "4", "5")
-    await eventually(lambda: connection.reading_paused)
+    await eventually(lambda: connection.pause)
     await settle()
     assert len(connection.inbox) == 2
-    assert [await with_deadline(connection.receive()) for _ in range(5)] == ["1", "2", "3", "4", "5"]
-    await eventually(lambda: not connection.reading_paused)
+    assert [await with_deadline(connection.socket.receive()) for _ in range(5)] == ["1", "2", "3", "4", "5"]
+    await eventually(lambda: not connection.pause)
     assert len(b.heard.of("reading_paused")) == 1
     assert connection.close_info is None
 
@@ -137,11 +137,11 @@ async def test_read_pause_does_not_count_as_silence(bench: Any, monkeypatch: pyt
     b = bench(inbox_max_messages=1)
     connection, _ = await b.open()
     b.server.feed_text("1", "2")
-    await eventually(lambda: connection.reading_paused)
+    await eventually(lambda: connection.pause)
     connection.liveness.last_seen = 0.0
     connection.liveness.awaiting_since = 0.0
-    await connection.receive()
-    await eventually(lambda: not connection.reading_paused)
+    await connection.socket.receive()
+    await eventually(lambda: not connection.pause)
     assert connection.liveness.last_seen > 0.0
     assert connection.liveness.awaiting_since is None
 
@@ -151,10 +151,10 @@ async def test_connection_can_close_during_read_pause(bench: Any) -> None:
     b = bench(inbox_max_messages=1)
     connection, _ = await b.open()
     b.server.feed_text("1", "2")
-    await eventually(lambda: connection.reading_paused)
+    await eventually(lambda: connection.pause)
     connection.close(DisconnectReason.SERVER_SHUTDOWN)
     await with_deadline(connection.closed)
-    assert await connection.receive() == "1"
+    assert await connection.socket.receive() == "1"
     assert b.server.close_frames == [(1012, "server shutdown")]
 
 
@@ -175,11 +175,11 @@ async def test_close_during_read_pause_delivers_read_messages(
     b = bench(inbox_max_messages=2)
     connection, _ = await b.open(cancellable=tracked)
     b.server.feed_text("1", "2", "3")
-    await eventually(lambda: connection.reading_paused)
+    await eventually(lambda: connection.pause)
     connection.close(reason)
-    read = [await with_deadline(connection.receive()) for _ in range(3)]
+    read = [await with_deadline(connection.socket.receive()) for _ in range(3)]
     with pytest.raises(SocketClosed):
-        await with_deadline(connection.receive())
+        await with_deadline(connection.socket.receive())
     assert read == ["1", "2", "3"]
     assert b.events.counters.messages_received == 3
     assert b.events.counters.messages_discarded == 0
@@ -192,11 +192,11 @@ async def test_close_during_read_pause_counts_discarded_messages(bench: Any, cod
     b = bench(inbox_max_messages=2)
     connection, _ = await b.open(cancellable=True)
     b.server.feed_text("1", "2", "3")
-    await eventually(lambda: connection.reading_paused)
+    await eventually(lambda: connection.pause)
     connection.close(DisconnectReason.SERVER_SHUTDOWN if code is None else DisconnectReason.APPLICATION, code=code)
     handled = 1 if code is None else 0
     if handled:
-        assert await with_deadline(connection.receive()) == "1"
+        assert await with_deadline(connection.socket.receive()) == "1"
     connection.endpoint.mark_returned()
     await with_deadline(connection.closed)
     assert b.events.counters.messages_discarded + handled == b.events.counters.messages_received == 3
@@ -217,7 +217,7 @@ async def test_inbox_max_bytes_pauses_reading(bench: Any) -> None:
     b = bench(inbox_max_bytes=1000)
     connection, _ = await b.open()
     b.server.feed_text("x" * 2000, "next")
-    await eventually(lambda: connection.reading_paused)
+    await eventually(lambda: connection.pause)
     assert len(connection.inbox) == 1
 
 
@@ -311,8 +311,8 @@ async def test_pump_drops_oldest_after_pause_timeout_without_read(bench: Any, mo
     b = bench(inbox_max_messages=2, inbox_pause_timeout=0.05)
     connection, _ = await b.open()
     b.server.feed_text("1", "2", "3")
-    await eventually(lambda: connection.reading_paused)
-    await eventually(lambda: not connection.reading_paused)
+    await eventually(lambda: connection.pause)
+    await eventually(lambda: not connection.pause)
     b.server.feed_text("4", "5")
     await eventually(lambda: connection.inbox.unread() == ["4", "5"])
     assert b.events.counters.messages_discarded == 3
@@ -326,7 +326,7 @@ async def test_pump_closes_hanging_endpoint_after_pause_timeout(bench: Any, monk
     b = bench(inbox_max_messages=1, inbox_pause_timeout=0.05)
     connection, _ = await b.open()
     b.server.feed_text("first")
-    await with_deadline(connection.receive())
+    await with_deadline(connection.socket.receive())
     b.server.feed_text("1", "2")
     await with_deadline(connection.closed)
     assert b.server.close_frames == [(1013, "messages are not read")]

@@ -199,9 +199,9 @@ async def test_pong_right_after_ping_is_counted(harness: Any) -> None:
 
     send = recipient.ping
 
-    def answer_at_once(frame: Any, now: float) -> bool:
+    def answer_at_once(connection: Any, frame: Any, now: float) -> bool:
         asyncio.get_running_loop().call_soon(clock.pong, recipient)
-        return send(frame, now)
+        return send(connection, frame, now)
 
     recipient.ping = answer_at_once  # type: ignore[method-assign]
     clock.at(10)
@@ -230,7 +230,7 @@ async def test_paused_reading_suspends_heartbeat_timeout(harness: Any) -> None:
     clock = harness(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     recipient = clock.add()
     clock.at(10)
-    recipient.reading_paused = True
+    recipient.pause = object()
     for second in range(11, 100):
         clock.at(second)
     assert recipient.close_info is None

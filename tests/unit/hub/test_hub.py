@@ -25,7 +25,7 @@ class HubHarness:
         self.config = WebSocketConfig(**options)
         events = EventBus()
         self.scheduler = FlushScheduler(self.config.num_shards, events)
-        self.hub: Hub[FakeRecipient] = Hub(
+        self.hub: Hub = Hub(
             self.config,
             events,
             self.scheduler,

@@ -12,7 +12,7 @@ from tests.support.fake_recipient import FakeRecipient
 
 def test_connection_is_found_by_connection_and_client_id() -> None:
     """Both ids lead to a registered connection."""
-    registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
+    registry = ConnectionRegistry()
     ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     registry.add(ann)
     registry.add(bob)
@@ -24,7 +24,7 @@ def test_connection_is_found_by_connection_and_client_id() -> None:
 
 def test_lookup_of_unknown_id_returns_nothing() -> None:
     """Looking up an unknown id is not an error."""
-    registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
+    registry = ConnectionRegistry()
     assert registry.get("unknown") is None
     assert registry.of_client("unknown") == []
     assert list(registry) == []
@@ -32,7 +32,7 @@ def test_lookup_of_unknown_id_returns_nothing() -> None:
 
 def test_removing_old_connection_leaves_newer_one() -> None:
     """Connections are removed by their own id, so a newer one of the same client stays."""
-    registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
+    registry = ConnectionRegistry()
     old, new = FakeRecipient("ann"), FakeRecipient("ann")
     registry.add(old)
     registry.add(new)
@@ -44,7 +44,7 @@ def test_removing_old_connection_leaves_newer_one() -> None:
 
 def test_removing_unknown_connection_changes_nothing() -> None:
     """Removing an unknown connection is not an error."""
-    registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
+    registry = ConnectionRegistry()
     registry.add(ann := FakeRecipient("ann"))
     registry.remove(FakeRecipient("ann"))
     assert list(registry) == [ann]
@@ -52,7 +52,7 @@ def test_removing_unknown_connection_changes_nothing() -> None:
 
 def test_registry_iteration_allows_removal() -> None:
     """An iteration yields the connections at its start."""
-    registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
+    registry = ConnectionRegistry()
     members = [FakeRecipient() for _ in range(3)]
     for recipient in members:
         registry.add(recipient)
@@ -66,7 +66,7 @@ def test_registry_iteration_allows_removal() -> None:
 
 def test_client_connections_are_listed_oldest_first() -> None:
     """The connections of a client are in the order in which they were added."""
-    registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
+    registry = ConnectionRegistry()
     members = [FakeRecipient("ann") for _ in range(4)]
     for recipient in members:
         registry.add(recipient)
@@ -77,7 +77,7 @@ def test_client_connections_are_listed_oldest_first() -> None:
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 9))))
 def test_registry_indexes_always_agree(steps: list[tuple[bool, int]]) -> None:
     """Both indexes hold the same connections after any operations, and no empty entry stays."""
-    registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
+    registry = ConnectionRegistry()
     members = [FakeRecipient(f"client-{number % 3}") for number in range(10)]
     there: list[FakeRecipient] = []
     for comes, number in steps:
@@ -97,7 +97,7 @@ def test_registry_indexes_always_agree(steps: list[tuple[bool, int]]) -> None:
 @pytest.mark.parametrize("num_shards", [1, 4, 32])
 def test_connections_are_distributed_evenly_over_shards(num_shards: int) -> None:
     """New connections are assigned to the num_shards shards in turn."""
-    registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry(num_shards)
+    registry = ConnectionRegistry(num_shards)
     for _ in range(2 * num_shards):
         registry.add(FakeRecipient(shard=registry.next_shard()))
     assert [len(part) for part in registry.outboxes_by_shard()] == [2] * num_shards

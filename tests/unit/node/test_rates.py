@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.connection.metered import CONTROL_FRAMES
+from fastapi_ws_stabilizer.connection.quota import CONTROL_FRAMES
 from fastapi_ws_stabilizer.events import THROTTLE_INTERVAL
 from fastapi_ws_stabilizer.limits.inbound import IN_FLIGHT
 from fastapi_ws_stabilizer.socket import StableSocket

@@ -409,4 +409,4 @@ async def test_drain_request_to_ended_connection_returns_false() -> None:
         connection = line.socket._connection
         await line.leaves()
         assert not connection.request_drain(0.0, 1.0, DisconnectReason.LIFETIME)
-        assert connection._parts.drain_requests == {}
+        assert connection.resources.drain_requests == {}

@@ -332,7 +332,7 @@ async def test_ended_session_enqueues_no_message() -> None:
         await line.leaves(1000)
         assert session.outbox.offer(encode("x")) is EnqueueResult.CLOSED
         assert session.outbox.offer(encode("x", volatile=True)) is EnqueueResult.CLOSED
-        assert session.outbox.held_bytes == 0
+        assert session.outbox.counted_bytes == 0
 
 
 @virtually

@@ -103,10 +103,10 @@ async def test_frames_on_replaced_connection_are_ignored() -> None:
         old = await peer.dial()
         new = await peer.dial()
         assert old.socket is not None
-        protocol = old.socket._connection.protocol
-        assert protocol is not None
-        assert protocol.receive('{"type":"msg","seq":1,"event":"note","data":"late"}') is None
-        assert protocol.receive('{"type":"ack","seq":99}') is None
+        connection = old.socket._connection
+        protocol = connection.protocol
+        assert protocol.decode(connection, '{"type":"msg","seq":1,"event":"note","data":"late"}') is None
+        assert protocol.decode(connection, '{"type":"ack","seq":99}') is None
         assert protocol.session.accepted == 0
         await new.message("note", "now")
         assert stage.notes == ["now"]

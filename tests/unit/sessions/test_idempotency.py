@@ -24,7 +24,7 @@ def session_of(client_id: str = "ann") -> Session:
 
 def replies(session: Session) -> list[dict[str, Any]]:
     """Return the replies."""
-    return [json.loads(frame.payload) for frame in session.since(0)]
+    return [json.loads(frame.payload) for frame in session.buffer.since(0)]
 
 
 def test_new_key_is_unknown_until_handling_starts() -> None:

@@ -33,7 +33,7 @@ class SessionHarness:
 
 def stored(session: Session, seq: int = 0) -> list[object]:
     """Return the data of the replay buffer after a number."""
-    return [json.loads(frame.payload)["data"] for frame in session.since(seq)]
+    return [json.loads(frame.payload)["data"] for frame in session.buffer.since(seq)]
 
 
 WELCOME = EncodedMessage("welcome")
@@ -45,15 +45,15 @@ def test_sent_message_is_numbered_stored_and_queued() -> None:
     session = harness.session
     session.attach(connection, 0, WELCOME)
     frame = encode({"n": 1})
-    assert session.offer(frame) is EnqueueResult.QUEUED
+    assert session.outbox.offer(frame) is EnqueueResult.QUEUED
     assert connection.texts == ["welcome", '{"type":"msg","data":{"n":1}}']
-    assert session.since(0)[0] is connection.frames[1] is frame.enveloped
+    assert session.buffer.since(0)[0] is connection.frames[1] is frame.enveloped
 
 
 def test_message_for_detached_session_is_numbered_and_stored() -> None:
     """A message for a detached client is numbered and stored."""
     session = SessionHarness().session
-    assert session.offer(encode("hello")) is EnqueueResult.QUEUED
+    assert session.outbox.offer(encode("hello")) is EnqueueResult.QUEUED
     assert session.head == 1
     assert stored(session) == ["hello"]
     assert session.connection is None
@@ -63,9 +63,9 @@ def test_new_connection_gets_welcome_then_replay_then_live() -> None:
     """The welcome comes first, then the messages after the client's number, then new ones."""
     session, connection = SessionHarness().session, FakeAttachment()
     for number in range(3):
-        session.offer(encode(number))
+        session.outbox.offer(encode(number))
     assert session.attach(connection, 1, WELCOME) is None
-    session.offer(encode(3))
+    session.outbox.offer(encode(3))
     assert connection.texts[0] == "welcome"
     assert [json.loads(text or "")["data"] for text in connection.texts[1:]] == [1, 2, 3]
     assert session.socket == connection.socket
@@ -75,21 +75,21 @@ def test_volatile_message_is_neither_stored_nor_numbered() -> None:
     """A connected client gets a volatile message, and a detached one misses it."""
     harness, connection = SessionHarness(), FakeAttachment()
     session = harness.session
-    assert session.offer(encode(1, volatile=True)) is EnqueueResult.SKIPPED
+    assert session.outbox.offer(encode(1, volatile=True)) is EnqueueResult.SKIPPED
     session.attach(connection, 0, WELCOME)
-    assert session.offer(encode(1, volatile=True)) is EnqueueResult.QUEUED
+    assert session.outbox.offer(encode(1, volatile=True)) is EnqueueResult.QUEUED
     assert connection.texts[1] == '{"type":"msg","volatile":true,"data":1}'
     connection.room = False
-    assert session.offer(encode(1, volatile=True)) is EnqueueResult.DROPPED
+    assert session.outbox.offer(encode(1, volatile=True)) is EnqueueResult.DROPPED
     assert harness.counters.messages_dropped == 1
-    assert (session.head, len(session.entries)) == (0, 0)
+    assert (session.head, len(session.buffer.entries)) == (0, 0)
 
 
 def test_sequenced_message_refused_by_outbox_is_stored() -> None:
     """A client that is too slow loses its connection, but no message: the replay buffer has it."""
     session, connection = SessionHarness().session, FakeAttachment(calm=False, room=False)
     session.attach(connection, 0, WELCOME)
-    assert session.offer(encode(1)) is EnqueueResult.SLOW
+    assert session.outbox.offer(encode(1)) is EnqueueResult.SLOW
     assert connection.close_info is not None
     assert connection.close_info.cause is DisconnectReason.SLOW_CONSUMER
     assert stored(session) == [1]
@@ -101,7 +101,7 @@ def test_message_refused_by_closing_connection_is_stored() -> None:
     session.attach(connection, 0, WELCOME)
     connection.verdict = EnqueueResult.CLOSED
     connection.close(DisconnectReason.APPLICATION)
-    assert session.offer(encode(1)) is EnqueueResult.QUEUED
+    assert session.outbox.offer(encode(1)) is EnqueueResult.QUEUED
     assert stored(session) == [1]
 
 
@@ -113,24 +113,24 @@ def test_waiting_sender_is_numbered_before_later_message() -> None:
     def let_in() -> None:
         frame = encode("waited").enveloped or encode("waited")
         connection.frames.append(frame)
-        session.append(frame)
+        session.buffer.append(frame)
 
     connection.before_enqueue = let_in
     connection.verdict = EnqueueResult.BACKPRESSURE
-    assert session.offer(encode("new")) is EnqueueResult.BACKPRESSURE
-    assert [frame.text for frame in session.since(0)] == connection.texts[1:]
+    assert session.outbox.offer(encode("new")) is EnqueueResult.BACKPRESSURE
+    assert [frame.text for frame in session.buffer.since(0)] == connection.texts[1:]
 
 
 async def test_waiting_send_is_numbered_when_queued() -> None:
     """A message of the endpoint gets its number at the time at which it is queued."""
     session, connection, numbers = SessionHarness().session, FakeAttachment(), []
     session.attach(connection, 0, WELCOME)
-    assert await session.put_wait(connection, encode("a"), numbers.append)
-    assert session.try_send(connection, encode("b"))
-    assert await session.put_wait(connection, encode("v", volatile=True), numbers.append)
+    assert await session.outbox.put_wait(connection.outbox, encode("a"), numbers.append)
+    assert session.outbox.try_send(connection.outbox, encode("b"))
+    assert await session.outbox.put_wait(connection.outbox, encode("v", volatile=True), numbers.append)
     assert (numbers, session.head) == ([1], 2)
     connection.room = False
-    assert not await session.put_wait(connection, encode("c"), numbers.append)
+    assert not await session.outbox.put_wait(connection.outbox, encode("c"), numbers.append)
     assert (numbers, session.head) == ([1], 2)
 
 
@@ -139,9 +139,9 @@ def test_only_attached_connection_sends_on_fast_path() -> None:
     session, old, new = SessionHarness().session, FakeAttachment(), FakeAttachment()
     session.attach(old, 0, WELCOME)
     assert session.attach(new, 0, WELCOME) is old
-    assert not session.try_send(old, encode("late"))
+    assert not session.outbox.try_send(old, encode("late"))
     assert session.head == 0
-    assert not session.try_send(new, encode("v", volatile=True))
+    assert not session.outbox.try_send(new, encode("v", volatile=True))
 
 
 def test_close_of_old_connection_detaches_nothing() -> None:
@@ -158,11 +158,11 @@ def test_close_of_old_connection_detaches_nothing() -> None:
 def test_session_is_backpressured_with_its_connection() -> None:
     """A session is backpressured if its connection is; without a connection it never is."""
     session, connection = SessionHarness().session, FakeAttachment()
-    assert not session.is_backpressured()
+    assert not session.outbox.is_backpressured()
     session.attach(connection, 0, WELCOME)
     connection.pressed = True
-    assert session.is_backpressured()
-    assert session.owner is session.outbox is session.recipient is session
+    assert session.outbox.is_backpressured()
+    assert session.outbox.owner is session
 
 
 # ── tokens ──
@@ -264,7 +264,7 @@ def test_token_records_its_issue_epoch() -> None:
     """A token from before a rewind has an older epoch."""
     harness = SessionHarness()
     for number in range(5):
-        harness.session.offer(encode(number))
+        harness.session.outbox.offer(encode(number))
     secret = harness.secret()
     harness.session.rewind(2)
     assert harness.session.epoch == 1
@@ -292,7 +292,7 @@ def test_ack_forgets_only_sent_messages() -> None:
     """Acknowledged messages are removed; messages that were not sent cannot be acknowledged."""
     session = SessionHarness().session
     for number in range(3):
-        session.offer(encode(number))
+        session.outbox.offer(encode(number))
     assert session.acknowledge(2)
     assert stored(session, 2) == [2]
     assert not session.acknowledge(4)
@@ -350,12 +350,12 @@ def test_ending_detached_session_ends_it_once() -> None:
 async def test_ended_session_rejects_messages_and_fails_waiters() -> None:
     """After the end the replay buffer is empty, new messages are rejected, and all waiters fail."""
     session = SessionHarness().session
-    session.offer(encode(1))
-    session.offer(encode(2))
+    session.outbox.offer(encode(1))
+    session.outbox.offer(encode(2))
     _, answer = session.requests.open()
     assert session.finish(local_close(DisconnectReason.COMPLETED)) == 2
-    assert session.offer(encode(3)) is EnqueueResult.CLOSED
-    assert session.offer(encode(3, volatile=True)) is EnqueueResult.CLOSED
-    assert (len(session.entries), session.held_bytes, session.head) == (0, 0, 2)
+    assert session.outbox.offer(encode(3)) is EnqueueResult.CLOSED
+    assert session.outbox.offer(encode(3, volatile=True)) is EnqueueResult.CLOSED
+    assert (len(session.buffer.entries), session.buffer.held_bytes, session.head) == (0, 0, 2)
     with pytest.raises(SessionEndedError):
         await answer

@@ -98,7 +98,7 @@ class StoreHarness:
 def say(session: Session, count: int) -> None:
     """Send some messages to a session."""
     for number in range(count):
-        session.offer(encode(number))
+        session.outbox.offer(encode(number))
 
 
 async def test_hello_without_token_gets_new_session() -> None:
@@ -122,7 +122,7 @@ async def test_client_without_missed_messages_resumes_fully() -> None:
     harness.lose(before.session)
     resume_result = harness.hello(2, token, 3)
     assert resume_result == ResumeResult(before.session, FULL, None, 3)
-    assert len(before.session.entries) == 0
+    assert len(before.session.buffer.entries) == 0
     assert harness.events.counters.sessions_resumed == 1
 
 
@@ -132,7 +132,7 @@ async def test_full_resume_replays_exactly_missed_messages() -> None:
     before, token, _ = harness.connect()
     say(before.session, 2)
     harness.lose(before.session)
-    before.session.offer(encode("detached"))
+    before.session.outbox.offer(encode("detached"))
     _, _, connection = harness.connect(2, token, 1)
     assert connection.texts == ["welcome", '{"type":"msg","data":1}', '{"type":"msg","data":"detached"}']
     assert harness.sessions.detached_count == 0
@@ -146,7 +146,7 @@ async def test_presented_number_acknowledges_messages() -> None:
     harness.lose(before.session)
     harness.hello(2, token, 2)
     await before.session.requests.until_acknowledged(2)
-    assert before.session.first_seq == 3
+    assert before.session.buffer.first_seq == 3
 
 
 async def test_unknown_token_is_lost_session() -> None:
@@ -279,7 +279,7 @@ async def test_overflowed_buffer_is_gap_without_replay() -> None:
     say(before.session, 5)
     _, newer, connection = harness.connect(2, token, 1)
     assert connection.texts == ["welcome"]
-    assert (before.session.head, len(before.session.entries)) == (5, 0)
+    assert (before.session.head, len(before.session.buffer.entries)) == (5, 0)
     fields = harness.heard.of("session_gap")[0].fields
     assert (fields["why"], fields["missed_messages"]) == ("overflow", 4)
     assert harness.events.counters.session_gaps == 1
@@ -306,7 +306,7 @@ async def test_client_missing_exactly_stored_messages_resumes_fully() -> None:
     before, token, _ = harness.connect()
     say(before.session, 5)
     resume_result = harness.hello(2, token, 2)
-    assert (resume_result.outcome, len(before.session.since(2))) == (FULL, 3)
+    assert (resume_result.outcome, len(before.session.buffer.since(2))) == (FULL, 3)
 
 
 async def test_expired_messages_are_overflow_gap(monkeypatch: pytest.MonkeyPatch) -> None:
