@@ -167,18 +167,24 @@ class Connection(Handover):
         self.opened = True
         self.context = contextvars.copy_context()
         self.endpoint.watch(websocket.scope)
+        self.server_transport.limit_buffers(
+            self.config.unsent_low_water_bytes, self.config.write_buffer_high_water_bytes
+        )
         self.outbox.open()
         if self.protocol is not None:
             self._take_over(self.protocol)
         self.events.counters.connections_opened += 1
         self.emit("connection_opened", logging.INFO)
         if isinstance(self.outbox, DirectOutbox) and self._direct is not None:
+            sends_pings = self.config.heartbeat_type is HeartbeatType.PING
             self._direct.attach(
                 DirectReader(self, self._direct, self.outbox),
                 max_message_bytes=self.config.max_message_size,
-                own_pings=self.config.heartbeat_type is HeartbeatType.PING,
+                own_pings=sends_pings,
             )
-            self.outbox.on_attached(compress=self.config.compression is CompressionMode.DEFLATE)
+            self.outbox.on_attached(
+                compress=self.config.compression is CompressionMode.DEFLATE, bounds_unread=sends_pings
+            )
         elif (protocol := self.server_transport.pushing_protocol) is not None:
             self._reader = UvicornReader(self, protocol)
         else:

@@ -71,6 +71,49 @@ async def test_partial_message_resets_time_since_receive(pair: Any) -> None:
     await eventually(lambda: tcp.seconds_since_received(transport) < 0.2)
 
 
+async def bytes_taken(limits: tuple[int | None, int] | None) -> int:
+    """Return the bytes that the kernel and a transport take for a peer that reads nothing, until it pauses."""
+
+    class Paused(asyncio.Protocol):
+        paused = False
+
+        def pause_writing(self) -> None:
+            self.paused = True
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(listener.getsockname())
+        accepted, _ = listener.accept()
+        transport, protocol = await asyncio.get_running_loop().connect_accepted_socket(Paused, accepted)
+        if limits is not None:
+            tcp.limit_buffers(transport, *limits)
+        taken = 0
+        while not protocol.paused:
+            transport.write(bytes(1000))
+            taken += 1000
+            await asyncio.sleep(0)
+        transport.abort()
+    return taken
+
+
+@pytest.mark.skipif(not tcp.HAS_UNSENT_LOW_WATER, reason="the system has no TCP_NOTSENT_LOWAT")
+async def test_limited_buffers_take_little_for_slow_peer() -> None:
+    """With both limits, the kernel holds no more than a segment of 64 KiB unsent, and the transport one write."""
+    assert await bytes_taken((4096, 0)) < 100_000 < 500_000 < await bytes_taken(None)
+
+
+async def test_write_buffer_limit_alone_pauses_transport() -> None:
+    """The limit of the transport works on every system, and `None` leaves the kernel as it is."""
+    low, high = await bytes_taken((None, 1000)), await bytes_taken((None, 1_000_000))
+    assert low + 500_000 < high
+
+
+@pytest.mark.parametrize("transport", [None, object()])
+def test_limits_of_missing_transport_have_no_effect(transport: object) -> None:
+    """A transport that has no limits, or is closed, stays as it is."""
+    tcp.limit_buffers(transport, 4096, 0)
+
+
 class Info:
     """Socket and transport with a fixed answer."""
 
