@@ -269,7 +269,7 @@ class WebSocketConfig(BaseModel):
     unsent_low_water_bytes: Annotated[int, BeforeValidator(_no_bool), Field(gt=0, lt=1 << 31)] | None = 128 * 1024
     """Unsent bytes of one client in the kernel, beyond which more bytes stay in the server: `TCP_NOTSENT_LOWAT`. `None`
     leaves it to the kernel. It has an effect on uvicorn, on Linux and macOS."""
-    write_buffer_high_water_bytes: Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=1 << 31)] = 64 * 1024
+    write_buffer_high_water_bytes: Annotated[int, BeforeValidator(_no_bool), Field(gt=0, lt=1 << 31)] = 64 * 1024
     """Unsent bytes of one client in the server's write buffer, beyond which more bytes stay in the outbox. It has an
     effect on uvicorn."""
     send_timeout: _Seconds = 10.0

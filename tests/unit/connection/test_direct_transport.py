@@ -819,3 +819,71 @@ async def test_full_transport_and_full_window_both_hold_values(linked: Any) -> N
     assert len(b.server.writes) == count
     b.server.drain()
     assert values_written(b)[-1] == 99
+
+
+# ── protocol violations ──
+
+
+async def test_violation_without_unread_messages_fails_at_once(linked: Any) -> None:
+    """Nothing came before the violation, so nothing is waited for."""
+    b = await linked()
+    failed: list[bool] = []
+    b.server.sink.violation_received(lambda: failed.append(True))
+    assert failed == [True]
+
+
+async def test_violation_without_reader_fails_at_once(linked: Any) -> None:
+    """An endpoint that does not read messages answers none, so nothing is waited for."""
+    b = await linked()
+    b.server.sink.message_received("unread")
+    failed: list[bool] = []
+    b.server.sink.violation_received(lambda: failed.append(True))
+    assert failed == [True]
+
+
+async def test_violation_waits_until_messages_before_it_are_read(linked: Any) -> None:
+    """The connection fails after the read of the last message, and not within that read."""
+    b = await linked()
+    inbox = b.connection.inbox
+    for text in ("first", "second", "third"):
+        b.server.sink.message_received(text)
+    assert await inbox.get() == "first"
+    failed: list[bool] = []
+    b.server.sink.violation_received(lambda: failed.append(True))
+    assert await inbox.get() == "second"
+    await settle()
+    assert failed == []
+    assert await inbox.get() == "third"
+    assert failed == []
+    await settle()
+    assert failed == [True]
+
+
+async def test_violation_fails_after_grace_if_messages_stay_unread(
+    linked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy endpoint delays the failure for `VIOLATION_GRACE` seconds only, and it happens once."""
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.direct_reader.VIOLATION_GRACE", 0.05)
+    b = await linked()
+    for text in ("first", "second"):
+        b.server.sink.message_received(text)
+    assert await b.connection.inbox.get() == "first"
+    failed: list[bool] = []
+    b.server.sink.violation_received(lambda: failed.append(True))
+    await eventually(lambda: failed)
+    assert await b.connection.inbox.get() == "second"
+    await settle()
+    assert failed == [True]
+
+
+async def test_violation_fails_when_connection_closes_first(linked: Any) -> None:
+    """A close for another reason does not wait for reads."""
+    b = await linked()
+    for text in ("first", "second"):
+        b.server.sink.message_received(text)
+    assert await b.connection.inbox.get() == "first"
+    failed: list[bool] = []
+    b.server.sink.violation_received(lambda: failed.append(True))
+    b.connection.close(DisconnectReason.REPLACED)
+    await settle()
+    assert failed == [True]
