@@ -438,6 +438,11 @@ class Outbox(abc.ABC):
         since = None if self._stall is None else self._stall.since
         return 0.0 if since is None else monotonic() - since
 
+    @property
+    def waits_for_pong(self) -> bool:
+        """Whether sends are blocked only because the client has not confirmed that it reads."""
+        return False
+
     def is_backpressured(self) -> bool:
         """Return whether more than half of the outbox is used while the client appears to read."""
         return self.half_full and not self.is_delayed

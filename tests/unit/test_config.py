@@ -32,7 +32,13 @@ COUNTS = [
     "max_concurrent_cleanup",
     "max_concurrent_broadcast",
 ]
-OPTIONAL_COUNTS = ["max_connections", "max_bad_messages", "max_memory_per_connection", "max_total_memory"]
+OPTIONAL_COUNTS = [
+    "max_connections",
+    "max_bad_messages",
+    "max_memory_per_connection",
+    "max_total_memory",
+    "unsent_low_water_bytes",
+]
 WORDS = {
     "heartbeat_type": ("ping", "custom", "off"),
     "on_duplicate": ("replace", "reject", "allow"),
@@ -199,6 +205,22 @@ def test_require_pong_rejects_other_values(value: Any) -> None:
     """Another value of `require_pong` is an error that names the option."""
     with pytest.raises(ValidationError, match="require_pong"):
         WebSocketConfig(require_pong=value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("unsent_low_water_bytes", 1 << 31),
+        ("write_buffer_high_water_bytes", 1 << 31),
+        ("write_buffer_high_water_bytes", 0),  # with TLS, asyncio would pause an empty transport
+        ("write_buffer_high_water_bytes", None),
+        ("write_buffer_high_water_bytes", True),
+    ],
+)
+def test_buffer_limits_fit_into_socket_option(option: str, value: Any) -> None:
+    """A limit that no system or transport takes is an error that names the option."""
+    with pytest.raises(ValidationError, match=option):
+        WebSocketConfig(**{option: value})
 
 
 @pytest.mark.parametrize("value", [timedelta(0), timedelta(seconds=-1), "later"])

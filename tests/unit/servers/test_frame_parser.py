@@ -150,11 +150,21 @@ FRAMES = st.lists(
 
 @given(st.one_of(FRAMES, st.binary(max_size=64)), st.lists(st.integers(0, 600)), st.sampled_from([None, 9, 15]))
 def test_cuts_do_not_change_result(data: bytes, cuts: list[int], window_bits: int | None) -> None:
-    """Any bytes have the same result in one read, in any pieces, and byte by byte."""
-    whole = parsed(data, limit=300, window_bits=window_bits)
+    """Any bytes have the same result in one read, in any pieces, and byte by byte.
+
+    A compressed message may have several faults, and its pieces decide which one is found first.
+    """
+
+    def result(*reads: bytes) -> list[Any]:
+        found = parsed(*reads, limit=300, window_bits=window_bits)
+        if found and isinstance(found[-1], int) and window_bits is not None:
+            found[-1] = "violation"
+        return found
+
+    whole = result(data)
     borders = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
-    assert parsed(*(data[a:b] for a, b in pairwise(borders)), limit=300, window_bits=window_bits) == whole
-    assert parsed(*(bytes([byte]) for byte in data), limit=300, window_bits=window_bits) == whole
+    assert result(*(data[a:b] for a, b in pairwise(borders))) == whole
+    assert result(*(bytes([byte]) for byte in data)) == whole
 
 
 def messages_of_websockets(data: bytes) -> list[Any]:
