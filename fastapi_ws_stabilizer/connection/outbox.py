@@ -429,8 +429,11 @@ class Outbox(abc.ABC):
 
     @property
     def is_stalled(self) -> bool:
-        """Whether queued messages wait for longer than they do with a client that reads."""
-        return self.is_delayed
+        """Whether queued messages wait for longer than they do with a client that reads, and pings behind them.
+
+        A wait for a pong is none: nothing delays its ping, so a client that does not answer it is silent.
+        """
+        return self.is_delayed and not self.waits_for_pong
 
     @property
     def blocked_seconds(self) -> float:

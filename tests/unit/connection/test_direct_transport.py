@@ -792,6 +792,17 @@ async def test_wait_for_pong_does_not_count_as_stalled_send(linked: Any) -> None
     assert b.connection.close_info is None
 
 
+async def test_heartbeat_closes_client_that_answers_no_ping_while_values_wait(manager_with: Any) -> None:
+    """Values that wait for a pong are no excuse for silence, because a client that reads answers their ping too."""
+    manager, _ = manager_with(heartbeat_interval=0.1, heartbeat_timeout=0.3, require_pong=True)
+    ws = await manager.connect("ann", await LinkServer().accepted())
+    for number in range(100):
+        await manager.broadcast(f"{number:04}".ljust(VALUE_BYTES, "x"), coalesce_key="price")
+        await settle()
+    await asyncio.wait_for(ws.wait_closed(), 5)
+    assert ws.reason is DisconnectReason.HEARTBEAT_TIMEOUT
+
+
 async def test_stalled_transport_is_found_during_wait_for_pong(linked: Any) -> None:
     """If the transport is full too, the client is disconnected `send_timeout` later."""
     b = await linked(send_timeout=0.3)
