@@ -32,6 +32,7 @@ from fastapi_ws_stabilizer.errors import (
 )
 from fastapi_ws_stabilizer.events import Counters, EventBus
 from fastapi_ws_stabilizer.from_thread import FromThread
+from fastapi_ws_stabilizer.gc_pacing import PacedConnections
 from fastapi_ws_stabilizer.handlers.dispatcher import Dispatcher
 from fastapi_ws_stabilizer.handlers.hooks import HookRegistry
 from fastapi_ws_stabilizer.handlers.registration import EventDecorators
@@ -128,6 +129,7 @@ class WebSocketConnectionManager(EventDecorators):
         self._drained: asyncio.Task[ShutdownReport] | None = None
         self._signals = SignalHandler(self.events, self._drain_before_exit)
         self._node = self._create_node()
+        self._paced = PacedConnections(self.events, self.get_connection_count, enabled=self.config.gc_pacing == "auto")
 
     if not TYPE_CHECKING:  # with `__getattr__`, a type checker would accept every name
 
@@ -157,6 +159,7 @@ class WebSocketConnectionManager(EventDecorators):
         self._drain = self._drained = None
         self._node.resume_accepting()
         self._require_node()
+        self._paced.start()
         if self.config.handle_signals:
             self._signals.install()
 
@@ -173,6 +176,7 @@ class WebSocketConnectionManager(EventDecorators):
         self._started_at = monotonic()
         self._drain = self._drained = None
         self._node = self._context.run(self._create_node)
+        self._paced.start()
         logger = get_logger()
         if "log_level" in self.config.model_fields_set or logger.level == logging.NOTSET:
             logger.setLevel(self.config.log_level)  # a default must not override configure_logging()
@@ -238,6 +242,7 @@ class WebSocketConnectionManager(EventDecorators):
             report = await self._drain_within(timeout, window, own_connections)
         finally:
             self._signals.restore()
+            self._paced.stop()
             if own_connections:  # waiting here would abort the connection of the calling code
                 self._tasks.spawn(self._stop_after_drain(self._node, until), name="ws-stop")
             else:

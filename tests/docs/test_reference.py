@@ -309,7 +309,7 @@ def test_every_log_record_has_an_event_of_the_table() -> None:
         ("handler_failed", "ERROR", ["client_id", "connection_id"]),
         ("rate_limited", "WARNING", ["client_id", "connection_id", "option", "message_type", "more"]),
         ("heartbeat_payload_invalid", "ERROR", ["client_id", "connection_id"]),
-        ("hook_stopped", "DEBUG", ["hook", "cause", "client_id", "connection_id"]),
+        ("hook_stopped", "DEBUG", ["hook", "cause", "client_id", "connection_id", "room"]),
         ("unknown_environment_option", "WARNING", ["variable"]),
         ("listener_failed", "ERROR", []),
     ],
