@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import sys
 import threading
 import weakref
@@ -484,7 +485,7 @@ def test_full_collections_are_counted_and_timed(process: Process) -> None:
         gc.collect(1)
         assert (process.pacer.full_collections, process.pacer.full_seconds) == (0, 0.0)
         with pytest.MonkeyPatch.context() as clock:
-            clock.setattr(gc_pacing, "monotonic", iter([10.0, 10.25]).__next__)
+            clock.setattr(gc_pacing, "monotonic", itertools.count(10.0, 0.25).__next__)
             gc.collect()
         assert (process.pacer.full_collections, process.pacer.full_seconds) == (1, 0.25)
         assert process.frozen == 0
