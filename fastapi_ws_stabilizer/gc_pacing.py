@@ -225,7 +225,8 @@ class CollectorPacer:
             self._collect(host)
         if is_quiet and connections < MIN_CONNECTIONS / 2:
             self._end()
-        else:
+            host.events.emit("gc_pacing_ended", logging.DEBUG, connections=connections)
+        elif self._host is host:  # a listener of `gc_collected` may have stopped the manager
             self._arm(host)
 
     def _allowed_growth(self, connections: int) -> float:

@@ -328,7 +328,7 @@ def test_new_connections_may_grow_memory(process: Process) -> None:
         assert manager.event_names() == ["gc_pacing_started"]
         process.cpu_per_call = 0.0
         await next_check()
-        assert manager.event_names() == ["gc_pacing_started", "gc_collected"]
+        assert manager.event_names() == ["gc_pacing_started", "gc_collected", "gc_pacing_ended"]
         manager.paced.stop()
 
     play(scene)
@@ -347,6 +347,26 @@ def test_late_check_is_not_quiet(process: Process, monkeypatch: pytest.MonkeyPat
         await next_check()
         assert manager.event_names() == ["gc_pacing_started"]
         manager.paced.stop()
+
+    play(scene)
+
+
+def test_listener_may_stop_manager_during_check(process: Process) -> None:
+    """A listener that stops the manager during a check ends the checks."""
+
+    async def scene() -> None:
+        manager = Manager(MIN_CONNECTIONS)
+        manager.paced.events.subscribe(lambda event: manager.paced.stop() if event.event == "gc_collected" else None)
+        manager.paced.start()
+        gc.collect(1)
+        await asyncio.sleep(0)
+        process.blocks += LIVE_BLOCKS
+        await next_check()
+        process.blocks += LIVE_BLOCKS
+        await next_check()
+        assert manager.event_names() == ["gc_pacing_started", "gc_collected"]
+        assert process.frozen == 0
+        assert process.pacer._timer is None
 
     play(scene)
 
@@ -370,6 +390,7 @@ def test_pacing_ends_when_few_connections_are_left(process: Process) -> None:
         await next_check()
         await next_check()
         assert process.frozen == 0
+        assert manager.event_names() == ["gc_pacing_started", "gc_pacing_ended"]
         gc.collect(1)
         assert process.frozen == 0
         manager.connections = MIN_CONNECTIONS
