@@ -44,11 +44,11 @@ MAX_BLOCKS_PER_CONNECTION: Final = 1000
 QUIET_GROWTH: Final = 0.5
 """Fraction of the allowed growth from which a full collection runs if the event loop is quiet."""
 
-MAX_QUIET_LOAD: Final = 0.2
+MAX_QUIET_LOAD: Final = 0.1
 """Load of the event loop's thread, in CPU seconds per second, up to which the event loop is quiet."""
 
-MAX_QUIET_DELAY: Final = 0.05
-"""Seconds by which a check may be late on a quiet event loop. On a machine that is too busy, the load alone is low."""
+MAX_QUIET_DELAY: Final = 0.02
+"""Seconds by which a check may be late on a quiet event loop. If other processes take the CPU, the load alone is low."""
 
 MAX_FREEZES: Final = 500
 """Young collections between two checks that the pacer follows. If the event loop is blocked for longer, the interpreter
