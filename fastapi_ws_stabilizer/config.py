@@ -366,6 +366,9 @@ class WebSocketConfig(BaseModel):
     """Which connection the server evicts first when memory is short. Detached sessions go before connections."""
     memory_check_interval: _Seconds = 60.0
     """Seconds between two checks of user data that may have grown in place."""
+    gc_pacing: Annotated[Literal["auto", "off"], BeforeValidator(_lower)] = "auto"
+    """Whether Python's garbage collector is paced while the process has 100 or more open connections. `"auto"` does so
+    unless your app has changed the collector. `"off"` never does."""
 
     @model_validator(mode="before")
     @classmethod

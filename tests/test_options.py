@@ -7,6 +7,7 @@ minutes needs no waiting. What only a real server shows is tested on a real one.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ from starlette.requests import HTTPConnection
 from fastapi_ws_stabilizer.auth import signed_tokens as tokens
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.errors import MemoryLimitExceededError, RoomLimitError, WebSocketStabilizerError
+from fastapi_ws_stabilizer.gc_pacing import MAX_FROZEN_BY_INTERPRETER, MIN_CONNECTIONS
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.observability.logs import get_logger
 from fastapi_ws_stabilizer.socket import StableSocket
@@ -535,6 +537,15 @@ async def growth_is_counted(stage: Stage) -> bool:
     return stage.manager.get_memory_usage()["total_memory"] > 20_000
 
 
+async def freezes_survivors(stage: Stage) -> bool:
+    """Return whether many open connections are frozen after a young garbage collection."""
+    for number in range(MIN_CONNECTIONS):
+        stage.plain(f"client-{number}")
+    await soon()
+    gc.collect(1)
+    return gc.get_freeze_count() > MAX_FROZEN_BY_INTERPRETER
+
+
 # ── real servers ──
 
 
@@ -670,6 +681,7 @@ CASES: dict[str, Case | LiveCase] = {
         "fifo", remaining_after_eviction, ["ann", "carl"], ["bob", "carl"], {"max_total_memory": 50_000}
     ),
     "memory_check_interval": Case(5, growth_is_counted, False, True),
+    "gc_pacing": Case("off", freezes_survivors, True, False),
 }
 
 

@@ -46,6 +46,7 @@ WORDS = {
     "compression": ("deflate", "none"),
     "memory_eviction_policy": ("lru", "fifo", "oldest"),
     "log_level": ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
+    "gc_pacing": ("auto", "off"),
 }
 
 
@@ -69,6 +70,7 @@ WORDS = {
         ("max_total_memory", None),
         ("memory_eviction_policy", "lru"),
         ("memory_check_interval", 60.0),
+        ("gc_pacing", "auto"),
     ],
 )
 def test_options_have_documented_defaults(option: str, default: Any) -> None:
@@ -333,6 +335,7 @@ _TEXTS = {
     "enable_reconnect": st.booleans(),
     "compression": st.sampled_from(CompressionMode),
     "log_level": st.sampled_from(WORDS["log_level"]),
+    "gc_pacing": st.sampled_from(WORDS["gc_pacing"]),
     "memory_eviction_policy": st.sampled_from(MemoryEvictionPolicy),
 }
 
