@@ -66,6 +66,9 @@ class Process:
 
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Process]:
+    others = [one for one in gc.callbacks if isinstance(getattr(one, "__self__", None), CollectorPacer)]
+    for callback in others:  # those of managers that other tests have left
+        gc.callbacks.remove(callback)
     pacer = CollectorPacer()
     process = Process(pacer)
     monkeypatch.setattr(gc_pacing, "PACER", pacer)
@@ -77,6 +80,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Process]:
     gc.enable()
     for callback in [one for one in gc.callbacks if getattr(one, "__self__", None) is pacer]:
         gc.callbacks.remove(callback)
+    gc.callbacks.extend(others)
 
 
 class Cycle:
