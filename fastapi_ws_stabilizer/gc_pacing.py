@@ -48,7 +48,7 @@ MAX_QUIET_LOAD: Final = 0.1
 """Load of the event loop's thread, in CPU seconds per second, up to which the event loop is quiet."""
 
 MAX_QUIET_DELAY: Final = 0.02
-"""Seconds by which a check may be late on a quiet event loop. If other processes take the CPU, the load is low too."""
+"""Seconds by which a check may be late on a quiet event loop. Without CPU for the process, the load alone is low."""
 
 MAX_FREEZES: Final = 500
 """Young collections between two checks that the pacer follows. If the event loop is blocked for longer, the interpreter
