@@ -83,8 +83,8 @@ class DirectReader:
         self._stop_timer()
         connection = self._connection
         try:
-            close_on_disconnect_event(connection, event)
             connection.stop_sending()  # also if the connection was already closing and still flushing
+            close_on_disconnect_event(connection, event)
         except Exception as error:  # otherwise the server would not remove the connection from its own list
             connection.events.emit_exception("internal_task_failed", error, task="ws-link")
             connection.on_connection_lost(error)
