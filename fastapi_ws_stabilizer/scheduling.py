@@ -169,6 +169,134 @@ class LoopBudget:
         self._since = monotonic()
 
 
+class PacedCalls:
+    """Calls that take at most `MAX_BLOCK` seconds of an event loop iteration together. The others wait, in order.
+
+    A call runs immediately, unless very many are made in one iteration.
+
+    Args:
+        events: Event bus for a call that fails after it has waited. The other calls still run.
+    """
+
+    __slots__ = ("_context", "_events", "_scheduled", "_until", "_waiting")
+
+    def __init__(self, events: EventBus) -> None:
+        self._events = events
+        self._context = contextvars.copy_context()  # not the context of the code that makes the first call
+        self._waiting: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._scheduled = False
+        self._until = 0.0
+
+    def __len__(self) -> int:
+        """Return the number of waiting calls."""
+        return len(self._waiting)
+
+    def run(self, call: Callable[..., object], *args: Any) -> None:
+        """Run a call now, or in one of the next iterations if this one has no time left.
+
+        Raises:
+            Exception: The call raised it now.
+        """
+        if not self._scheduled:
+            self._schedule()
+        if self._waiting or monotonic() >= self._until:
+            self._waiting.append((call, args))
+        else:
+            call(*args)
+
+    def _schedule(self) -> None:
+        self._scheduled = True
+        self._until = monotonic() + MAX_BLOCK
+        asyncio.get_running_loop().call_soon(self._run, context=self._context)
+
+    def _run(self) -> None:
+        self._scheduled = False
+        if self._waiting:
+            self._schedule()
+        while self._waiting:
+            call, args = self._waiting.popleft()
+            try:
+                call(*args)
+            except Exception as error:  # a bug of this library, which must not affect other connections
+                self._events.emit_exception("internal_task_failed", error, task="ws-paced")
+            if monotonic() >= self._until:
+                break
+
+
+MAX_BATCH: Final = 1024
+"""Maximum number of tasks that `PacedTasks` lets continue in one event loop iteration."""
+
+
+class PacedTasks:
+    """Gate through which tasks continue for at most `MAX_BLOCK` seconds of an event loop iteration, in order.
+
+    A task passes immediately, unless very many arrive in one iteration. The work of a task is what it does after the
+    gate until it waits for something else. It is not known before, so the gate wakes as many tasks as the last
+    iteration had time for, or twice as many if there was time left. A woken task that finds no time waits again.
+    """
+
+    __slots__ = ("_batch", "_context", "_is_exceeded", "_passed", "_returned", "_scheduled", "_until", "_waiting")
+
+    def __init__(self) -> None:
+        self._context = contextvars.copy_context()  # not the context of the task that arrives first
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._returned: list[asyncio.Future[None]] = []  # tasks that were woken and found no time
+        self._batch = 1
+        self._passed = 0
+        self._is_exceeded = self._scheduled = False
+        self._until: float | None = None  # set by the first task of an iteration
+
+    def __len__(self) -> int:
+        """Return the number of waiting tasks."""
+        return len(self._waiting) + len(self._returned)
+
+    async def enter(self) -> None:
+        """Continue in this iteration, or wait for one with time. Cancelling is safe."""
+        if not len(self) and self._has_time():
+            return
+        waiting: Callable[[asyncio.Future[None]], None] = self._waiting.append
+        while True:
+            turn = asyncio.get_running_loop().create_future()
+            waiting(turn)
+            await turn  # a cancellation cancels it, and `_on_next_iteration` skips it
+            if self._has_time():
+                return
+            waiting = self._returned.append
+
+    def _has_time(self) -> bool:
+        now = monotonic()
+        if self._until is None:
+            self._until = now + MAX_BLOCK
+        if not self._scheduled:
+            self._schedule()
+        if now >= self._until:
+            self._is_exceeded = True
+            return False
+        self._passed += 1
+        return True
+
+    def _schedule(self) -> None:
+        self._scheduled = True
+        asyncio.get_running_loop().call_soon(self._on_next_iteration, context=self._context)
+
+    def _on_next_iteration(self) -> None:
+        """Begin to count anew, and wake the next tasks, which then run before this is called again."""
+        self._batch = max(1, self._passed) if self._is_exceeded else min(MAX_BATCH, 2 * self._batch)
+        self._passed = 0
+        self._is_exceeded = self._scheduled = False
+        self._until = None
+        self._waiting.extendleft(reversed(self._returned))
+        self._returned.clear()
+        woken = 0
+        while self._waiting and woken < self._batch:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                woken += 1
+        if woken:
+            self._schedule()
+
+
 class CallbackSemaphore:
     """Semaphore for code that does not run in a task: waiters are callbacks, in FIFO order.
 

@@ -65,6 +65,7 @@ async def handshake_scope(node: Node, websocket: WebSocket) -> AsyncIterator[Han
         yield handshake
         return
     try:
+        await admission.wait_for_turn()
         handshake = websocket.scope[HANDSHAKE_SCOPE_KEY] = admission.admit(websocket, outer)
         handshake.watch()
         yield handshake

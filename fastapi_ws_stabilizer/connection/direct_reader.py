@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
@@ -84,14 +84,6 @@ class DirectReader(PushReader):
             _PendingFailure(connection, fail, self._outbox.limits.context)
         else:
             fail()
-
-    def connection_lost(self, event: Mapping[str, Any]) -> None:
-        """Start teardown after the server has lost the connection."""
-        super().connection_lost(event)
-        try:
-            self._connection.stop_sending()  # also if it was already closing and still flushing
-        except Exception as error:
-            self._report_bug(error)
 
     def pause_writing(self) -> None:
         """Pause writing because the transport's buffer is above its high-water mark."""

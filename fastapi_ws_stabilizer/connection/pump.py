@@ -42,7 +42,11 @@ async def read_pump(connection: Connection, receive: Receive) -> None:
             connection.on_connection_lost(error)
             return
         try:
-            if not _handle_event(connection, event):
+            if event["type"] != "websocket.receive":
+                connection.stop_sending()
+                close_on_disconnect_event(connection, event)
+                return
+            if not _handle_message(connection, event):
                 await _enqueue_when_room(connection, event)
         except Exception as error:  # a bug in this package; nothing awaits this task, so it reports the bug itself
             connection.events.emit_exception("internal_task_failed", error, task="ws-pump")
@@ -50,11 +54,8 @@ async def read_pump(connection: Connection, receive: Receive) -> None:
         del event  # otherwise the last message stays in memory until the next one arrives
 
 
-def _handle_event(connection: Connection, event: Mapping[str, Any]) -> bool:
-    """Handle an ASGI event. Return `False` if the inbox was already full."""
-    if event["type"] != "websocket.receive":
-        close_on_disconnect_event(connection, event)
-        return True
+def _handle_message(connection: Connection, event: Mapping[str, Any]) -> bool:
+    """Handle a received message. Return `False` if the inbox was already full."""
     liveness = connection.liveness
     liveness.last_seen = monotonic()
     liveness.awaiting_since = None

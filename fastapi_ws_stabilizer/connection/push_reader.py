@@ -71,6 +71,7 @@ class PushReader(abc.ABC):
         """Start teardown after the server has lost the connection."""
         self._stop_timer()
         try:
+            self._connection.stop_sending()  # also if it was already closing and still flushing
             close_on_disconnect_event(self._connection, event)
         except Exception as error:
             self._report_bug(error)

@@ -15,7 +15,7 @@ from fastapi_ws_stabilizer.connection.send_queue import OutboxLimits
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.limits.inbound import InboundRateLimiter
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
-from fastapi_ws_stabilizer.scheduling import CallbackSemaphore, FlushScheduler
+from fastapi_ws_stabilizer.scheduling import CallbackSemaphore, FlushScheduler, PacedCalls
 from fastapi_ws_stabilizer.tasks import TaskSet
 
 if TYPE_CHECKING:
@@ -84,12 +84,14 @@ class SharedResources:
         cleanups: Semaphore for connections that run their disconnect hooks at the same time.
         loop: Event loop of all connections.
         watches_input: Whether each received message is checked or counted. Most configurations need neither.
+        closings: Closes by the client or the network, which are spread over event loop iterations if there are many.
         drain_requests: Causes of the drain requests to open connections, by connection id.
     """
 
     __slots__ = (
         "budget",
         "cleanups",
+        "closings",
         "config",
         "drain_requests",
         "events",
@@ -145,5 +147,6 @@ class SharedResources:
         self.writers = WriterPool(
             tasks, CallbackSemaphore(config.max_concurrent_broadcast), CallbackSemaphore(config.max_concurrent_cleanup)
         )
+        self.closings = PacedCalls(events)
         self.drain_requests: dict[str, DisconnectReason] = {}
         self.cleanups = asyncio.Semaphore(config.max_concurrent_cleanup)

@@ -160,6 +160,7 @@ class Acceptor:
             raise RuntimeError("connect() needs an accepted WebSocket: call `await websocket.accept()` before it")
         if isinstance(known := getattr(asgi_callables(websocket)[0], "__self__", None), AsgiShim):
             raise RuntimeError(f"this WebSocket is already connected, as client {known.client_id!r}")
+        await self._admission.wait_for_turn()
         stack = find_exit_stack(websocket.scope)
         handshake = self._admit_adoption(websocket, client_id)
         handshake.endpoint = EndpointTask(cancellable=stack is not None)

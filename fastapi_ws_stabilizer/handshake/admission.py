@@ -32,6 +32,7 @@ from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
 from fastapi_ws_stabilizer.limits.connections import ConnectionLimiter, Reservation, retry_delay, shutdown_error
 from fastapi_ws_stabilizer.net.origin import OriginPolicy
 from fastapi_ws_stabilizer.net.proxies import rate_limit_key
+from fastapi_ws_stabilizer.scheduling import PacedTasks
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.tasks import LazyEvent, wait_for_all
 from fastapi_ws_stabilizer.wire.handshake import (
@@ -251,6 +252,7 @@ class AdmissionController:
         )
         self.closed = False
         self._handshakes: set[Handshake] = set()
+        self._turns = PacedTasks()
         self._empty: LazyEvent | None = None
         self._unanswered: set[str] = set()
 
@@ -328,6 +330,13 @@ class AdmissionController:
         problem = self._origins.problem(origins, hosts)
         if problem is not None:
             raise OriginNotAllowedError(problem, ", ".join(hosts))
+
+    async def wait_for_turn(self) -> None:
+        """Wait until the event loop has time for one more handshake. Without a storm it does not wait.
+
+        Cancelling is safe.
+        """
+        await self._turns.enter()
 
     def admit(self, websocket: WebSocket, parent: Handshake | None = None) -> Handshake:
         """Admit a handshake before its client is identified, and reserve a connection slot. It does not wait.

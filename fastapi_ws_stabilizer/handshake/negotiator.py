@@ -50,6 +50,7 @@ class SessionNegotiator:
             ConnectionLimitExceededError: The hello arrived after the reservation was released for another client.
         """
         hello = await request.handshake.take_hello()
+        await self._admission.wait_for_turn()
         await self._authenticate(request, hello)
         try:
             self._check_admission(request, hello)

@@ -17,6 +17,8 @@ from fastapi_ws_stabilizer.scheduling import (
     DeadlineHeap,
     FlushScheduler,
     LoopBudget,
+    PacedCalls,
+    PacedTasks,
 )
 from tests.support.fake_websocket import eventually, settle
 from tests.support.own_loop import run
@@ -321,3 +323,176 @@ async def test_deadline_heap_skips_many_removed_entries_in_parts() -> None:
     await eventually(lambda: len(checked) == 1001)
     assert checked == [entry.due for entry in entries[999:]]
     assert (len(heap), len(heap._entries)) == (0, 0)
+
+
+# ── paced calls and tasks ──
+
+
+class Work:
+    """Work of a storm, of which each part takes 2 ms of a fake clock.
+
+    Attributes:
+        done: The parts that were done, in order.
+        by_iteration: Number of parts that were done in each iteration of the event loop.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clock = Clock()
+        monkeypatch.setattr(scheduling_module, "monotonic", self.clock)
+        self.done: list[Any] = []
+        self.by_iteration: list[int] = []
+
+    def __call__(self, part: Any) -> None:
+        """Do one part."""
+        self.done.append(part)
+        self.clock.now += 0.002
+
+    async def until(self, parts: int) -> None:
+        """Count the parts of each iteration until so many are done."""
+        while len(self.done) < parts:
+            before = len(self.done)
+            await asyncio.sleep(0)
+            self.by_iteration.append(len(self.done) - before)
+            assert len(self.by_iteration) < 1000
+
+
+async def test_few_paced_calls_run_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that take less than MAX_BLOCK together run before `run` returns."""
+    work, calls = Work(monkeypatch), PacedCalls(EventBus())
+    for part in range(3):
+        calls.run(work, part)
+        assert work.done[-1] == part
+    assert len(calls) == 0
+
+
+async def test_many_paced_calls_take_max_block_of_each_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No iteration runs calls for longer than MAX_BLOCK and one call, and the calls keep their order."""
+    work, calls = Work(monkeypatch), PacedCalls(EventBus())
+    for part in range(100):
+        calls.run(work, part)
+    assert len(work.done) == 3
+    assert len(calls) == 97
+    await work.until(100)
+    assert max(work.by_iteration) == 3
+    assert work.done == list(range(100))
+    assert len(calls) == 0
+
+
+async def test_later_paced_call_waits_behind_earlier_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that is made while others wait runs after them."""
+    work, calls = Work(monkeypatch), PacedCalls(EventBus())
+    for part in range(8):
+        calls.run(work, part)
+    await asyncio.sleep(0)
+    calls.run(work, "late")
+    await work.until(9)
+    assert work.done == [*range(8), "late"]
+
+
+async def test_paced_calls_have_new_budget_in_later_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of one iteration does not count in the next one."""
+    work, calls = Work(monkeypatch), PacedCalls(EventBus())
+    for _ in range(3):
+        for part in range(3):
+            calls.run(work, part)
+        await asyncio.sleep(0)
+    assert work.done == [0, 1, 2] * 3
+
+
+async def test_failing_paced_call_is_reported_and_others_run(monkeypatch: pytest.MonkeyPatch, heard: Any) -> None:
+    """A call that fails after it has waited is reported as a bug, and the others run."""
+    events, ear = heard
+    work, calls = Work(monkeypatch), PacedCalls(events)
+
+    def fail() -> None:
+        raise ValueError("x")
+
+    for part in range(3):
+        calls.run(work, part)
+    calls.run(fail)
+    calls.run(work, "last")
+    await work.until(4)
+    assert ear.events == ["internal_task_failed"]
+
+
+async def arrive(gate: PacedTasks, work: Work, part: Any) -> None:
+    """Do a part of the work behind the gate."""
+    await gate.enter()
+    work(part)
+
+
+async def test_single_task_passes_gate_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without many tasks, the gate does not yield to the event loop."""
+    work, gate = Work(monkeypatch), PacedTasks()
+    with pytest.raises(StopIteration):
+        arrive(gate, work, 1).send(None)
+    assert work.done == [1]
+
+
+async def test_many_tasks_pass_gate_for_max_block_of_each_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No iteration lets tasks work for longer than MAX_BLOCK and one task, and the tasks keep their order."""
+    work, gate = Work(monkeypatch), PacedTasks()
+    tasks = [asyncio.ensure_future(arrive(gate, work, part)) for part in range(100)]
+    await work.until(100)
+    assert max(work.by_iteration) == 3
+    assert work.done == list(range(100))
+    assert len(work.by_iteration) < 60
+    assert len(gate) == 0
+    await asyncio.gather(*tasks)
+
+
+async def test_gate_wakes_more_tasks_while_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks with little work pass in growing numbers."""
+    work, gate = Work(monkeypatch), PacedTasks()
+    tasks = [asyncio.ensure_future(arrive(gate, work, part)) for part in range(4)]
+    tasks += [asyncio.ensure_future(gate.enter()) for _ in range(1000)]
+    iterations = 0
+    while not all(task.done() for task in tasks):
+        await asyncio.sleep(0)
+        iterations += 1
+        assert iterations < 30
+
+
+async def test_cancelled_task_at_gate_does_not_stop_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks that are cancelled while they wait are skipped, and the others pass in order."""
+    work, gate = Work(monkeypatch), PacedTasks()
+    tasks = [asyncio.ensure_future(arrive(gate, work, part)) for part in range(20)]
+    await asyncio.sleep(0)
+    for task in tasks[5:15]:
+        task.cancel()
+    await asyncio.wait(tasks, timeout=5)
+    assert work.done == [*range(5), *range(15, 20)]
+    assert len(gate) == 0
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=60), st.sets(st.integers(0, 59)))
+def test_gate_passes_every_task_once_and_bounds_each_iteration(costs: list[int], cancelled: set[int]) -> None:
+    """Whatever the tasks cost and whichever are cancelled, the others pass once, in order, and in bounded time."""
+
+    async def play() -> None:
+        clock, gate = Clock(), PacedTasks()
+        done: list[int] = []
+        spent: list[float] = []
+
+        async def task(number: int) -> None:
+            await gate.enter()
+            done.append(number)
+            clock.now += costs[number] / 1000
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scheduling_module, "monotonic", clock)
+            tasks = [asyncio.ensure_future(task(number)) for number in range(len(costs))]
+            await asyncio.sleep(0)
+            spent.append(clock.now - Clock.now)
+            for number in cancelled & set(range(len(costs))) - set(done):
+                tasks[number].cancel()
+            for _ in range(1000):
+                if all(one.done() for one in tasks):
+                    break
+                before = clock.now
+                await asyncio.sleep(0)
+                spent.append(clock.now - before)
+            assert [one for one in range(len(costs)) if not tasks[one].cancelled()] == done
+            assert max(spent) <= scheduling_module.MAX_BLOCK + 0.006 + 1e-9
+
+    run(play())
