@@ -466,7 +466,8 @@ class V1Protocol(ClientProtocol):
         All requests of one loop iteration share one ping.
         """
         if self._ack_request is None:
-            self._ack_request = asyncio.get_running_loop().call_soon(self._send_ack_request)
+            context = self._connection.resources.outbox_limits.context  # not that of the code that sends
+            self._ack_request = asyncio.get_running_loop().call_soon(self._send_ack_request, context=context)
 
     def _send_ack_request(self) -> None:
         self._ack_request = None

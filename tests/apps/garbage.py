@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Annotated, Any
@@ -40,8 +39,6 @@ managers = {
     "full": make_manager(max_connections_per_client=1, on_duplicate="allow"),
     "limited": make_manager(max_total_memory=10**9, max_memory_per_connection=10**7),
 }
-running: Counter[str] = Counter()
-"""Endpoints that have not returned, by path."""
 
 
 @managers["main"].on_handshake
@@ -50,8 +47,16 @@ async def handshake(ws: StableSocket) -> None:
         raise HTTPException(403)
 
 
+@managers["main"].on_auth
+async def auth(ws: StableSocket, credential: str | None) -> None:
+    if credential == "wrong":
+        raise HTTPException(401)
+
+
 @managers["main"].on_connect
 async def connect(ws: StableSocket) -> None:
+    if ws.client_id.startswith("unwelcome"):
+        raise HTTPException(403)
     await ws.join("lobby", {"name": ws.client_id})
     ws.user_data["note"] = ws.client_id
 
@@ -94,16 +99,24 @@ async def resource() -> AsyncIterator[int]:
 
 @app.websocket("/bare/{client_id}")
 async def bare(websocket: WebSocket, _: Annotated[int, Depends(resource)]) -> None:
-    """Endpoint without the library, for comparison."""
-    running["bare"] += 1
+    """Endpoint without the library, for comparison. It fails if the client asks for it."""
     await websocket.accept()
     try:
         while True:
-            await websocket.receive_text()
+            if await websocket.receive_text() == "fail":
+                raise ValueError("a bug in an endpoint")
     except WebSocketDisconnect:
         pass
-    finally:
-        running["bare"] -= 1
+
+
+async def refuse() -> None:
+    """Refuse the client, as a dependency does that checks a login."""
+    raise HTTPException(403)
+
+
+@app.websocket("/bare/refused/{client_id}", dependencies=[Depends(refuse)])
+async def refused(websocket: WebSocket, _: Annotated[int, Depends(resource)]) -> None:
+    """Endpoint that is never called."""
 
 
 def add_endpoints(name: str, manager: WebSocketConnectionManager) -> None:
@@ -118,7 +131,20 @@ def add_endpoints(name: str, manager: WebSocketConnectionManager) -> None:
         async for text in ws:
             if text == "close":
                 await ws.close(4000, "asked for")
+                return
             await ws.send(text)
+
+    @app.websocket(f"/{name}/concurrent/{{client_id}}")
+    async def concurrent(ws: Annotated[StableSocket, Depends(manager.socket)]) -> None:
+        await ws.run(concurrency=2)
+
+    @app.websocket(f"/{name}/failing/{{client_id}}")
+    async def failing(ws: Annotated[StableSocket, Depends(manager.socket)]) -> None:
+        async def fail_in_task() -> None:
+            raise ValueError("a bug in a task")
+
+        async for _ in ws:
+            ws.create_task(fail_in_task())
 
     @app.websocket(f"/{name}/task/{{client_id}}")
     async def task(ws: Annotated[StableSocket, Depends(manager.socket)]) -> None:
@@ -162,6 +188,28 @@ async def untracked(websocket: WebSocket) -> None:
 
 app.router.routes.append(WebSocketRoute("/main/untracked/{client_id}", untracked))
 
+being_served: set[int] = set()
+"""Ids of the scopes of WebSockets that the application serves."""
+
+
+class CountServed:
+    """Middleware that knows which WebSockets are served."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve one request."""
+        if scope["type"] == "websocket":
+            being_served.add(id(scope))
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            being_served.discard(id(scope))
+
+
+app.add_middleware(CountServed)
+
 
 @app.post("/close")
 async def close_all(code: int = 4001) -> int:
@@ -173,16 +221,16 @@ async def close_all(code: int = 4001) -> int:
 
 
 def left() -> int:
-    """Return how many connections, detached clients and endpoints have not ended."""
+    """Return how many connections and detached clients have not ended, and how many endpoints have not returned."""
     nodes = [one._node for one in managers.values()]
-    detached = sum(node.sessions.detached_count + len(node.resumption.detached) for node in nodes)
-    return sum(len(node.connections) for node in nodes) + detached + sum(running.values())
+    detached = sum(node.sessions.detached_count + len(node.detached.states) for node in nodes)
+    return sum(len(node.connections) for node in nodes) + detached + len(being_served)
 
 
 @app.get("/connections")
 async def connections() -> int:
     """Return the number of open connections."""
-    return sum(one.get_connection_count() for one in managers.values()) + running["bare"]
+    return sum(one.get_connection_count() for one in managers.values())
 
 
 @app.post("/collect")

@@ -64,10 +64,29 @@ async def with_task(server: LiveServer, name: str) -> None:
     await client.close()
 
 
-async def failed(server: LiveServer, name: str) -> None:
-    client = await open_client(server, f"/main/run/{name}")
+async def failed(server: LiveServer, name: str, endpoint: str = "run") -> None:
+    client = await open_client(server, f"/main/{endpoint}/{name}")
     await client.send('{"type":"fail"}')
     assert await until_closed(client) == 1011
+
+
+async def failed_among_others(server: LiveServer, name: str) -> None:
+    await failed(server, name, "concurrent")
+
+
+async def failed_in_task(server: LiveServer, name: str) -> None:
+    await failed(server, name, "failing")
+
+
+async def unwelcome(server: LiveServer, name: str) -> None:
+    client = await open_client(server, f"/main/read/unwelcome-{name}")
+    assert await until_closed(client) == 4403
+
+
+async def refused_by_auth(server: LiveServer, name: str) -> None:
+    client = await open_client(server, f"/main/run/{name}", subprotocols=[SUBPROTOCOL])
+    await client.send(json.dumps({"type": "hello", "v": 1, "n": 1, "client": "i", "auth": "wrong"}))
+    assert await until_closed(client) == 4401
 
 
 async def limited(server: LiveServer, name: str) -> None:
@@ -129,7 +148,10 @@ async def refused_by_admission(server: LiveServer, name: str) -> None:
 
 
 async def timed_out(server: LiveServer, name: str) -> None:
-    client = await open_client(server, f"/beating/adopt/{name}", ping_timeout=None)
+    client = await open_client(server, f"/beating/adopt/{name}")
+    client.transport.pause_reading()  # it gets no ping, and answers none
+    await asyncio.sleep(1.0)
+    client.transport.resume_reading()
     assert await until_closed(client) == 4408
 
 
@@ -157,18 +179,31 @@ async def bare(server: LiveServer, name: str) -> None:
     await client.close()
 
 
+async def bare_failed(server: LiveServer, name: str) -> None:
+    client = await open_client(server, f"/bare/{name}")
+    await client.send("fail")
+    await until_closed(client)
+
+
+async def bare_refused(server: LiveServer, name: str) -> None:
+    with pytest.raises(InvalidStatus):
+        await open_client(server, f"/bare/refused/{name}")
+
+
 Kind = Callable[[LiveServer, str], Awaitable[None]]
 
-KINDS: dict[str, tuple[Kind, int]] = {
-    one.__name__: (one, handshakes)
-    for one, handshakes in [
-        *((one, 1) for one in (plain, with_handlers, with_task, failed, limited)),
-        *((one, 1) for one in (by_hand, by_hand_raw, by_hand_untracked, v1_ended, v1_expired)),
-        *((one, 1) for one in (refused_by_hook, timed_out, closed_by_endpoint, lost)),
-        *((one, 2) for one in (v1_resumed, refused_by_admission, replaced)),
+KINDS: dict[str, tuple[Kind, Kind, int]] = {
+    one.__name__: (one, same, handshakes)
+    for one, same, handshakes in [
+        *((one, bare, 1) for one in (plain, with_handlers, with_task, limited, closed_by_endpoint, lost, timed_out)),
+        *((one, bare, 1) for one in (by_hand, by_hand_raw, by_hand_untracked, v1_ended, v1_expired)),
+        *((one, bare, 2) for one in (v1_resumed, replaced)),
+        *((one, bare_failed, 1) for one in (failed, failed_among_others, failed_in_task, unwelcome, refused_by_auth)),
+        (refused_by_hook, bare_refused, 1),
+        (refused_by_admission, bare, 2),
     ]
 }
-"""What a client does, and how many handshakes that needs."""
+"""What a client does, the same on a bare endpoint, and how many handshakes that needs."""
 
 
 async def garbage(server: LiveServer, kind: Kind, count: int) -> int:
@@ -180,6 +215,12 @@ async def garbage(server: LiveServer, kind: Kind, count: int) -> int:
     return found
 
 
+async def garbage_each(server: LiveServer, kind: Kind) -> float:
+    """Return how many objects one connection leaves to the collector, after the first ones."""
+    await garbage(server, kind, AT_ONCE)
+    return await garbage(server, kind, COUNT) / COUNT
+
+
 @pytest.fixture(scope="module", params=["uvicorn-sansio", "uvicorn-stable"])
 def server(request: pytest.FixtureRequest) -> Iterator[LiveServer]:
     """A server of each kind."""
@@ -189,22 +230,21 @@ def server(request: pytest.FixtureRequest) -> Iterator[LiveServer]:
 
 
 @pytest.fixture(scope="module")
-def of_bare(server: LiveServer) -> float:
-    """Return the objects that one connection of a bare endpoint leaves to the collector."""
-    asyncio.run(garbage(server, bare, AT_ONCE))
-    return asyncio.run(garbage(server, bare, COUNT)) / COUNT
+def of_bare(server: LiveServer) -> dict[Kind, float]:
+    """Return how many objects one connection of a bare endpoint leaves to the collector, for each kind of ending."""
+    return {kind: asyncio.run(garbage_each(server, kind)) for kind in (bare, bare_failed, bare_refused)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_ended_connection_leaves_no_garbage(server: LiveServer, of_bare: float, kind: str) -> None:
+async def test_ended_connection_leaves_no_garbage(server: LiveServer, of_bare: dict[Kind, float], kind: str) -> None:
     """However a connection ends, reference counting frees it, its socket, and the objects of the server."""
-    play, handshakes = KINDS[kind]
-    await garbage(server, play, AT_ONCE)
-    found = await garbage(server, play, COUNT) / COUNT
-    assert found <= handshakes * (of_bare + MORE_THAN_BARE)
+    play, same, handshakes = KINDS[kind]
+    assert await garbage_each(server, play) <= handshakes * (of_bare[same] + MORE_THAN_BARE)
 
 
-async def test_connections_closed_by_administrator_leave_no_garbage(server: LiveServer, of_bare: float) -> None:
+async def test_connections_closed_by_administrator_leave_no_garbage(
+    server: LiveServer, of_bare: dict[Kind, float]
+) -> None:
     """A close from outside of the endpoint leaves no garbage either."""
     found = 0
     for _ in range(2):  # the first time warms up
@@ -213,4 +253,4 @@ async def test_connections_closed_by_administrator_leave_no_garbage(server: Live
         server.post("/close")
         assert set(await asyncio.gather(*map(until_closed, clients))) == {4001}
         found = server.post("/collect")
-    assert found / COUNT <= of_bare + MORE_THAN_BARE
+    assert found / COUNT <= of_bare[bare] + MORE_THAN_BARE
