@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from fastapi import WebSocket
@@ -154,6 +155,15 @@ class PendingConnection:
         raise NotOpenError
 
     receive = receive_item = request = send_with_ack = still_open = send
+
+    def spawn(self, coroutine: Coroutine[Any, Any, object], _: str | None) -> NoReturn:
+        """Start no task, and raise.
+
+        Raises:
+            NotOpenError: Always.
+        """
+        coroutine.close()  # otherwise Python warns that it was never awaited
+        raise NotOpenError
 
     # ── memory ──
 
