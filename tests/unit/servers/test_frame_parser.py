@@ -157,7 +157,7 @@ FRAMES = st.lists(
 def test_cuts_do_not_change_result(data: bytes, cuts: list[int], window_bits: int | None) -> None:
     """Any bytes have the same result in one read, in any pieces, and byte by byte.
 
-    If a compressed message is invalid in several ways, the code depends on which one shows first.
+    If a compressed message has several faults, the code depends on which one the parser meets first.
     """
 
     def result(*reads: bytes) -> list[Any]:
