@@ -16,6 +16,8 @@ if not HAS_DIRECT_TRANSPORT:
     collect_ignore = [
         "fuzz/test_found.py",
         "fuzz/test_protocol.py",
+        "unit/servers/test_frame_parser.py",
         "unit/servers/test_paced_parser.py",
+        "unit/servers/test_uvicorn_garbage.py",
         "unit/servers/test_uvicorn_protocol.py",
     ]

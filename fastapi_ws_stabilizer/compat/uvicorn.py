@@ -2,7 +2,8 @@
 
 uvicorn puts each received message into an `asyncio.Queue` and stops reading until the application has taken it. Behind
 that queue a connection needs a task that always reads, and each message costs a switch to that task.
-`PushedEvents` replaces the queue and passes each event on at once. uvicorn keeps reading.
+`PushedEvents` replaces the queue and passes each event on at once. uvicorn keeps reading. uvicorn parses a whole read
+at once, so the receiver can hold the messages that are left of it.
 
 Supported: `WebSocketsSansIOProtocol` of uvicorn 0.35 and newer, without middleware that wraps `receive`. Fallback, also
 if an attribute or a method below is missing or has changed: the connection reads with a task, through ASGI.
@@ -12,6 +13,7 @@ if an attribute or a method below is missing or has changed: the connection read
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
@@ -37,27 +39,63 @@ class EventReceiver(Protocol):
 
 
 class PushedEvents:
-    """Queue of a uvicorn protocol object that stores nothing and passes each event to a receiver."""
+    """Queue of a uvicorn protocol object that passes each event to a receiver, or holds messages until it has room."""
 
-    __slots__ = ("_receiver",)
+    __slots__ = ("_held", "_receiver", "_target")
 
     def __init__(self, receiver: EventReceiver) -> None:
-        self._receiver: EventReceiver | None = receiver
+        self._target: EventReceiver | None = receiver
+        self._receiver: EventReceiver | None = receiver  # None while messages are held
+        self._held: deque[Mapping[str, Any]] | None = None
 
     def put_nowait(self, event: Mapping[str, Any]) -> None:
         """Pass an event to the receiver. Hot path: uvicorn calls this for each message."""
         receiver = self._receiver
         if receiver is None:
-            return
-        if event["type"] == "websocket.receive":
+            self._put_held(event)
+        elif event["type"] == "websocket.receive":
             text = event.get("text")
             receiver.message_received(event["bytes"] if text is None else text)
         else:
             receiver.connection_lost(event)
 
+    def hold(self) -> None:
+        """Hold messages from now on."""
+        self._receiver = None
+        if self._held is None:
+            self._held = deque()
+
+    @property
+    def holds_messages(self) -> bool:
+        """Whether messages are held."""
+        return bool(self._held)
+
+    def release(self) -> bool:
+        """Pass on the held messages until the receiver calls `hold` again. Return whether it wants more messages."""
+        held = self._held
+        if held is not None:
+            self._receiver = self._target
+            while held and self._receiver is not None:
+                self.put_nowait(held.popleft())
+            if self._receiver is not None:
+                self._held = None
+        return self._receiver is not None
+
+    def _put_held(self, event: Mapping[str, Any]) -> None:
+        """Hold a message. The end of the connection waits for no room: the held messages go before it."""
+        held = self._held
+        if held is None:
+            return
+        held.append(event)
+        if event["type"] != "websocket.receive":
+            self._held = None
+            while held and self._target is not None:
+                self._receiver = self._target
+                self.put_nowait(held.popleft())
+
     def stop(self) -> None:
         """Ignore all further events."""
-        self._receiver = None
+        self._receiver = self._target = self._held = None
 
     def empty(self) -> bool:
         """Return `True`: the queue never contains anything."""
@@ -80,19 +118,18 @@ def can_push_events(protocol: Any) -> bool:
     return not getattr(protocol.queue, "_getters", True)
 
 
-def push_events(protocol: Any, receiver: EventReceiver) -> PushedEvents:
-    """Pass all events of a protocol object to a receiver from now on, starting with those in its queue.
+def push_events(protocol: Any, events: PushedEvents) -> None:
+    """Pass on all events of a protocol object from now on, starting with those in its queue.
 
     uvicorn stops reading after a message unless `read_paused` says that it has done so already. Therefore this sets
     `read_paused` and resumes reading. At the close, uvicorn resumes reading once more, which has no effect then.
     """
     queue = protocol.queue
-    events = protocol.queue = PushedEvents(receiver)
+    protocol.queue = events
     protocol.read_paused = True
     protocol.transport.resume_reading()
     while not queue.empty():
         events.put_nowait(queue.get_nowait())
-    return events
 
 
 @functools.cache

@@ -425,8 +425,9 @@ class Connection:
 
     async def yield_for_send(self) -> None:
         """Yield to the event loop, repeatedly while sent messages still wait, but once only for a slow consumer."""
-        for _ in range(MAX_TURNS):
-            await asyncio.sleep(0)
+        for number in range(MAX_TURNS):
+            # Some servers finish a send in another thread, which needs time and not only turns of the event loop.
+            await asyncio.sleep(0 if number < MAX_TURNS // 2 else 0.001)
             if not self.outbox.has_sendable_frames():
                 break
 

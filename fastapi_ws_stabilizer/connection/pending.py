@@ -153,13 +153,13 @@ class PendingConnection:
         await asyncio.sleep(0)
         return NotOpenError()
 
-    def spawn(self, coroutine: Coroutine[Any, Any, Any], _: str | None) -> NoReturn:
+    def spawn(self, coroutine: Coroutine[Any, Any, object], _: str | None) -> NoReturn:
         """Start no task, and raise.
 
         Raises:
             NotOpenError: Always.
         """
-        coroutine.close()
+        coroutine.close()  # otherwise Python warns that it was never awaited
         raise NotOpenError
 
     # ── memory ──

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 class PushReader(abc.ABC):
     """Reader that the server's protocol object calls from the event loop.
 
-    When the inbox is full, the transport stops reading and TCP slows the client down. Messages that the server has
-    parsed along with the one that filled the inbox are still accepted.
+    When the inbox is full, the transport stops reading and TCP slows the client down.
     """
 
     __slots__ = ("_connection", "_reads", "_since", "_timer")
@@ -61,11 +60,9 @@ class PushReader(abc.ABC):
                 connection.events.counters.messages_discarded += 1
                 return
             inbox.put(item, item.size if isinstance(item, Message) else None)
-            if full and connection.pause is None:
+            if full and connection.pause is None and connection.close_info is None:
                 self._pause()
-                if (
-                    connection.resources.watches_input
-                ):  # reading has stopped, so no later message would find the limit exceeded
+                if connection.resources.watches_input:  # no later message would find the limit exceeded
                     connection.on_message()
         except Exception as error:
             self._report_bug(error)

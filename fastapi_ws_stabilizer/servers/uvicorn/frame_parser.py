@@ -23,6 +23,13 @@ MAX_PARTS: Final = 1024
 """Maximum number of separately stored parts of one message. A client can send each byte in a fragment of its own, and a
 part is larger than a byte."""
 
+MAX_FRAGMENTS: Final = 256
+"""Number of fragments after which `next_frame` returns, even if their message has not ended. A large read can contain
+many thousand, and the caller has other work."""
+
+FRAGMENTS: Final = 0x10
+"""Opcode that `next_frame` returns then. No frame has it."""
+
 PROTOCOL_ERROR: Final = 1002
 INVALID_DATA: Final = 1007
 MESSAGE_TOO_BIG: Final = 1009
@@ -116,11 +123,12 @@ class FrameParser:
     def next_frame(self) -> tuple[int, str | bytes] | None:
         """Return the next whole message or control frame: its opcode and its content; `None` if more bytes are needed.
 
-        Hot path: nearly every message is one whole frame.
+        Hot path: nearly every message is one whole frame. After `MAX_FRAGMENTS` fragments, the opcode is `FRAGMENTS`.
 
         Raises:
             ProtocolViolation: A frame is invalid. The parser must not be used further.
         """
+        fragments = 0
         while True:
             if self._left:
                 if self._at == len(self._data):
@@ -171,6 +179,9 @@ class FrameParser:
                 return None
             if self._final:
                 return self._end_message()
+            fragments += 1
+            if fragments == MAX_FRAGMENTS:
+                return FRAGMENTS, b""
 
     def _check_start(self, first: int, second: int) -> None:
         """Check the first two bytes of a frame."""

@@ -329,7 +329,7 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
                 sink.pong_received(payload)
             if not self.own_pings:
                 self.handle_pong(Frame(Opcode.PONG, payload))
-        else:
+        elif opcode == CLOSE:
             self._handle_close_frame(Frame(Opcode.CLOSE, payload))
 
     def _handle_close_frame(self, frame: Frame) -> None:

@@ -10,6 +10,7 @@ import pytest
 from fastapi import FastAPI, WebSocket
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
+from websockets.frames import Frame, Opcode
 
 from fastapi_ws_stabilizer import StableSocketDep, WebSocketConfig, WebSocketConnectionManager
 from fastapi_ws_stabilizer.compat import uvicorn as compat
@@ -118,6 +119,108 @@ async def send_all(client: Any, messages: list[str]) -> None:
     """Send messages one after the other."""
     for message in messages:
         await client.send(message)
+
+
+def burst(client: Any, count: int) -> None:
+    """Send messages in one write, so that the server reads and parses many of them at once."""
+    frames = (Frame(Opcode.TEXT, f"{number:050}".encode()) for number in range(count))
+    client.transport.write(b"".join(frame.serialize(mask=True) for frame in frames))
+
+
+async def test_burst_in_one_read_waits_for_room_in_inbox() -> None:
+    """A client that sends more in one read than its inbox and its memory limit hold is slowed down and not closed."""
+    limit = 100_000
+    manager = WebSocketConnectionManager(WebSocketConfig(handle_signals=False, max_memory_per_connection=limit))
+    app = FastAPI(lifespan=manager.lifespan)
+    go, got = asyncio.Event(), []
+
+    @app.websocket("/ws/{client_id}")
+    async def endpoint(ws: StableSocketDep) -> None:
+        got.append(await ws.receive_text())
+        await go.wait()
+        async for message in ws:
+            got.append(message)
+
+    async with served(app, **OPTIONS) as url, connect(url, compression=None) as client:
+        burst(client, 2000)
+        await eventually(lambda: bool(manager.get_sockets()) and manager.get_sockets()[0]._connection.pause is not None)
+        connection = manager.get_sockets()[0]._connection
+        assert connection.inbox.counted_bytes < limit
+        assert len(connection.inbox) <= 257
+        go.set()
+        await eventually(lambda: len(got) == 2000)
+        assert [int(message) for message in got] == list(range(2000))
+        await eventually(lambda: connection.pause is None)
+        await client.send("2000")  # reading has resumed
+        await eventually(lambda: got[-1] == "2000")
+
+
+@pytest.mark.parametrize("how", ["close frame", "abort"])
+async def test_burst_before_disconnect_is_delivered(how: str) -> None:
+    """Messages that wait for room when the client leaves arrive before the end of the connection."""
+    manager = WebSocketConnectionManager(WebSocketConfig(handle_signals=False, inbox_max_messages=5))
+    app = FastAPI(lifespan=manager.lifespan)
+    go, got, reasons = asyncio.Event(), [], []
+
+    @app.websocket("/ws/{client_id}")
+    async def endpoint(ws: StableSocketDep) -> None:
+        got.append(await ws.receive_text())
+        await go.wait()
+        async for message in ws:
+            got.append(message)
+        reasons.append(str(ws.reason and ws.reason.value))
+
+    async with served(app, **OPTIONS) as url:
+        client = await connect(url, compression=None)
+        burst(client, 100)
+        if how == "close frame":
+            client.transport.write(Frame(Opcode.CLOSE, b"\x10\x1b").serialize(mask=True))
+        await eventually(lambda: bool(got))
+        if how == "abort":
+            await eventually(lambda: manager.get_sockets()[0]._connection.pause is not None)
+            manager.get_sockets()[0]._connection.server_transport.abort()
+        go.set()
+        await eventually(lambda: bool(reasons))
+        assert [int(message) for message in got] == list(range(100))
+        assert reasons == ["network_lost" if how == "abort" else "client_close"]
+        client.transport.abort()
+
+
+class LostTransport:
+    """TLS transport of Python 3.10 after the connection was lost."""
+
+    def resume_reading(self) -> None:
+        raise AttributeError("'NoneType' object has no attribute 'resume_reading'")
+
+    pause_reading = resume_reading
+
+
+async def test_full_inbox_of_lost_tls_connection_is_no_bug() -> None:
+    """A transport that cannot resume reading, because the connection was lost, is not reported as a bug."""
+    manager = WebSocketConnectionManager(WebSocketConfig(handle_signals=False, inbox_max_messages=2))
+    app = FastAPI(lifespan=manager.lifespan)
+    go, got, events = asyncio.Event(), [], []
+    manager.events.subscribe(lambda event: events.append(event.event))
+
+    @app.websocket("/ws/{client_id}")
+    async def endpoint(ws: StableSocketDep) -> None:
+        got.append(await ws.receive_text())
+        await go.wait()
+        async for message in ws:
+            got.append(message)
+
+    async with served(app, **OPTIONS) as url:
+        client = await connect(url, compression=None)
+        burst(client, 10)
+        await eventually(lambda: bool(manager.get_sockets()) and manager.get_sockets()[0]._connection.pause is not None)
+        connection = manager.get_sockets()[0]._connection
+        connection._reader._transport = LostTransport()  # type: ignore[assignment,union-attr]
+        connection.server_transport.abort()
+        go.set()
+        await eventually(lambda: len(got) == 10)
+        await eventually(lambda: not manager._node.connections)
+        assert "internal_task_failed" not in events
+        client.transport.abort()
 
 
 async def test_close_of_application_arrives_without_task() -> None:

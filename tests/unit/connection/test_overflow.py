@@ -155,7 +155,7 @@ async def test_waiting_sender_is_not_starved_by_small_messages(bench: Any) -> No
         await eventually(lambda: not gate._value)
         fill_up()
         await settle()
-    assert sender.done()
+    await eventually(sender.done)
     for _ in range(20):
         gate.release()
     await eventually(lambda: "x" * 60 in taken)

@@ -127,6 +127,18 @@ async def test_long_read_yields_to_event_loop(attached: Any, monkeypatch: pytest
     assert scheduler > 3
 
 
+async def test_long_read_of_fragments_yields_to_event_loop(attached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of fragments of one message in one read are parsed in several iterations of the event loop too."""
+    protocol, sink, transport = attached
+    monkeypatch.setattr(paced_parser, "PARSE_SLICE", 0.0)
+    fragment = text_frame(b"", first=False, last=False)
+    protocol.data_received(text_frame(b"a", last=False) + 4000 * fragment + text_frame(b"b", first=False))
+    assert protocol.parser.unparsed_bytes > 3000 * len(fragment)
+    assert not transport.reading
+    await eventually(lambda: sink.got == ["ab"])
+    assert not protocol.close_sent
+
+
 async def test_data_after_close_is_discarded_slowly(attached: Any) -> None:
     """A little data may hold the client's close frame and is parsed; the rest is read slowly and discarded."""
     protocol, sink, transport = attached
