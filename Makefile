@@ -85,7 +85,7 @@ soak: $(VENV)/test.stamp ## Run the long tests, and others on more servers, abou
 fuzz: $(VENV)/fuzz.stamp ## Fuzz for ten minutes in total, on CPython 3.11; SECONDS=600 sets the time for each target
 	$(BIN)/python -m tests.fuzz $(if $(SECONDS),--seconds $(SECONDS))
 
-bench: $(VENV)/bench.stamp $(PEERS)/peers.stamp ## Compare the speed with the peers, about fifteen minutes; ARGS=--quick for three
+bench: $(VENV)/bench.stamp $(PEERS)/peers.stamp ## Compare the speed with the peers, about twenty minutes; ARGS=--quick for four
 	$(BIN)/python -m benchmarks --peers-python $(PEERS)/bin/python $(ARGS)
 
 lint: $(VENV)/lint.stamp ## Check format, style, types and layers

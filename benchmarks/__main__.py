@@ -73,7 +73,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure the library beside its peers.")
-    parser.add_argument("--quick", action="store_true", help="fewer clients and runs, about three minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer clients and runs, about four minutes")
     parser.add_argument(
         "--only", type=_names(SCENARIOS), default=[], help="scenarios, with commas: " + ", ".join(SCENARIOS)
     )

@@ -9,3 +9,6 @@ monotonic = time.monotonic
 
 wall = time.time
 """Return seconds of wall time, for text that people read and for the expiry of tokens. No duration uses it."""
+
+thread_cpu = time.thread_time
+"""Return the seconds of CPU that the calling thread has used. Only the difference of two calls has a meaning."""

@@ -266,6 +266,12 @@ class WebSocketConfig(BaseModel):
         OutboxOverflow | Literal["disconnect", "drop_oldest", "drop_newest"], _Choice(OutboxOverflow)
     ] = OutboxOverflow.DISCONNECT
     """What happens to a message when the outbox is full and the sender does not wait."""
+    unsent_low_water_bytes: Annotated[int, BeforeValidator(_no_bool), Field(gt=0, lt=1 << 31)] | None = 128 * 1024
+    """Unsent bytes of one client in the kernel, beyond which more bytes stay in the server: `TCP_NOTSENT_LOWAT`. `None`
+    leaves it to the kernel. It has an effect on uvicorn, on Linux and macOS."""
+    write_buffer_high_water_bytes: Annotated[int, BeforeValidator(_no_bool), Field(gt=0, lt=1 << 31)] = 64 * 1024
+    """Unsent bytes of one client in the server's write buffer, beyond which more bytes stay in the outbox. It has an
+    effect on uvicorn."""
     send_timeout: _Seconds = 10.0
     """Seconds that a send may make no progress. Then the server closes the connection with 4507."""
 
@@ -360,6 +366,9 @@ class WebSocketConfig(BaseModel):
     """Which connection the server evicts first when memory is short. Detached sessions go before connections."""
     memory_check_interval: _Seconds = 60.0
     """Seconds between two checks of user data that may have grown in place."""
+    gc_pacing: Annotated[Literal["auto", "off"], BeforeValidator(_lower)] = "auto"
+    """Whether Python's garbage collector is paced while the process has 100 or more open connections. `"auto"` does so
+    unless your app has changed the collector. `"off"` never does."""
 
     @model_validator(mode="before")
     @classmethod

@@ -27,6 +27,7 @@ from fastapi_ws_stabilizer.errors import (
 )
 from fastapi_ws_stabilizer.events import Counters, EventBus
 from fastapi_ws_stabilizer.from_thread import FromThread
+from fastapi_ws_stabilizer.gc_pacing import PacedConnections
 from fastapi_ws_stabilizer.handlers.dispatcher import Dispatcher
 from fastapi_ws_stabilizer.handlers.hooks import HookRegistry
 from fastapi_ws_stabilizer.handlers.registration import HookRegistrar, MessageRegistrar
@@ -184,6 +185,7 @@ class WebSocketConnectionManager:
         self._reported_findings: set[str] = set()
         self._app: Any = None
         self._signals = SignalHandler(self.events, self._drain_before_exit)
+        self._paced = PacedConnections(self.events, self.get_connection_count, enabled=self.config.gc_pacing == "auto")
         self._create_node(None)
 
     if not TYPE_CHECKING:  # with `__getattr__`, a type checker would accept every name
@@ -210,6 +212,7 @@ class WebSocketConnectionManager:
         self._context = contextvars.copy_context()
         self._shutdown.cancel()
         self._require_node()
+        self._paced.start()
         if self.config.handle_signals:
             self._signals.install()
 
@@ -223,6 +226,7 @@ class WebSocketConnectionManager:
         # The first start, or the previous loop has ended: TestClient without `with` makes a loop for each connection.
         self._started_at = monotonic()
         self._context.run(self._create_node, loop)
+        self._paced.start()
         self._set_log_level()
         run_startup_checks(
             self.events,
@@ -275,7 +279,10 @@ class WebSocketConnectionManager:
                 connections that are left.
         """
         self._node.hub.check_loop()
-        return await self._shutdown.stop(timeout)
+        try:
+            return await self._shutdown.stop(timeout)
+        finally:
+            self._paced.stop()
 
     async def drain(self, timeout: float | None = None) -> ShutdownReport:
         """Reject new connections, close the open ones over `drain_window`, and wait for them to end.

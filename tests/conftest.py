@@ -18,6 +18,7 @@ if not HAS_DIRECT_TRANSPORT:
         "fuzz/test_protocol.py",
         "unit/servers/test_frame_parser.py",
         "unit/servers/test_paced_parser.py",
+        "unit/servers/test_upgrade.py",
         "unit/servers/test_uvicorn_garbage.py",
         "unit/servers/test_uvicorn_protocol.py",
     ]

@@ -7,6 +7,7 @@ minutes needs no waiting. What only a real server shows is tested on a real one.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ from starlette.requests import HTTPConnection
 from fastapi_ws_stabilizer.auth import signed_tokens as tokens
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.errors import MemoryLimitExceededError, RoomLimitError, WebSocketStabilizerError
+from fastapi_ws_stabilizer.gc_pacing import MAX_FROZEN_BY_INTERPRETER, MIN_CONNECTIONS
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.observability.logs import get_logger
 from fastapi_ws_stabilizer.socket import StableSocket
@@ -30,6 +32,7 @@ from fastapi_ws_stabilizer.stats import stats_router
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.support.fake_link import soon
 from tests.support.own_loop import run
+from tests.support.raw import RawClient
 from tests.support.server import LiveServer
 from tests.support.stage import Line, Peer, Stage
 from tests.support.virtual_time import VirtualLoop, run_virtually
@@ -534,6 +537,15 @@ async def growth_is_counted(stage: Stage) -> bool:
     return stage.manager.get_memory_usage()["total_memory"] > 20_000
 
 
+async def freezes_survivors(stage: Stage) -> bool:
+    """Return whether many open connections are frozen after a young garbage collection."""
+    for number in range(MIN_CONNECTIONS):
+        stage.plain(f"client-{number}")
+    await soon()
+    gc.collect(1)
+    return gc.get_freeze_count() > MAX_FROZEN_BY_INTERPRETER
+
+
 # ── real servers ──
 
 
@@ -575,6 +587,15 @@ def compressed_echoes(server: LiveServer) -> list[bool]:
         return seen
 
 
+def queues_for_stalled_client(server: LiveServer) -> bool:
+    """Return whether most of 8 MB for a client that reads nothing waits in its outbox, and not in buffers behind it."""
+    with RawClient(server.port, "/idle/ann", receive_buffer=4096) as client:
+        client.handshake()
+        server.post("/broadcast?count=400&size=20000")
+        (found,) = server.get("/ws-stats/connections")["connections"]
+        return bool(found["queued_bytes"] > 6_500_000)
+
+
 def sigterm_sends_retry_hint(server: LiveServer) -> bool:
     """Return whether SIGTERM sends a reconnect delay to the client, as a drain does."""
     with connect(server) as client:
@@ -586,6 +607,7 @@ def sigterm_sends_retry_hint(server: LiveServer) -> bool:
 
 ping = {"heartbeat_type": "ping"}
 inbox_of_two = {"inbox_max_messages": 2}
+slow_reader = {"outbox_max_bytes": 64 * 1024 * 1024, "send_timeout": 60}
 one_minute = timedelta(minutes=1)
 
 CASES: dict[str, Case | LiveCase] = {
@@ -621,6 +643,10 @@ CASES: dict[str, Case | LiveCase] = {
     "outbox_max_messages": Case(3, block_client, (None, 0), (4507, 0)),
     "outbox_max_bytes": Case(3000, block_client, (None, 0), (4507, 0)),
     "outbox_overflow": Case("drop_oldest", block_client, (4507, 0), (None, 4), {"outbox_max_messages": 3}),
+    "unsent_low_water_bytes": LiveCase(None, queues_for_stalled_client, True, False, slow_reader),
+    "write_buffer_high_water_bytes": LiveCase(
+        16 * 1024 * 1024, queues_for_stalled_client, True, False, {**slow_reader, "unsent_low_water_bytes": 16384}
+    ),
     "send_timeout": Case(1, seconds_until_stalled_send_closes, 10, 1),
     "max_rooms_per_connection": Case(1, join_two_rooms, ["lobby", "cellar"], ["lobby"]),
     "presence_grace": Case(1, seconds_of_presence, 5, 1),
@@ -655,6 +681,7 @@ CASES: dict[str, Case | LiveCase] = {
         "fifo", remaining_after_eviction, ["ann", "carl"], ["bob", "carl"], {"max_total_memory": 50_000}
     ),
     "memory_check_interval": Case(5, growth_is_counted, False, True),
+    "gc_pacing": Case("off", freezes_survivors, True, False),
 }
 
 

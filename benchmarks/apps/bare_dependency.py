@@ -1,7 +1,10 @@
-"""A FastAPI WebSocket endpoint with a `yield` dependency that accepts, and without any library."""
+"""A FastAPI WebSocket endpoint with a `yield` dependency that accepts.
 
-import gc
+With the option `gc_pacing`, the library paces the garbage collector, and does nothing else.
+"""
+
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Annotated
 
 from fastapi import Depends, FastAPI, WebSocket, WebSocketDisconnect
@@ -9,12 +12,28 @@ from fastapi import Depends, FastAPI, WebSocket, WebSocketDisconnect
 from benchmarks.apps.control import options
 from benchmarks.apps.serving import serve_asgi
 
-app = FastAPI()
+connected: set[WebSocket] = set()
+
+
+@asynccontextmanager
+async def paced(_: FastAPI) -> AsyncIterator[None]:
+    from fastapi_ws_stabilizer.events import EventBus  # here: the unpaced app runs without the library
+    from fastapi_ws_stabilizer.gc_pacing import PacedConnections
+
+    connections = PacedConnections(EventBus(), connected.__len__, enabled=True)
+    connections.start()
+    yield
+    connections.stop()
+
+
+app = FastAPI(lifespan=paced if options().get("gc_pacing") else None)
 
 
 async def accepted(ws: WebSocket) -> AsyncIterator[WebSocket]:
     await ws.accept()
+    connected.add(ws)
     yield ws
+    connected.discard(ws)
 
 
 @app.websocket("/ws/{client_id}")
@@ -31,6 +50,4 @@ async def broadcast(message: str) -> None:
 
 
 if __name__ == "__main__":
-    if options().get("gc_thresholds"):
-        gc.set_threshold(*options()["gc_thresholds"])
     serve_asgi(app, broadcast)

@@ -145,6 +145,7 @@ class Control(asyncio.Protocol):
 
         Without `automatic`, no further garbage is collected until the next such command.
         """
+        gc.unfreeze()
         if automatic:
             gc.enable()
         else:

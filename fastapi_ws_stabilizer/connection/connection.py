@@ -238,19 +238,21 @@ class Connection:
         install_asgi_shim(websocket, self._shim.receive, self._shim.send)
         self.opened = True
         self.context = contextvars.copy_context()
+        outbox, config = self.outbox, self.config
         self.endpoint.watch(websocket.scope)
-        self.outbox.open()
+        self.server_transport.limit_buffers(config.unsent_low_water_bytes, config.write_buffer_high_water_bytes)
+        outbox.open()
         self.protocol.on_open(self)
         self.events.counters.connections_opened += 1
         self.emit("connection_opened", logging.INFO)
-        outbox, config = self.outbox, self.config
         if isinstance(outbox, DirectOutbox):
+            sends_pings = config.heartbeat_type is HeartbeatType.PING
             outbox.direct.attach(
                 DirectReader(self, outbox.direct, outbox),
                 max_message_bytes=config.max_message_size,
-                own_pings=config.heartbeat_type is HeartbeatType.PING,
+                own_pings=sends_pings,
             )
-            outbox.on_attached(compress=config.compression is CompressionMode.DEFLATE)
+            outbox.on_attached(compress=config.compression is CompressionMode.DEFLATE, bounds_unread=sends_pings)
         elif (protocol := self.server_transport.pushing_protocol) is not None:
             self._reader = UvicornReader(self, protocol)
         else:

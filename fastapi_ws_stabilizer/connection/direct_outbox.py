@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from fastapi_ws_stabilizer.connection.outbox import Outbox
+from fastapi_ws_stabilizer.connection.read_window import ReadWindow
 from fastapi_ws_stabilizer.connection.send_queue import OutboxLimits
 from fastapi_ws_stabilizer.scheduling import FlushScheduler
 from fastapi_ws_stabilizer.servers.direct import DirectTransport
@@ -28,7 +29,16 @@ class DirectOutbox(Outbox):
         min_bytes: Minimum size in bytes of a compressed message.
     """
 
-    __slots__ = ("_compresses", "_min_bytes", "_paused", "_window_bits", "_write", "direct")
+    __slots__ = (
+        "_bounds_unread",
+        "_compresses",
+        "_min_bytes",
+        "_paused",
+        "_read_window",
+        "_window_bits",
+        "_write",
+        "direct",
+    )
 
     def __init__(
         self,
@@ -48,12 +58,21 @@ class DirectOutbox(Outbox):
         self._paused = False
         self._window_bits = 0
         self._compresses = False
+        self._bounds_unread = False
+        self._read_window: ReadWindow | None = None  # created for the first message with a `coalesce_key`
         self._write: Callable[[bytes], None] = direct.transport.write
 
-    def on_attached(self, *, compress: bool) -> None:
-        """Read the negotiated state of the direct transport once it is attached."""
+    def on_attached(self, *, compress: bool, bounds_unread: bool) -> None:
+        """Read the negotiated state of the direct transport once it is attached.
+
+        Args:
+            compress: Whether messages are compressed, if the client supports it.
+            bounds_unread: Whether the client answers pings, so that the messages with a `coalesce_key` that it has not
+                read can be bounded.
+        """
         if self.direct.write_paused:
             self.pause_writing()
+        self._bounds_unread = bounds_unread
         self._window_bits = self.direct.window_bits if compress else 0
         self._compresses = self._window_bits > 0 or self._deflates
 
@@ -65,7 +84,7 @@ class DirectOutbox(Outbox):
     def on_flush_due(self) -> None:
         """Send what can be sent now. Hot path: nearly always exactly one frame is queued."""
         frame = self._single
-        if frame is None or not self.fast:
+        if frame is None or not self.fast or (frame.key is not None and self._bounds_unread):
             super().on_flush_due()
             return
         self._due = False
@@ -94,9 +113,14 @@ class DirectOutbox(Outbox):
                 return
             delivers = not self._control
             frames = self._take(MAX_WRITE_BYTES) if delivers else self._take_control()
+            if not frames:  # the first one waits for a pong
+                self.block()
+                return
             try:
                 parts = [self._compressed(frame) if self._compresses else frame.framed() for frame in frames]
                 self._write(parts[0] if len(parts) == 1 else b"".join(parts))
+                if self._read_window is not None:
+                    self._read_window.sent(sum(frame.size for frame in frames if frame.key is not None))
             except Exception as error:
                 self._failed(error, len(frames))
                 return
@@ -114,8 +138,42 @@ class DirectOutbox(Outbox):
         if self._shut:
             self._set_done()
 
+    def _take(self, max_bytes: int) -> Sequence[EncodedMessage]:
+        """Dequeue messages until `max_bytes` are reached, or until one with a key has to wait for a pong."""
+        if not self._bounds_unread or self._shut or not self._has_keys:
+            return super()._take(max_bytes)
+        if self._read_window is None:
+            self._read_window = ReadWindow(self.direct)
+        frames = self._open_queue().pop_within(max_bytes, self._read_window.room)
+        if self._waiters:
+            self._serve_waiters()
+        return frames
+
+    @property
+    def _has_keys(self) -> bool:
+        """Whether a message with a key may be queued."""
+        if self._queue is not None:
+            return self._queue.has_keys
+        return self._single is not None and self._single.key is not None
+
+    @property
+    def waits_for_pong(self) -> bool:
+        """Whether sends are blocked until the client has read more."""
+        return self.blocked and not self._paused and not self._broken
+
+    def pong_received(self, payload: bytes) -> bool:
+        """Process a pong. Return `False` if it answers no ping of this outbox."""
+        if self._read_window is None or not self._read_window.confirm(payload):
+            return False
+        if self.waits_for_pong:
+            self.unblock()
+            self._send_queued()
+        return True
+
     def finish(self, code: int, reason: str, *, flush: bool) -> int:
         """Accept no more messages and send the close frame, at once unless queued messages are flushed first."""
+        if self.waits_for_pong:
+            self.unblock()
         discarded = super().finish(code, reason, flush=flush)
         if not flush and not self._broken:
             self._send_queued()
@@ -127,6 +185,8 @@ class DirectOutbox(Outbox):
         The stall watch starts even if nothing is queued. Nothing else detects a client that stops reading in the
         middle of its only message, because no ping can be written behind that message.
         """
+        if self.waits_for_pong:  # the time of that wait does not count
+            self.unblock()
         self._paused = True
         if not self._shut:
             self.block()

@@ -72,6 +72,8 @@ class DirectReader(PushReader):
     def pong_received(self, payload: bytes) -> None:
         """Handle a received pong frame."""
         self._connection.liveness.awaiting_since = None
+        if self._outbox.pong_received(payload):
+            return
         if unsolicited := self._connection.liveness.on_pong_frame(payload, monotonic()):
             self._connection.on_control_frame(unsolicited)
 

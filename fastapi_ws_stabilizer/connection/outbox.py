@@ -429,14 +429,22 @@ class Outbox(abc.ABC):
 
     @property
     def is_stalled(self) -> bool:
-        """Whether queued messages wait for longer than they do with a client that reads."""
-        return self.is_delayed
+        """Whether queued messages wait for longer than they do with a client that reads, and pings behind them.
+
+        A wait for a pong is none: nothing delays its ping, so a client that does not answer it is silent.
+        """
+        return self.is_delayed and not self.waits_for_pong
 
     @property
     def blocked_seconds(self) -> float:
         """Seconds for which sends have been blocked."""
         since = None if self._stall is None else self._stall.since
         return 0.0 if since is None else monotonic() - since
+
+    @property
+    def waits_for_pong(self) -> bool:
+        """Whether sends are blocked only because the client has not confirmed that it reads."""
+        return False
 
     def is_backpressured(self) -> bool:
         """Return whether more than half of the outbox is used while the client appears to read."""

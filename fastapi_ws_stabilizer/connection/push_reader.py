@@ -62,8 +62,8 @@ class PushReader(abc.ABC):
             inbox.put(item, item.size if isinstance(item, Message) else None)
             if full and connection.pause is None and connection.close_info is None:
                 self._pause()
-                if connection.resources.watches_input:  # no later message would find the limit exceeded
-                    connection.on_message()
+                if connection.resources.watches_input:
+                    connection.on_message()  # reading has stopped, so no later message would find the limit exceeded
         except Exception as error:
             self._report_bug(error)
 

@@ -180,6 +180,27 @@ class SendQueue:
             size += frame.size
         return taken
 
+    @property
+    def has_keys(self) -> bool:
+        """Whether a frame with a key is waiting, or has been since the queue was empty."""
+        return self._keyed is not None
+
+    def pop_within(self, max_bytes: int, max_keyed_bytes: int) -> Sequence[EncodedMessage]:
+        """Remove and return frames until `max_bytes` are reached.
+
+        A frame with a key, and all frames behind it, stay if `max_keyed_bytes` of frames with keys are reached before.
+        """
+        taken, size = [], 0
+        while self.entries and size < max_bytes:
+            frame = self.entries[self._head]
+            if frame.key is not None:
+                if max_keyed_bytes <= 0:
+                    break
+                max_keyed_bytes -= frame.size
+            taken.append(self.pop())
+            size += frame.size
+        return taken
+
     def clear(self) -> None:
         """Remove all frames."""
         if self.counted:

@@ -17,7 +17,9 @@ from fastapi_ws_stabilizer.close_codes import SERVER_CODES
 from fastapi_ws_stabilizer.compat.starlette import close_frame_was_received, forget_task, transport_of, unwrap_send
 from fastapi_ws_stabilizer.compat.uvicorn import PUSHING_CLASS, can_push_events
 from fastapi_ws_stabilizer.net.tcp import (
+    HAS_UNSENT_LOW_WATER,
     kernel_unacked_bytes,
+    limit_buffers,
     seconds_since_received,
     send_progress,
     unacked_bytes,
@@ -78,6 +80,19 @@ class ServerTransport:
         if isinstance(name, (str, bytes)):
             return ""
         return str(name[0]) if isinstance(name, tuple) and name else None
+
+    def limit_buffers(self, unsent_low_water: int | None, write_buffer_high_water: int) -> None:
+        """Limit what the kernel and the server hold for a slow client. No effect without access to the transport."""
+        transport = transport_of(self._receiver, self._sender)
+        if transport is not None:
+            limit_buffers(transport, unsent_low_water, write_buffer_high_water)
+
+    @property
+    def unlimited_buffers(self) -> frozenset[str]:
+        """Names of the options that set the arguments of `limit_buffers` and have no effect here."""
+        if not self.can_abort:
+            return frozenset({"unsent_low_water_bytes", "write_buffer_high_water_bytes"})
+        return frozenset() if HAS_UNSENT_LOW_WATER else frozenset({"unsent_low_water_bytes"})
 
     @property
     def can_abort(self) -> bool:

@@ -85,10 +85,11 @@ class StallWatch:
         if before is not None and self._progress is not None and self._progress > before:
             self.since = monotonic()  # the client reads slowly
         waited = monotonic() - self.since
-        if waited >= outbox.limits.send_timeout:
+        waits_for_pong = outbox.waits_for_pong  # then the heartbeat decides whether the connection ends
+        if waited >= outbox.limits.send_timeout and not waits_for_pong:
             outbox.connection.on_send_stalled()
             return
         if waited >= POLL_INTERVAL:
             outbox.connection.on_send_delayed()
         if not outbox.is_done:
-            self._set_timer(waited)
+            self._set_timer(0.0 if waits_for_pong else waited)

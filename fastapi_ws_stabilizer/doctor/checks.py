@@ -1,4 +1,4 @@
-"""The checks D01 to D23. Each examines the deployment and returns a problem or `None`."""
+"""The checks D01 to D24. Each examines the deployment and returns a problem or `None`."""
 
 from __future__ import annotations
 
@@ -35,6 +35,9 @@ TOO_SHORT: Final[Mapping[str, Value]] = {
 }
 """Platforms with a default that no WebSocket survives, each with the limit to raise."""
 
+
+MANY_CONNECTIONS: Final = 1000
+"""Open connections from which a full garbage collection blocks the event loop for more than about 30 ms."""
 
 NO_PROXIES: Final = frozenset({"aws-nlb", "azure-load-balancer", "kubernetes"})
 """Platforms that forward packets instead of requests. Behind them a server may see the addresses of clients."""
@@ -309,6 +312,20 @@ def background_tasks_never_run(s: DeploymentContext) -> Problem | None:
     )
 
 
+def collector_not_paced(s: DeploymentContext) -> Problem | None:
+    """Check D24."""
+    most = s.config.max_connections
+    if s.config.gc_pacing != "off" or (most is not None and most < MANY_CONNECTIONS):
+        return None
+    limit = "no max_connections limits the open connections" if most is None else f"max_connections is {most}"
+    return Problem(
+        f"gc_pacing is off, and {limit}: with 10,000 of them, a full garbage collection blocks the event loop for "
+        "hundreds of milliseconds, several times while clients connect",
+        f'use the default, gc_pacing="auto"; or set max_connections below {MANY_CONNECTIONS}; if your app paces the '
+        "collector itself, ignore this check",
+    )
+
+
 # ── platforms ──
 
 
@@ -385,6 +402,7 @@ CHECKS: Final = (
     Check("D21", WARNING, "Stats router without authentication", stats_without_guard),
     Check("D22", WARNING, "Workers do not share a secret", workers_without_secret),
     Check("D23", ERROR, "BackgroundTasks of a WebSocket never run", background_tasks_never_run, at_start=True),
+    Check("D24", WARNING, "Garbage collector stalls many connections", collector_not_paced),
 )
 """All checks, ordered by code."""
 

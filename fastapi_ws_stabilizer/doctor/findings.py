@@ -33,7 +33,7 @@ class Finding:
     """Problem together with its check.
 
     Attributes:
-        code: `D01` to `D23`, stable.
+        code: `D01` to `D24`, stable.
         severity: `"error"` or `"warning"`.
         title: The broken rule, the same for every finding of this code.
         problem: What is wrong, with the relevant numbers.

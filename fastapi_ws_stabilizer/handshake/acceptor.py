@@ -44,6 +44,7 @@ from fastapi_ws_stabilizer.handshake.admission import AdmissionController, Hands
 from fastapi_ws_stabilizer.handshake.client_id import fresh_client_id, reconnect_token_from_request
 from fastapi_ws_stabilizer.handshake.negotiator import SessionNegotiator
 from fastapi_ws_stabilizer.handshake.request import ConnectionRequest, ServeOptions
+from fastapi_ws_stabilizer.net.tcp import HAS_UNSENT_LOW_WATER
 from fastapi_ws_stabilizer.servers.direct import has_direct_transport
 from fastapi_ws_stabilizer.session_lifecycle import SessionLifecycle
 from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
@@ -372,10 +373,15 @@ class Acceptor:
 
     def _warn_about_server_limits(self, connection: Connection) -> None:
         """Report once each feature that the server, or middleware around it, makes unavailable."""
-        if self._has_warned or connection.is_direct:
+        if self._has_warned or (connection.is_direct and HAS_UNSENT_LOW_WATER):
             return
         self._has_warned = True
         events = self._resources.events
+        unlimited = connection.server_transport.unlimited_buffers & self._resources.config.changed_options()
+        if unlimited:
+            events.emit("buffers_left_to_server", logging.WARNING, options=sorted(unlimited))
+        if connection.is_direct:
+            return
         if has_direct_transport(connection.websocket.scope):
             events.emit("link_wrapped", logging.WARNING)
         if self._resources.config.compression is CompressionMode.NONE:

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Iterable, Iterator
 from typing import Any, Final, Literal, NamedTuple
 
 from starlette.convertors import FloatConvertor, IntegerConvertor, PathConvertor, StringConvertor, UUIDConvertor
-from starlette.routing import Host, Mount, WebSocketRoute, compile_path
+from starlette.routing import Host, Mount, Route, WebSocketRoute, compile_path
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
@@ -154,7 +154,7 @@ class UnmatchedRouteLogger:
 
         This is not a coroutine function, because each open connection would then hold one of its frames.
         """
-        if scope["type"] == "websocket":
+        if scope["type"] == "websocket" and not _are_plain(self._router.routes):
             entry, behind = entries_for_path(self._router.routes, _path_in(scope))
             if entry is not None and entry.kind in ("files", "routes") and not _is_watched(entry):
                 self._log(scope, entry, behind)
@@ -176,6 +176,11 @@ class UnmatchedRouteLogger:
         if behind is not None:
             fields["advice"] = f"{behind} comes after {entry}: put the mount last"
         self._events.emit("no_websocket_route", logging.WARNING, **fields)
+
+
+def _are_plain(routes: Iterable[Any]) -> bool:
+    """Return whether all routes lead to an endpoint, and none to other routes or apps. Each handshake asks."""
+    return all(isinstance(route, (Route, WebSocketRoute)) for route in routes)
 
 
 def _path_in(scope: Scope) -> str:

@@ -1,7 +1,7 @@
-"""TCP statistics of the operating system for a connection, read from its transport.
+"""TCP statistics and buffer limits of the operating system for a connection, by its transport.
 
 A transport reports the bytes that it still holds, but not those that the kernel holds. Linux counts, for each
-connection, the bytes that the peer has acknowledged and the bytes received from it. Each function returns `None` if the
+connection, the bytes that the peer has acknowledged and the bytes received from it. A function returns `None` if the
 system does not report this: another system, a Unix socket, a closed transport or one without a socket, or a sandbox
 that fills the result with zeros.
 """
@@ -17,11 +17,36 @@ if sys.platform == "linux":
     import fcntl
     import termios
 
+_TCP_NOTSENT_LOWAT: Final = {"linux": 25, "darwin": 0x201}.get(sys.platform)  # Python names it on some systems only
+
+HAS_UNSENT_LOW_WATER: Final = _TCP_NOTSENT_LOWAT is not None
+"""Whether the system has `TCP_NOTSENT_LOWAT`."""
+
 _TCP_INFO: Final = 11  # /usr/include/linux/tcp.h; Python has a name for it on Linux only
 _SIZE: Final = 136  # bytes of `struct tcp_info` up to the last field that is read here; Linux 4.1 and newer have it
 
 _last_data_recv: Final = struct.Struct("=52xI").unpack_from
 _bytes: Final = struct.Struct("=120xQQ").unpack_from  # tcpi_bytes_acked, tcpi_bytes_received
+
+
+def limit_buffers(transport: Any, unsent_low_water: int | None, write_buffer_high_water: int) -> None:
+    """Limit what the kernel and the transport hold for a peer that is slower than the sender.
+
+    The limits are soft: the kernel accepts up to a segment of 64 KiB beyond the first, and the transport one write
+    beyond the second. What cannot be limited stays as it is.
+
+    Args:
+        transport: The transport.
+        unsent_low_water: Unsent bytes at which the kernel accepts no more; `None` for the kernel's own limits.
+        write_buffer_high_water: Bytes in the transport's buffer above which it pauses its protocol.
+    """
+    try:
+        transport.set_write_buffer_limits(high=write_buffer_high_water)
+        if unsent_low_water is not None and _TCP_NOTSENT_LOWAT is not None:
+            connection = transport.get_extra_info("socket")
+            connection.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, unsent_low_water)
+    except Exception:  # a closed transport, one without a socket, or not TCP
+        return
 
 
 def kernel_unacked_bytes(transport: Any) -> int | None:

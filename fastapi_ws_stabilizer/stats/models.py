@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
+from fastapi_ws_stabilizer.gc_pacing import PACER
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 
 
@@ -48,6 +49,10 @@ class StatsSummary(BaseModel):
     )
     evictions: int = Field(description="Connections, sessions and detached states removed because memory was short.")
     endings: dict[str, int] = Field(description="Connections closed, by reason.")
+    gc_full_collections: int = Field(
+        description="Full collections of Python's garbage collector in this process, from the first start of a manager."
+    )
+    gc_full_seconds: float = Field(description="Seconds for which these full collections blocked the process.")
 
 
 def summarize(manager: WebSocketConnectionManager) -> StatsSummary:
@@ -85,4 +90,6 @@ def summarize(manager: WebSocketConnectionManager) -> StatsSummary:
         refusals=dict(counters.refusals),
         evictions=counters.evictions,
         endings={reason.value: count for reason, count in dict(counters.endings).items()},
+        gc_full_collections=PACER.full_collections,
+        gc_full_seconds=PACER.full_seconds,
     )

@@ -81,6 +81,7 @@ async def probe() -> dict[str, Any]:
         "endings": {reason.value: count for reason, count in manager.counters.endings.items()},
         "discarded": manager.counters.messages_discarded,
         "unread_bytes": sum(socket.unread_bytes for socket in manager.get_sockets()),
+        "price": app.state.price,
         "max_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
@@ -88,6 +89,21 @@ async def probe() -> dict[str, Any]:
 @app.post("/collect")
 async def collect() -> dict[str, int]:
     return collect_garbage()
+
+
+@app.post("/prices")
+async def prices(seconds: float, rate: float, size: int) -> None:
+    """Broadcast numbered values of which only the latest counts."""
+    started = time.monotonic()
+    while (passed := time.monotonic() - started) < seconds:
+        if app.state.price < passed * rate:
+            app.state.price += 1
+            await manager.broadcast(f"{app.state.price:08d}".ljust(size, "x"), coalesce_key="price")
+        else:
+            await asyncio.sleep(0.001)
+
+
+app.state.price = 0
 
 
 @app.post("/broadcast")

@@ -62,6 +62,7 @@ SHARING = (
 """Files that tolerate delays of seconds, so their tests run beside tests that compute, and under coverage."""
 
 MEASURING = (
+    "test_gc_pacing.py",
     "test_memory.py",
     "test_memory_limits.py",
     "test_rule_breaker.py",

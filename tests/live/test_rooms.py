@@ -207,8 +207,10 @@ async def test_drop_oldest_delivers_newest_messages_to_slow_client(serve: Serve,
         assert dropped >= 2 * waiting
         ann.send(1, b'{"type":"presence","room":"lobby"}')
         assert json.loads(ann.frame()[1])["clients"] == {"ann": 1}
-        assert server.probe()["events"][-1] == "slow ann dropping"  # a long backlog adds a lagging event before
-        assert len(server.probe()["events"]) <= 2
+        first, *events = server.probe()["events"]
+        assert first == "joined ann"
+        # The client lags before if the transport has been full for longer than one request of the test.
+        assert events in (["slow ann dropping"], ["slow ann lagging", "slow ann dropping"])
     assert "client_caught_up" in server.log
     assert not server.errors()
 

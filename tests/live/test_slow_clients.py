@@ -11,6 +11,7 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from tests.support.raw import RawClient
 from tests.support.server import UVICORN, LiveServer, until
+from tests.support.wire_client import PING, PONG, TEXT
 
 Serve = Callable[..., LiveServer]
 
@@ -138,3 +139,43 @@ async def test_direct_send_waits_for_slow_client_and_loses_nothing(serve: Serve)
     for writer in range(10):
         numbers = [int(m.split()[1]) for m in received if m.startswith(f"{writer} ")]
         assert numbers == list(range(100))
+
+
+def read_value(client: RawClient) -> tuple[int, int]:
+    """Read one broadcast value, with answers to the pings before it; return its number and the size of its frame."""
+    while True:
+        opcode, payload = client.frame()
+        if opcode == PING:
+            client.send(PONG, payload)
+        else:
+            assert opcode == TEXT, payload
+            return int(payload[:8]), len(payload) + (2 if len(payload) < 126 else 4)
+
+
+@pytest.mark.parametrize("size", [50, 200])
+async def test_paused_client_gets_few_old_values(serve: Serve, size: int) -> None:
+    """A client that pauses 6 s at 1,000 coalesced values a second gets at most 64 KiB of old ones when it reads on."""
+    server = serve("uvicorn-stable")
+    with RawClient(server.port, "/idle/ann") as client:
+        client.handshake()
+        await server.until_event("connect ann")
+        sending = asyncio.create_task(asyncio.to_thread(server.post, f"/prices?seconds=9&rate=1000&size={size}"))
+        reads_until = time.monotonic() + 1.5  # the receive buffer of the kernel grows with the reads
+        while time.monotonic() < reads_until:
+            await asyncio.to_thread(read_value, client)
+        await asyncio.sleep(6)
+        now = server.probe()["price"]
+        assert now > 6000
+
+        def read_old() -> int:
+            total = 0
+            while (value := read_value(client))[0] < now:
+                total += value[1]
+            return total
+
+        old_bytes = await asyncio.to_thread(read_old)
+        client.reset()
+        await sending
+    assert old_bytes <= 64 * 1024
+    assert server.get("/ws-stats/")["messages_coalesced"] > 5000
+    assert not server.errors()

@@ -29,6 +29,7 @@ def manager_from_env(*, logs: bool = True) -> WebSocketConnectionManager:
 
 def collect_garbage() -> dict[str, int]:
     """Collect garbage and return free memory to the system, then report resident bytes and objects."""
+    gc.unfreeze()  # what `gc_pacing` has frozen is neither collected nor counted
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])

@@ -32,7 +32,13 @@ COUNTS = [
     "max_concurrent_cleanup",
     "max_concurrent_broadcast",
 ]
-OPTIONAL_COUNTS = ["max_connections", "max_bad_messages", "max_memory_per_connection", "max_total_memory"]
+OPTIONAL_COUNTS = [
+    "max_connections",
+    "max_bad_messages",
+    "max_memory_per_connection",
+    "max_total_memory",
+    "unsent_low_water_bytes",
+]
 WORDS = {
     "heartbeat_type": ("ping", "custom", "off"),
     "on_duplicate": ("replace", "reject", "allow"),
@@ -40,6 +46,7 @@ WORDS = {
     "compression": ("deflate", "none"),
     "memory_eviction_policy": ("lru", "fifo", "oldest"),
     "log_level": ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
+    "gc_pacing": ("auto", "off"),
 }
 
 
@@ -63,6 +70,7 @@ WORDS = {
         ("max_total_memory", None),
         ("memory_eviction_policy", "lru"),
         ("memory_check_interval", 60.0),
+        ("gc_pacing", "auto"),
     ],
 )
 def test_options_have_documented_defaults(option: str, default: Any) -> None:
@@ -201,6 +209,22 @@ def test_require_pong_rejects_other_values(value: Any) -> None:
         WebSocketConfig(require_pong=value)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("unsent_low_water_bytes", 1 << 31),
+        ("write_buffer_high_water_bytes", 1 << 31),
+        ("write_buffer_high_water_bytes", 0),  # with TLS, asyncio would pause an empty transport
+        ("write_buffer_high_water_bytes", None),
+        ("write_buffer_high_water_bytes", True),
+    ],
+)
+def test_buffer_limits_fit_into_socket_option(option: str, value: Any) -> None:
+    """A limit that no system or transport takes is an error that names the option."""
+    with pytest.raises(ValidationError, match=option):
+        WebSocketConfig(**{option: value})
+
+
 @pytest.mark.parametrize("value", [timedelta(0), timedelta(seconds=-1), "later"])
 def test_token_ttl_is_positive(value: Any) -> None:
     """The ttl of a token must be positive."""
@@ -311,6 +335,7 @@ _TEXTS = {
     "enable_reconnect": st.booleans(),
     "compression": st.sampled_from(CompressionMode),
     "log_level": st.sampled_from(WORDS["log_level"]),
+    "gc_pacing": st.sampled_from(WORDS["gc_pacing"]),
     "memory_eviction_policy": st.sampled_from(MemoryEvictionPolicy),
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -154,11 +155,13 @@ class Flows:
     def traced(self, stop_at: str = "") -> Iterator[None]:
         """Record a flow, up to a hook or handler if one is named."""
         self._stop_at = stop_at
+        gc.disable()  # a collection calls `gc_pacing.py` at any moment, which is no part of a flow
         sys.setprofile(self.tracer)
         try:
             yield
         finally:
             sys.setprofile(None)
+            gc.enable()
 
     async def connect(self, path: str, *subprotocols: str) -> Peer:
         """Connect, and wait for the accept."""

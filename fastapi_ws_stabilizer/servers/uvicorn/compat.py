@@ -65,6 +65,7 @@ _OURS_OF_CONN: Final = (
     "fail",
     "handshake_exc",
     "parser",
+    "reader",
     "recv_frame",
     "send_close",
     "state",
@@ -73,6 +74,7 @@ _METHODS: Final = (
     "connection_lost",
     "data_received",
     "handle_close",
+    "handle_connect",
     "handle_pong",
     "pause_writing",
     "resume_writing",
@@ -125,6 +127,13 @@ class _AlwaysWritable:
 ALWAYS_WRITABLE: Final = _AlwaysWritable()
 
 
+_missing: dict[type, tuple[str, ...]] = {}
+"""Names of missing internals, by the class of the protocol object."""
+
+_missing_at_handshake: dict[type, tuple[str, ...]] = {}
+"""Names of missing attributes after the client's handshake, by the class of the protocol object."""
+
+
 @functools.cache
 def _warn_once(missing: tuple[str, ...]) -> None:
     logger.warning(
@@ -137,24 +146,31 @@ def _warn_once(missing: tuple[str, ...]) -> None:
 
 
 def missing_internals(protocol: Any) -> bool:
-    """Return whether internals of uvicorn that the protocol needs are missing; warn once if so."""
-    conn = getattr(protocol, "conn", None)
-    missing = (
-        *(name for name in REQUIRED_ATTRIBUTES if not hasattr(protocol, name)),
-        *(f"conn.{name}" for name in _OURS_OF_CONN if not hasattr(conn, name)),
-        *(name for name in _METHODS if not hasattr(WebSocketsSansIOProtocol, name)),
-    )
-    if missing:
-        _warn_once(missing)
-    return bool(missing)
+    """Return whether internals of uvicorn that the protocol needs are missing; warn once if so.
+
+    All objects of a class have the same attributes, so only the first one is examined.
+    """
+    kind = type(protocol)
+    if kind not in _missing:
+        conn = getattr(protocol, "conn", None)
+        _missing[kind] = (
+            *(name for name in REQUIRED_ATTRIBUTES if not hasattr(protocol, name)),
+            *(f"conn.{name}" for name in _OURS_OF_CONN if not hasattr(conn, name)),
+            *(name for name in _METHODS if not hasattr(WebSocketsSansIOProtocol, name)),
+        )
+        if _missing[kind]:
+            _warn_once(_missing[kind])
+    return bool(_missing[kind])
 
 
 def lacks_handshake_internals(protocol: Any) -> bool:
     """Return whether attributes that uvicorn sets at the handshake are missing; warn once if so."""
-    missing = tuple(name for name in HANDSHAKE_ATTRIBUTES if not hasattr(protocol, name))
-    if missing:
-        _warn_once(missing)
-    return bool(missing)
+    kind = type(protocol)
+    if kind not in _missing_at_handshake:
+        _missing_at_handshake[kind] = tuple(name for name in HANDSHAKE_ATTRIBUTES if not hasattr(protocol, name))
+        if _missing_at_handshake[kind]:
+            _warn_once(_missing_at_handshake[kind])
+    return bool(_missing_at_handshake[kind])
 
 
 def has_waiting_call(queue: Any, writable: Any) -> bool:

@@ -48,6 +48,7 @@ from fastapi_ws_stabilizer.servers.uvicorn.frame_parser import (
     ProtocolViolation,
 )
 from fastapi_ws_stabilizer.servers.uvicorn.paced_parser import CLOSE_GRACE, MAX_UNPACED_BYTES, PacedParser
+from fastapi_ws_stabilizer.servers.uvicorn.upgrade import read_request
 from fastapi_ws_stabilizer.wire.rfc6455 import BINARY, CLOSE, PING, PONG, frame_bytes
 
 
@@ -207,6 +208,11 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
             self.early_data += data
             self.transport.pause_reading()
             return
+        if self.is_supported and not self.handshake_initiated and not self.conn.reader.buffer:
+            request = read_request(data)
+            if request is not None:
+                self.handle_connect(request)
+                return
         try:
             super().data_received(data)
         except UnicodeEncodeError:  # websockets before 17 accepts a path and headers that are not ASCII

@@ -59,7 +59,7 @@ class _Speaker(FakeAttachment):
         super().__init__()
         self.config = CONFIG
         self.events = stage.events
-        self.resources = SimpleNamespace(watches_input=False, listener=stage)
+        self.resources = SimpleNamespace(config=CONFIG, watches_input=False, listener=stage)
         self.liveness = Liveness(now)
         self.inbox = Inbox(InboxLimits(100, 10**6))
         self.credential: CredentialExpiry | None = None
@@ -71,6 +71,9 @@ class _Speaker(FakeAttachment):
 
     def emit(self, event: str, level: int, **fields: Any) -> None:
         """Ignore the event."""
+
+    def deflate_frames(self) -> None:
+        """Change nothing."""
 
     def on_control_frame(self) -> None:
         """Count nothing."""

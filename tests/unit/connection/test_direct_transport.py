@@ -13,6 +13,7 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
 from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
 from fastapi_ws_stabilizer.connection.quota import CONTROL_FRAMES
+from fastapi_ws_stabilizer.connection.read_window import MAX_UNREAD_BYTES
 from fastapi_ws_stabilizer.servers.direct import EXTENSION
 from fastapi_ws_stabilizer.socket import READER_START_GRACE
 from fastapi_ws_stabilizer.wire.encoded import encode
@@ -380,6 +381,36 @@ async def test_middleware_around_direct_transport_is_logged_once(manager_with: A
     assert heard.events.count("compression_left_to_server") == 1
 
 
+@pytest.mark.parametrize(
+    ("server", "options", "reported"),
+    [
+        pytest.param(FakeServer, {}, [], id="defaults"),
+        pytest.param(FakeServer, {"unsent_low_water_bytes": 1}, [["unsent_low_water_bytes"]], id="no transport"),
+        pytest.param(LinkServer, {"unsent_low_water_bytes": 1}, [], id="transport"),
+    ],
+)
+async def test_buffer_limit_without_effect_is_logged_once(
+    manager_with: Any, server: Any, options: dict[str, Any], reported: list[Any]
+) -> None:
+    """A changed limit for buffers that the library cannot limit is logged once, with its name."""
+    manager, heard = manager_with(**options)
+    for name in ("ann", "bob"):
+        await manager.connect(name, await server().accepted())
+    assert [report.fields["options"] for report in heard.of("buffers_left_to_server")] == reported
+
+
+async def test_buffer_limit_without_system_support_is_logged(
+    manager_with: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a system without `TCP_NOTSENT_LOWAT` only that option has no effect."""
+    for module in ("fastapi_ws_stabilizer.handshake.acceptor", "fastapi_ws_stabilizer.connection.server_transport"):
+        monkeypatch.setattr(f"{module}.HAS_UNSENT_LOW_WATER", False)
+    manager, heard = manager_with(unsent_low_water_bytes=1, write_buffer_high_water_bytes=1)
+    await manager.connect("ann", await LinkServer().accepted())
+    (report,) = heard.of("buffers_left_to_server")
+    assert report.fields["options"] == ["unsent_low_water_bytes"]
+
+
 async def test_bug_in_message_receipt_is_logged_and_closes(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The log names the bug, and the server sees no exception, as on other servers."""
     b = await linked()
@@ -672,3 +703,197 @@ async def test_pause_timer_holds_no_endpoint_context(linked: Any) -> None:
     tenant.set("ann's")
     say(b, *"12")
     assert tenant not in b.server.sink._timer._context
+
+
+# ── messages with a coalesce_key ──
+
+VALUE_BYTES = 1000
+
+
+def send_values(b: Any, count: int, first: int = 0) -> None:
+    """Send values of one key, each in a write of its own."""
+    for number in range(first, first + count):
+        b.connection.outbox.offer_now(encode(f"{number:04}".ljust(VALUE_BYTES, "x"), "price"))
+
+
+def values_written(b: Any) -> list[int]:
+    """Return the numbers in the frames, each of which has a header of 4 bytes."""
+    data = b"".join(b.server.writes)
+    return [int(data[at + 4 : at + 8]) for at in range(0, len(data), VALUE_BYTES + 4)]
+
+
+async def test_values_wait_for_pong_beyond_read_window(linked: Any) -> None:
+    """Of values that the client has not confirmed to have read, at most `MAX_UNREAD_BYTES` are sent, and the latest."""
+    b = await linked()
+    send_values(b, 500)
+    count = len(b.server.writes)
+    assert MAX_UNREAD_BYTES <= count * (VALUE_BYTES + 4) <= MAX_UNREAD_BYTES + VALUE_BYTES + 4
+    assert b.connection.outbox.blocked
+    assert len(b.connection.outbox) == 1
+    assert b.events.counters.messages_coalesced == 500 - count - 1
+    (ping,) = b.server.pings
+    b.server.sink.pong_received(ping)
+    assert values_written(b) == [*range(count), 499]
+    assert not b.connection.outbox.blocked
+
+
+async def test_pongs_of_reading_client_keep_values_flowing(linked: Any) -> None:
+    """A client that answers pings gets every value that it has time for."""
+    b = await linked()
+    for number in range(200):
+        send_values(b, 1, number)
+        for ping in b.server.pings:
+            b.server.sink.pong_received(ping)
+        b.server.pings.clear()
+    assert values_written(b) == list(range(200))
+
+
+async def test_messages_without_key_ignore_read_window(linked: Any) -> None:
+    """Messages without a key wait for no pong and do not count, unless one with a key waits before them."""
+    b = await linked()
+    b.server.stall()
+    for number in range(200):
+        b.connection.outbox.offer_now(encode(f"{number:04}".ljust(VALUE_BYTES, "x")))
+    send_values(b, 1, 200)
+    b.server.drain()
+    assert values_written(b) == list(range(201))
+    assert b.server.pings == []
+    send_values(b, 100)
+    offer(b, "behind")
+    await settle()
+    assert not b.server.writes[-1].endswith(b"behind")
+    b.server.sink.pong_received(b.server.pings[0])
+    assert b.server.writes[-1].endswith(b"behind")
+
+
+async def test_values_are_not_bounded_without_ping_frames(linked: Any) -> None:
+    """With another heartbeat than ping frames nothing asks for pongs, and the transport alone bounds the values."""
+    b = await linked(heartbeat_type="off")
+    send_values(b, 200)
+    assert len(b.server.writes) == 200
+    assert b.server.pings == []
+
+
+async def test_close_flushes_value_that_waits_for_pong(linked: Any) -> None:
+    """A close does not wait for a pong: the latest value is sent before the close frame."""
+    b = await linked()
+    send_values(b, 100)
+    b.connection.close(DisconnectReason.APPLICATION)
+    await settle()
+    assert values_written(b)[-1] == 99
+    assert b.server.closed == [(1000, "")]
+
+
+async def test_wait_for_pong_does_not_count_as_stalled_send(linked: Any) -> None:
+    """A client that answers no ping is slow, but only the heartbeat ends its connection."""
+    b = await linked(send_timeout=0.05)
+    send_values(b, 100)
+    await eventually(lambda: b.connection.outbox.blocked_seconds > 0.2)
+    assert b.connection.close_info is None
+
+
+async def test_heartbeat_closes_client_that_answers_no_ping_while_values_wait(manager_with: Any) -> None:
+    """Values that wait for a pong are no excuse for silence, because a client that reads answers their ping too."""
+    manager, _ = manager_with(heartbeat_interval=0.1, heartbeat_timeout=0.3, require_pong=True)
+    ws = await manager.connect("ann", await LinkServer().accepted())
+    for number in range(100):
+        await manager.broadcast(f"{number:04}".ljust(VALUE_BYTES, "x"), coalesce_key="price")
+        await settle()
+    await asyncio.wait_for(ws.wait_closed(), 5)
+    assert ws.reason is DisconnectReason.HEARTBEAT_TIMEOUT
+
+
+async def test_stalled_transport_is_found_during_wait_for_pong(linked: Any) -> None:
+    """If the transport is full too, the client is disconnected `send_timeout` later."""
+    b = await linked(send_timeout=0.3)
+    send_values(b, 100)
+    await eventually(lambda: b.connection.outbox.blocked_seconds > 0.4)
+    b.server.stall()
+    assert b.connection.outbox.blocked_seconds < 0.1
+    await asyncio.sleep(0.1)
+    assert b.connection.close_info is None
+    await eventually(lambda: b.connection.close_info is not None)
+    assert b.connection.close_info.cause is DisconnectReason.SLOW_CONSUMER
+
+
+async def test_full_transport_and_full_window_both_hold_values(linked: Any) -> None:
+    """Neither a pong to a full transport, nor room in the transport for a full window, sends a value."""
+    b = await linked()
+    send_values(b, 100)
+    count = len(b.server.writes)
+    b.server.stall()
+    b.server.drain()
+    assert len(b.server.writes) == count
+    b.server.stall()
+    b.server.sink.pong_received(b.server.pings[0])
+    assert len(b.server.writes) == count
+    b.server.drain()
+    assert values_written(b)[-1] == 99
+
+
+# ── protocol violations ──
+
+
+async def test_violation_without_unread_messages_fails_at_once(linked: Any) -> None:
+    """Nothing came before the violation, so nothing is waited for."""
+    b = await linked()
+    failed: list[bool] = []
+    b.server.sink.violation_received(lambda: failed.append(True))
+    assert failed == [True]
+
+
+async def test_violation_without_reader_fails_at_once(linked: Any) -> None:
+    """An endpoint that does not read messages answers none, so nothing is waited for."""
+    b = await linked()
+    b.server.sink.message_received("unread")
+    failed: list[bool] = []
+    b.server.sink.violation_received(lambda: failed.append(True))
+    assert failed == [True]
+
+
+async def test_violation_waits_until_messages_before_it_are_read(linked: Any) -> None:
+    """The connection fails after the read of the last message, and not within that read."""
+    b = await linked()
+    inbox = b.connection.inbox
+    for text in ("first", "second", "third"):
+        b.server.sink.message_received(text)
+    assert await inbox.get() == "first"
+    failed: list[bool] = []
+    b.server.sink.violation_received(lambda: failed.append(True))
+    assert await inbox.get() == "second"
+    await settle()
+    assert failed == []
+    assert await inbox.get() == "third"
+    assert failed == []
+    await settle()
+    assert failed == [True]
+
+
+async def test_violation_fails_after_grace_if_messages_stay_unread(
+    linked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy endpoint delays the failure for `VIOLATION_GRACE` seconds only, and it happens once."""
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.direct_reader.VIOLATION_GRACE", 0.05)
+    b = await linked()
+    for text in ("first", "second"):
+        b.server.sink.message_received(text)
+    assert await b.connection.inbox.get() == "first"
+    failed: list[bool] = []
+    b.server.sink.violation_received(lambda: failed.append(True))
+    await eventually(lambda: failed)
+    assert await b.connection.inbox.get() == "second"
+    await settle()
+    assert failed == [True]
+
+
+async def test_violation_fails_when_connection_closes_first(linked: Any) -> None:
+    """A close for another reason does not wait for reads."""
+    b = await linked()
+    for text in ("first", "second"):
+        b.server.sink.message_received(text)
+    assert await b.connection.inbox.get() == "first"
+    failed: list[bool] = []
+    b.server.sink.violation_received(lambda: failed.append(True))
+    b.connection.close(DisconnectReason.REPLACED)
+    await settle()
+    assert failed == [True]

@@ -343,6 +343,18 @@ CASES: list[tuple[str, Deployment, Deployment, tuple[str, ...]]] = [
         ("/ws takes BackgroundTasks", "no task added there ever runs", "ws.create_task"),
     ),
     (
+        "D24",
+        Deployment({"gc_pacing": "off"}),
+        Deployment(),
+        ("gc_pacing is off", "no max_connections", 'gc_pacing="auto"'),
+    ),
+    (
+        "D24",
+        Deployment({"gc_pacing": "off", "max_connections": 1000}),
+        Deployment({"gc_pacing": "off", "max_connections": 999}),
+        ("max_connections is 1000", "max_connections below 1000"),
+    ),
+    (
         "D22",
         Deployment(server="granian", options={"workers": 2}),
         Deployment(server="granian", options={"workers": 1}),

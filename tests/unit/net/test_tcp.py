@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import sys
 from collections.abc import AsyncIterator
 from typing import Any
@@ -69,6 +70,70 @@ async def test_partial_message_resets_time_since_receive(pair: Any) -> None:
     await eventually(lambda: tcp.seconds_since_received(transport) > 0.2)
     await asyncio.get_running_loop().sock_sendall(client, b"x")
     await eventually(lambda: tcp.seconds_since_received(transport) < 0.2)
+
+
+def tls_context(protocol: int) -> ssl.SSLContext:
+    """Return a context for TLS without certificates."""
+    context = ssl.SSLContext(protocol)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_ciphers("AECDH-AES256-SHA:@SECLEVEL=0")
+    return context
+
+
+async def bytes_taken(limits: tuple[int | None, int] | None, *, tls: bool = False) -> int:
+    """Return the bytes that the kernel and a transport take for a peer that reads nothing, until it pauses."""
+    loop = asyncio.get_running_loop()
+    context = tls_context(ssl.PROTOCOL_TLS_SERVER) if tls else None
+
+    class Paused(asyncio.Protocol):
+        paused = False
+
+        def pause_writing(self) -> None:
+            self.paused = True
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(listener.getsockname())
+        accepted, _ = listener.accept()
+        accepting = loop.create_task(loop.connect_accepted_socket(Paused, accepted, ssl=context))
+        peer = client
+        if tls:
+            wrap = tls_context(ssl.PROTOCOL_TLS_CLIENT).wrap_socket
+            peer = await asyncio.to_thread(wrap, client)
+        transport, protocol = await accepting
+        if limits is not None:
+            tcp.limit_buffers(transport, *limits)
+        taken = 0
+        while not protocol.paused:
+            transport.write(bytes(1000))
+            taken += 1000
+            await asyncio.sleep(0)
+        transport.abort()
+        peer.close()
+    return taken
+
+
+@pytest.mark.skipif(not tcp.HAS_UNSENT_LOW_WATER, reason="the system has no TCP_NOTSENT_LOWAT")
+@pytest.mark.parametrize("tls", [False, True], ids=["TCP", "TLS"])
+async def test_limited_buffers_take_little_for_slow_peer(tls: bool) -> None:
+    """With both limits, the kernel holds no more than a segment of 64 KiB unsent, and the transport one write."""
+    limited = await bytes_taken((4096, 1), tls=tls)
+    assert limited < (300_000 if tls else 100_000)  # TLS has a buffer of its own of 64 KiB
+    assert await bytes_taken(None, tls=tls) > limited + 500_000
+
+
+async def test_write_buffer_limit_alone_pauses_transport() -> None:
+    """The limit of the transport works on every system, and `None` leaves the kernel as it is."""
+    low, high = await bytes_taken((None, 1000)), await bytes_taken((None, 1_000_000))
+    assert low + 500_000 < high
+
+
+@pytest.mark.parametrize("transport", [None, object()])
+def test_limits_of_missing_transport_have_no_effect(transport: object) -> None:
+    """A transport that has no limits, or is closed, stays as it is."""
+    tcp.limit_buffers(transport, 4096, 1)
 
 
 class Info:

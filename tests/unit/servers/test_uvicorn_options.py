@@ -48,7 +48,10 @@ def test_uvicorn_accepts_options(options: dict[str, Any]) -> None:
 def test_missing_protocol_class_falls_back_with_warning(missing: str, caplog: pytest.LogCaptureFixture) -> None:
     """The options still work, and a warning names what is missing."""
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING, "fastapi_ws_stabilizer"):
-        for name in (MODULE, *(f"{FOLDER}.{part}" for part in ("compat", "deflate", "frame_parser", "paced_parser"))):
+        for name in (
+            MODULE,
+            *(f"{FOLDER}.{part}" for part in ("compat", "deflate", "frame_parser", "paced_parser", "upgrade")),
+        ):
             patch.delitem(sys.modules, name, raising=False)
         patch.setitem(sys.modules, missing, None)
         options = uvicorn_options(WebSocketConfig())

@@ -18,6 +18,13 @@ from fastapi_ws_stabilizer.servers.uvicorn.protocol import StableWebSocketProtoc
 from tests.support.fake_websocket import eventually
 
 
+@pytest.fixture(autouse=True)
+def unexamined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget what was found in the class of uvicorn."""
+    monkeypatch.setattr(uvicorn_internals, "_missing", {})
+    monkeypatch.setattr(uvicorn_internals, "_missing_at_handshake", {})
+
+
 class FakeTransport:
     """Transport without a network that records what is written."""
 
@@ -151,6 +158,14 @@ async def test_missing_uvicorn_internals_disable_direct_transport(
     assert len(caplog.records) == 1
     assert EXTENSION not in (await scope_of(protocols[0]))["extensions"]
     assert DEFLATE not in protocols[0].conn.available_extensions
+
+
+async def test_internals_are_examined_once_per_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first object of a class is examined, before its handshake and after it."""
+    await scope_of(await made())
+    for name in ("REQUIRED_ATTRIBUTES", "HANDSHAKE_ATTRIBUTES"):
+        monkeypatch.setattr(uvicorn_internals, name, ("moved_later",))
+    assert EXTENSION in (await scope_of(await made()))["extensions"]
 
 
 async def test_missing_handshake_internals_disable_direct_transport(

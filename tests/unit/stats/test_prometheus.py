@@ -46,6 +46,8 @@ COUNTERS = {
     "fastapi_ws_connections_opened_total",
     "fastapi_ws_endings_total",
     "fastapi_ws_evictions_total",
+    "fastapi_ws_gc_full_collections_total",
+    "fastapi_ws_gc_full_seconds_total",
     "fastapi_ws_messages_coalesced_total",
     "fastapi_ws_messages_discarded_total",
     "fastapi_ws_messages_dropped_total",
