@@ -128,6 +128,8 @@ BARS: Final = (
     Bar("echo, protocol class / bare endpoint", _ratio("echo", PROTOCOL, BARE), 1.0, at_least=True),
     Bar("idle connection above bare endpoint, plain uvicorn", _above("memory", PLAIN.key, BARE.key), 6.0, "KiB"),
     Bar("idle connection above bare endpoint, protocol class", _above("memory", PROTOCOL.key, BARE.key), 0.0, "KiB"),
+    Bar("idle v1 connection, plain uvicorn", _median("memory", PLAIN_V1.key), 33.0, "KiB"),
+    Bar("idle v1 connection, protocol class", _median("memory", PROTOCOL_V1.key), 26.0, "KiB"),
     Bar("broadcast to v1 / to plain clients, plain uvicorn", _ratio("sessions", PLAIN_V1, PLAIN), 1.15),
     Bar("broadcast to v1 / to plain clients, protocol class", _ratio("sessions", PROTOCOL_V1, PROTOCOL), 1.15),
     Bar("storm, CPU of a connect, plain uvicorn / bare endpoint", _ratio("storm-cpu", PLAIN, BARE_DEPENDENCY), 0.85),

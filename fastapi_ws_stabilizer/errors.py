@@ -73,6 +73,14 @@ class SessionEndedError(SocketClosed):
         return f"the session has ended ({self.close_info.cause.value}), so the operation cannot complete"
 
 
+def no_websocket_error() -> RuntimeError:
+    """Return the error for code that uses the WebSocket of a connection after its end."""
+    return RuntimeError(
+        "the WebSocket and its handshake (headers, url, path_params, state, ...) are not available after the "
+        "connection has ended: store what this hook needs in ws.user_data"
+    )
+
+
 def closed_error_for(close_info: CloseInfo) -> SocketClosed:
     """Return the error for a read or a send on a closed connection."""
     if close_info.cause is DisconnectReason.HEARTBEAT_TIMEOUT:

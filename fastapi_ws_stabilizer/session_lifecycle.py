@@ -27,7 +27,7 @@ from fastapi_ws_stabilizer.memory.metered_dict import MeteredDict
 from fastapi_ws_stabilizer.sessions.detached import DetachedRecipients, DetachedState
 from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
 from fastapi_ws_stabilizer.sessions.reconnect_tokens import ReconnectTokenRegistry
-from fastapi_ws_stabilizer.sessions.session import Session
+from fastapi_ws_stabilizer.sessions.session import NO_PRESENCE, Session
 from fastapi_ws_stabilizer.sessions.store import SessionListener
 from fastapi_ws_stabilizer.sessions.v1_protocol import session_of
 from fastapi_ws_stabilizer.socket import StableSocket
@@ -254,7 +254,7 @@ class SessionLifecycle(SessionListener):
 
     def restore_rooms(self, session: Session) -> None:
         """Make a resumed session present in its rooms again."""
-        saved_presence, session.saved_presence = session.saved_presence, {}
+        saved_presence, session.saved_presence = session.saved_presence, NO_PRESENCE
         self._hub.restore(session, saved_presence)
 
     def restore(self, connection: Connection, open_connections: Sequence[Connection]) -> None:

@@ -122,15 +122,17 @@ class TaskSet:
         task = self.spawn(coroutine, name=name)
         try:
             in_time = await wait_for_all([task], limit)
+            if not in_time:
+                task.cancel()
+                raise TimeoutError(f"{title} took longer than {option}, {limit} seconds")
+            if task.cancelled():
+                raise RuntimeError(f"{title} was cancelled by an operation that it awaited")
+            return task.result()
         except asyncio.CancelledError:
             task.cancel()
             raise
-        if not in_time:
-            task.cancel()
-            raise TimeoutError(f"{title} took longer than {option}, {limit} seconds")
-        if task.cancelled():
-            raise RuntimeError(f"{title} was cancelled by an operation that it awaited")
-        return task.result()
+        finally:
+            del task  # its exception refers to this frame
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from benchmarks.bench import Bench
-from benchmarks.contenders import BARE, PLAIN, PROTOCOL, REFERENCE
+from benchmarks.contenders import BARE, PLAIN, PLAIN_V1, PROTOCOL, PROTOCOL_V1, REFERENCE
 from benchmarks.figures import Table
 from benchmarks.processes import ContenderError, Stand
 
@@ -35,7 +35,7 @@ def memory(bench: Bench) -> list[Table]:
         after = stand.server.call("memory")["bytes"]
         table.add(stand.contender, (after - before) / clients / 1024)
 
-    bench.afresh((BARE, PLAIN, PROTOCOL, REFERENCE), [table], measure)
+    bench.afresh((BARE, PLAIN, PROTOCOL, PLAIN_V1, PROTOCOL_V1, REFERENCE), [table], measure)
     return [table]
 
 

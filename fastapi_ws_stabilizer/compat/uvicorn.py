@@ -126,6 +126,7 @@ def push_events(protocol: Any, events: PushedEvents) -> None:
     """
     queue = protocol.queue
     protocol.queue = events
+    protocol.request = protocol.response = None  # the handshake has ended, and nothing reads them again
     protocol.read_paused = True
     protocol.transport.resume_reading()
     while not queue.empty():

@@ -9,7 +9,7 @@ from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local
 from fastapi_ws_stabilizer.connection.end_errors import yield_after_error
 from fastapi_ws_stabilizer.connection.inbox import Item
 from fastapi_ws_stabilizer.connection.pending import NO_INBOX
-from fastapi_ws_stabilizer.errors import closed_error_for
+from fastapi_ws_stabilizer.errors import closed_error_for, no_websocket_error
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.queueing import Recipient
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
@@ -88,10 +88,7 @@ class EndedConnection:
         Raises:
             RuntimeError: Always.
         """
-        raise RuntimeError(
-            "the WebSocket and its handshake (headers, url, path_params, state, ...) are not available after the "
-            "connection has ended: store what this hook needs in ws.user_data"
-        )
+        raise no_websocket_error()
 
     def emit(self, event: str, level: int, **fields: Any) -> None:
         """Emit an event about this connection."""

@@ -13,7 +13,7 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxLimits
 from fastapi_ws_stabilizer.connection.liveness import Liveness
 from fastapi_ws_stabilizer.connection.protocol import PLAIN
-from fastapi_ws_stabilizer.errors import NotOpenError
+from fastapi_ws_stabilizer.errors import NotOpenError, no_websocket_error
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.tasks import LazyEvent, wait_for_all
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
@@ -48,7 +48,7 @@ class PendingConnection:
         decided: Event that is set when the handshake is accepted or rejected.
     """
 
-    __slots__ = ("budget", "client_id", "connection_id", "decided", "opened_at", "socket", "websocket")
+    __slots__ = ("_websocket", "budget", "client_id", "connection_id", "decided", "opened_at", "socket")
 
     close_info = None
     dropped_messages = 0
@@ -61,7 +61,7 @@ class PendingConnection:
     recipient = None
 
     def __init__(self, websocket: WebSocket, client_id: str, budget: MemoryBudget) -> None:
-        self.websocket = websocket
+        self._websocket: WebSocket | None = websocket
         self.client_id = client_id
         self.connection_id = secrets.token_hex(8)
         self.budget = budget
@@ -87,6 +87,17 @@ class PendingConnection:
         """A new liveness, without a round trip."""
         return Liveness(self.opened_at, None)
 
+    @property
+    def websocket(self) -> WebSocket:
+        """The WebSocket.
+
+        Raises:
+            RuntimeError: The handshake was rejected.
+        """
+        if self._websocket is None:
+            raise no_websocket_error()
+        return self._websocket
+
     def check_loop(self) -> None:
         """Do nothing: there is no transport to protect from other threads."""
 
@@ -103,9 +114,11 @@ class PendingConnection:
             self.decided.set()
 
     def reject(self) -> None:
-        """Stop counting the data of hooks, because the handshake was rejected."""
+        """Stop counting the data of hooks, and drop the objects of the server, because the handshake was rejected."""
         if self.socket is not None:
             self.socket._detach_user_data()
+            self.socket = None  # it refers to this object
+        self._websocket = None
         self.decided.set()
 
     async def wait_accepted(self) -> Connection | EndedConnection:
@@ -115,8 +128,8 @@ class PendingConnection:
             NotOpenError: The handshake was rejected.
         """
         await wait_for_all([self.decided.future], None)
-        connection: AnyConnection = self.socket._connection
-        if isinstance(connection, PendingConnection):
+        connection: AnyConnection | None = None if self.socket is None else self.socket._connection
+        if connection is None or isinstance(connection, PendingConnection):
             raise NotOpenError
         return connection
 
@@ -140,13 +153,13 @@ class PendingConnection:
         await asyncio.sleep(0)
         return NotOpenError()
 
-    def spawn(self, coroutine: Coroutine[Any, Any, Any], _: str | None) -> NoReturn:
+    def spawn(self, coroutine: Coroutine[Any, Any, object], _: str | None) -> NoReturn:
         """Start no task, and raise.
 
         Raises:
             NotOpenError: Always.
         """
-        coroutine.close()
+        coroutine.close()  # otherwise Python warns that it was never awaited
         raise NotOpenError
 
     # ── memory ──

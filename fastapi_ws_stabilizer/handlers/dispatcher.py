@@ -68,7 +68,13 @@ class Dispatcher:
                 done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 handled = {task for task in running if task in done}
                 running -= handled
-                self._raise_first(connection, handled)
+                failure = self._first_failure(connection, handled)
+                del waiting, done, handled  # the exception of a task refers to this frame
+                if failure is not None:
+                    try:
+                        raise failure
+                    finally:
+                        del failure
                 if receiving is not None and receiving.done():
                     try:
                         message = self._handle(connection, receiving.result())
@@ -80,8 +86,8 @@ class Dispatcher:
             if cancelled := tasks.cancel():
                 await asyncio.wait(cancelled)
 
-    def _raise_first(self, connection: Connection, done: set[asyncio.Task[None]]) -> None:
-        """Raise the exception of one of these tasks, and report those of the others."""
+    def _first_failure(self, connection: Connection, done: set[asyncio.Task[None]]) -> BaseException | None:
+        """Return the exception of one of these tasks, and report those of the others. `None` if all succeeded."""
         errors: list[BaseException] = []
         for task in done:
             error = asyncio.CancelledError() if task.cancelled() else task.exception()
@@ -91,8 +97,7 @@ class Dispatcher:
             self._events.emit_exception(
                 "handler_failed", error, client_id=connection.client_id, connection_id=connection.connection_id
             )
-        if errors:
-            raise errors[0]
+        return errors[0] if errors else None
 
     async def _handle(self, connection: Connection, item: Item) -> None:
         received = ReceivedMessage(item)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from typing import Any
 
 import anyio
@@ -23,17 +24,24 @@ from fastapi_ws_stabilizer.handlers.exception_handlers import (
     Handler,
     call,
     handler_for_endpoint,
-    handler_of,
 )
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 
 
 class _Handled(WebSocketException):
-    """`WebSocketException` that needs no more handling, for an application with a handler for that class."""
+    """`WebSocketException` that needs no more handling: the connection is closed, and the bug is reported."""
 
 
-async def _nothing(_: object, __: object) -> None:
-    pass
+_Handled.__name__ = _Handled.__qualname__ = WebSocketException.__name__  # dependencies may log it
+
+
+async def _forget(_: object, handled: Exception) -> None:
+    """Clear the frames that a handled exception has passed through.
+
+    Frames of exit stacks refer to the exception, which refers to the frames. Only the garbage collector would free
+    them, and with them the connection.
+    """
+    traceback.clear_frames(handled.__traceback__)
 
 
 async def _quietly(handler: Handler, connection: Connection, error: BaseException) -> tuple[Any, Exception | None]:
@@ -165,11 +173,10 @@ class EndpointCloser:
             return None  # without Starlette there are no dependencies, and nothing would handle the exception
         # Starlette's handler closes the WebSocket again. That has no effect, but it raises if your code closed it.
         mark_open(websocket)
-        seen = WebSocketException(connection.close_info.code if connection.close_info else 1000)
-        if known is None or handler_of(websocket, seen) is None:
-            return seen
-        known[0].setdefault(_Handled, _nothing)  # the application's handler has run
-        return _Handled(seen.code)
+        handled = _Handled(connection.close_info.code if connection.close_info else 1000)
+        if known is not None:
+            known[0].setdefault(_Handled, _forget)  # also if the application has a handler for `WebSocketException`
+        return handled
 
     @staticmethod
     def _is_foreign(endpoint: EndpointTask, error: BaseException) -> bool:

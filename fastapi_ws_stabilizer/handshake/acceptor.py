@@ -115,11 +115,10 @@ class Acceptor:
             ConnectionLimitExceededError: The server is full, or the client or its address has too many connections.
         """
         request = self._identify(handshake, options)
-        if not handshake.speaks_v1:
-            self._admission.confirm(
-                handshake.reservation, request.pending.client_id, has_token=request.claimed is not None
-            )
         try:
+            if not handshake.speaks_v1:
+                has_token = request.claimed is not None
+                self._admission.confirm(handshake.reservation, request.pending.client_id, has_token=has_token)
             with self._lifecycle.pinned(request.claimed):
                 await self._run_handshake_hooks(request.pending)
                 await handshake.accept()
@@ -307,7 +306,10 @@ class Acceptor:
             raise _closed_error(connection) from error
         if refusal is not None:
             await self._closer.close_after_endpoint(connection, refusal if connection.close_info is None else None)
-            raise refusal
+            try:
+                raise refusal
+            finally:
+                del refusal  # it refers to this frame
 
     def _refusal(
         self, connection: Connection, older: Sequence[Connection], *, has_used_token: bool

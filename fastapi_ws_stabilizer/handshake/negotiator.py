@@ -71,14 +71,12 @@ class SessionNegotiator:
         proven = self._sessions.authenticate(hello)
         if proven is not None and request.options.client_id is None:
             pending.client_id = proven.client_id  # before authentication, because the hooks read the client id
-        with self._hello_reader.pending_handshake(), self._sessions.pinned(proven):
-            try:
+        try:
+            with self._hello_reader.pending_handshake(), self._sessions.pinned(proven):
                 credential = credential_in(hello, websocket)
                 request.expires_in = await self._hooks.auth(pending.socket, credential)
-                return
-            except Exception as error:
-                rejection = error
-        raise await self._reject(request, rejection)
+        except Exception as error:
+            raise await self._reject(request, error) from error
 
     def _check_admission(self, request: ConnectionRequest, hello: Hello) -> None:
         """Check that an authenticated client may connect, and confirm its reservation.

@@ -10,7 +10,8 @@ import hmac
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final
 
 from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, CloseInfo, DisconnectReason, local_close
 from fastapi_ws_stabilizer.connection.connection import Connection
@@ -22,6 +23,9 @@ from fastapi_ws_stabilizer.sessions.replay_buffer import ReplayBuffer, ReplayLim
 from fastapi_ws_stabilizer.sessions.requests import PendingRequests
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 from fastapi_ws_stabilizer.wire.envelope import sequenced_frame
+
+NO_PRESENCE: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
+"""Saved presence of every session that has none."""
 
 
 class Session:
@@ -105,7 +109,7 @@ class Session:
         self.epoch = 0
         self.user_data: MeteredDict | None = None
         self.inbox: Inbox | None = None
-        self.saved_presence: dict[str, Any] = {}
+        self.saved_presence = NO_PRESENCE
         self.requests = PendingRequests()
         self.until: float | None = None
         self.connect_hooks_started = self.connect_hooks_passed = self.end_reported = False
@@ -128,7 +132,7 @@ class Session:
 
     def update_saved_presence(self, room: str, metadata: Mapping[str, Any]) -> None:
         """Store new presence metadata that the application has set in one of its rooms."""
-        self.saved_presence[room] = dict(metadata)
+        self.saved_presence = {**self.saved_presence, room: dict(metadata)}
 
     def close(
         self,

@@ -71,7 +71,6 @@ class V1Protocol(ClientProtocol):
 
     Attributes:
         session: Session of the connection. Another connection can take it over, see `is_current`.
-        resume_result: Result of the client's hello.
         max_inflated: Maximum bytes of a decompressed frame; 0 if compressed frames were not negotiated.
     """
 
@@ -81,10 +80,11 @@ class V1Protocol(ClientProtocol):
         "_acks",
         "_connection",
         "_idempotency",
+        "_outcome",
         "_rejected_seq",
+        "_resume_result",
         "_sequenced_count",
         "max_inflated",
-        "resume_result",
         "session",
     )
 
@@ -93,16 +93,20 @@ class V1Protocol(ClientProtocol):
     _connection: Connection
     """The connection, from its opening to its end."""
 
+    _resume_result: ResumeResult
+    """The result of the client's hello, until the connection is open."""
+
     def __init__(self, resume_result: ResumeResult, config: WebSocketConfig, idempotency: IdempotencyCache) -> None:
         self.session: Session = resume_result.session
-        self.resume_result = resume_result
+        self._resume_result = resume_result
+        self._outcome = resume_result.outcome
         self._idempotency = idempotency
         compresses = resume_result.deflates and config.compression is CompressionMode.DEFLATE
         self.max_inflated = config.max_message_size if compresses else 0
         # Number of the message that the client must send again; 0 for none, -1 if the client cannot do that.
         self._rejected_seq = 0 if resume_result.retries else -1
         self._acknowledged = -1  # the highest number that the client acknowledged on this connection
-        self._acks = DelayedAcks(ACK_WITHIN)
+        self._acks: DelayedAcks | None = None  # created for the first received message
         self._ack_request: asyncio.Handle | None = None
         self._sequenced_count = 0  # numbered messages in both directions at the reaper's last check
 
@@ -110,7 +114,7 @@ class V1Protocol(ClientProtocol):
 
     def outcome(self, _: Connection) -> ResumeOutcome:
         """Return how much of its state the client got back."""
-        return self.resume_result.outcome
+        return self._outcome
 
     def on_open(self, connection: Connection) -> None:
         """Take over the session: the connection sends its messages and fills its inbox from now on.
@@ -129,20 +133,22 @@ class V1Protocol(ClientProtocol):
         session.inbox, session.previous_connection = connection.inbox, connection
         if self.max_inflated:
             connection.outbox.deflate_frames()
-        replaced = session.attach(connection, self.resume_result.cursor, self.welcome(connection.config))
+        resume_result = self._resume_result
+        del self._resume_result
+        replaced = session.attach(connection, resume_result.cursor, self._welcome(resume_result, connection.config))
         connection.emit(
             "session_attached",
             logging.INFO,
             session_id=session.connection_id,
-            outcome=self.resume_result.outcome.value,
-            why=self.resume_result.why,
+            outcome=resume_result.outcome.value,
+            why=resume_result.why,
         )
         if replaced is not None:
             replaced.close(DisconnectReason.REPLACED, reason="session taken over by another connection")
 
-    def welcome(self, config: WebSocketConfig) -> EncodedMessage:
+    def _welcome(self, resume_result: ResumeResult, config: WebSocketConfig) -> EncodedMessage:
         """Return the frame that answers the hello, with a new token."""
-        session, resume_result = self.session, self.resume_result
+        session = self.session
         beats = config.heartbeat_type is not HeartbeatType.OFF
         return control_frame(
             "welcome",
@@ -176,7 +182,7 @@ class V1Protocol(ClientProtocol):
 
     def on_closing(self) -> None:
         """Cancel timers when the connection starts to close."""
-        self._acks.reset()
+        self._reset_acks()
         if self._ack_request is not None:
             self._ack_request.cancel()
 
@@ -263,7 +269,7 @@ class V1Protocol(ClientProtocol):
         if seq == next_one:
             return True
         if seq < next_one:  # sent again, because the acknowledgement did not reach the client
-            self._acks.schedule(self._send_ack)
+            self._schedule_ack()
             connection.on_control_frame()
         elif self._rejected_seq == next_one:  # sent before the rejection arrived; the client sends it again later
             connection.quota.on_early_message(connection, raw)
@@ -274,7 +280,7 @@ class V1Protocol(ClientProtocol):
     def _accept(self, seq: int) -> None:
         """Mark a message as accepted, regardless of what its handler does."""
         self.session.accepted = seq
-        self._acks.schedule(self._send_ack)
+        self._schedule_ack()
 
     def _handle_control(self, connection: Connection, kind: str, frame: dict[str, Any], raw: str | bytes) -> None:
         session = self.session
@@ -284,7 +290,7 @@ class V1Protocol(ClientProtocol):
             self._acknowledge(seq := require_int(frame, "seq"))
             self._count_ack(connection, seq)
         elif kind == "ping":
-            self._acks.reset()
+            self._reset_acks()
             connection.answer(control_frame("pong", ts=ping_timestamp(frame), ack=session.accepted))
         elif kind == "pong":
             if unsolicited := connection.liveness.on_pong(monotonic()):
@@ -466,15 +472,25 @@ class V1Protocol(ClientProtocol):
         All requests of one loop iteration share one ping.
         """
         if self._ack_request is None:
-            self._ack_request = asyncio.get_running_loop().call_soon(self._send_ack_request)
+            context = self._connection.resources.outbox_limits.context  # not that of the code that sends
+            self._ack_request = asyncio.get_running_loop().call_soon(self._send_ack_request, context=context)
 
     def _send_ack_request(self) -> None:
         self._ack_request = None
         if self._send_ping(self._connection):
             self._connection.liveness.on_unmeasured_ping()
 
+    def _schedule_ack(self) -> None:
+        if self._acks is None:
+            self._acks = DelayedAcks(ACK_WITHIN)
+        self._acks.schedule(self._send_ack)
+
+    def _reset_acks(self) -> None:
+        if self._acks is not None:
+            self._acks.reset()
+
     def _send_ack(self) -> None:
-        self._acks.reset()
+        self._reset_acks()
         connection = self._connection
         if connection.close_info is None and self.is_current:
             connection.answer(control_frame("ack", seq=self.session.accepted))

@@ -281,4 +281,5 @@ async def test_flow_passes_through_known_number_of_files(flows: Flows, flow: str
     await FLOWS[flow](flows)
     files = sorted(flows.tracer.files)
     assert len(files) <= FILES[flow], f"{flow} passes through {len(files)} files, more than {FILES[flow]}: {files}"
-    assert len(files) == FILES[flow], f"{flow} passes through fewer files: lower its number to {len(files)}"
+    if sys.version_info < (3, 12):  # later, a comprehension is no call, so a file can be entered without a call
+        assert len(files) == FILES[flow], f"{flow} passes through fewer files: lower its number to {len(files)}"

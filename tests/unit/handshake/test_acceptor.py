@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -107,6 +108,22 @@ async def test_hook_socket_becomes_connection_socket(kind: str) -> None:
         await seen[0][0].send("hi")
         await soon()
         assert [one for one in line.server.data if "hi" in one]
+
+
+@virtually
+async def test_task_before_accept_is_closed_and_rejected() -> None:
+    """A coroutine that a handshake hook wants to run as a task is closed, so that Python does not warn about it."""
+    async with Stage() as stage:
+        work = asyncio.sleep(0)
+
+        @stage.manager.on_handshake
+        async def shake(ws: StableSocket) -> None:
+            with pytest.raises(NotOpenError):
+                ws.create_task(work)
+
+        stage.plain()
+        await soon()
+        assert inspect.getcoroutinestate(work) == inspect.CORO_CLOSED
 
 
 @virtually
