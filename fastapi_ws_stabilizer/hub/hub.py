@@ -76,7 +76,9 @@ class Hub:
             tasks=tasks,
             emptied=self.end_if_empty,
         )
-        self._metadata_sizes = PresenceMetadataSizes(MemoryBudget() if budget is None else budget)
+        budget = MemoryBudget() if budget is None else budget
+        self._metadata_sizes = PresenceMetadataSizes(budget)
+        self._described = budget.described  # recipients with metadata; most have none
         self._detached_since: dict[str, dict[str, float]] = {}  # connection id → rooms with missed messages
         self.check_loop = scheduler.check_loop
         self.broadcaster = Broadcaster(
@@ -149,8 +151,9 @@ class Hub:
             Whether the recipient was present there and not detached.
         """
         was_present = self.presence.leave(room, recipient.client_id, recipient.connection_id, at_once=at_once)
-        successor = next(iter(self.presence.connections(room, recipient.client_id)), None)
-        self._metadata_sizes.release(recipient.connection_id, room, successor)
+        if recipient.connection_id in self._described:
+            successor = next(iter(self.presence.connections(room, recipient.client_id)), None)
+            self._metadata_sizes.release(recipient.connection_id, room, successor)
         return was_present
 
     def replay_history(self, recipient: Recipient, room: str, count: int, *, newcomer: bool) -> None:
@@ -313,8 +316,8 @@ class Hub:
                     self.end_if_empty(room)
             except Exception as error:  # an error in one room must not stop the removal from the others
                 failure = error
-        if not self.rooms.rooms_of(recipient):  # else they were handed over together with their metadata
-            self._metadata_sizes.release_all(recipient.connection_id)
+        if recipient.connection_id in self._described and not self.rooms.rooms_of(recipient):
+            self._metadata_sizes.release_all(recipient.connection_id)  # else it was handed over with the rooms
         if failure is not None:
             raise failure
 
