@@ -15,6 +15,7 @@ from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, CloseInfo, Disconne
 from fastapi_ws_stabilizer.config import MemoryEvictionPolicy, RejectPolicy, WebSocketConfig
 from fastapi_ws_stabilizer.connection import current
 from fastapi_ws_stabilizer.connection.client_address import ClientAddressResolver
+from fastapi_ws_stabilizer.connection.closing import ClosingConnections
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.ended_connection import EndedConnection
 from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
@@ -34,7 +35,7 @@ from fastapi_ws_stabilizer.hub.heartbeat import HeartbeatScheduler
 from fastapi_ws_stabilizer.hub.hub import Hub
 from fastapi_ws_stabilizer.hub.presence import Presence
 from fastapi_ws_stabilizer.hub.reaper import ConnectionReaper
-from fastapi_ws_stabilizer.hub.registry import ClosingConnections, ConnectionRegistry
+from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
 from fastapi_ws_stabilizer.limits.inbound import InboundRateLimiter
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.room import Room

@@ -18,20 +18,23 @@ class AsgiShim:
 
     Code that uses the `WebSocket` directly therefore goes through the inbox and the outbox too.
 
-    Attributes:
-        connection: The connection, and the facts about it after its end, so that a `WebSocket` in user code does not
-            hold the connection.
+    Args:
+        connection: The connection.
     """
 
-    __slots__ = ("connection",)
+    __slots__ = ("_connection",)
 
     def __init__(self, connection: Connection) -> None:
-        self.connection: Connection | EndedConnection = connection
+        self._connection: Connection | EndedConnection = connection
 
     @property
     def client_id(self) -> str:
         """Client id of the connection."""
-        return self.connection.client_id
+        return self._connection.client_id
+
+    def release(self, ended: EndedConnection) -> None:
+        """Drop the connection after its end, so that a `WebSocket` in user code does not hold it."""
+        self._connection = ended
 
     async def receive(self) -> dict[str, Any]:
         """Replace the server's `receive`. Cancelling is safe.
@@ -40,7 +43,7 @@ class AsgiShim:
             ConcurrentReceiveError: Another task is receiving.
             WrongLoopError: This is not the event loop of the connection.
         """
-        connection = self.connection
+        connection = self._connection
         connection.check_loop()
         try:
             item = await connection.inbox.get()
@@ -58,7 +61,7 @@ class AsgiShim:
             SocketClosed: The connection is closed.
             WrongLoopError: This is not the event loop of the connection.
         """
-        connection = self.connection
+        connection = self._connection
         if message["type"] == CLOSE:
             reason = message.get("reason") or ""
             connection.close(DisconnectReason.APPLICATION, code=message.get("code", 1000), reason=reason)
@@ -70,4 +73,4 @@ class AsgiShim:
 
     async def yield_after_end(self) -> None:
         """Count an error for a closed connection, and yield to the event loop from the second one on."""
-        await self.connection.yield_after_end()
+        await self._connection.yield_after_end()

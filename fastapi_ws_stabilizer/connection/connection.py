@@ -710,7 +710,7 @@ class Connection:
         """
         ended = EndedConnection(self)
         if self._shim is not None:
-            self._shim.connection = ended
+            self._shim.release(ended)
         for part in (self.outbox, self.protocol, self.teardown):
             self.attempt(part.release)
         self._tasks = self._account = self._pump = self._reader = self.context = None

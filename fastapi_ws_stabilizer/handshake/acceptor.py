@@ -18,6 +18,7 @@ from fastapi_ws_stabilizer.compat.starlette import asgi_callables
 from fastapi_ws_stabilizer.config import CompressionMode, DuplicatePolicy
 from fastapi_ws_stabilizer.connection import current
 from fastapi_ws_stabilizer.connection.asgi_shim import AsgiShim
+from fastapi_ws_stabilizer.connection.closing import ClosingConnections
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
 from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
@@ -43,7 +44,6 @@ from fastapi_ws_stabilizer.handshake.admission import AdmissionController, Hands
 from fastapi_ws_stabilizer.handshake.client_id import fresh_client_id, reconnect_token_from_request
 from fastapi_ws_stabilizer.handshake.negotiator import SessionNegotiator
 from fastapi_ws_stabilizer.handshake.request import ConnectionRequest, ServeOptions
-from fastapi_ws_stabilizer.hub.registry import ClosingConnections
 from fastapi_ws_stabilizer.net.tcp import HAS_UNSENT_LOW_WATER
 from fastapi_ws_stabilizer.servers.direct import has_direct_transport
 from fastapi_ws_stabilizer.session_lifecycle import SessionLifecycle

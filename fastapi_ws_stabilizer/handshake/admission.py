@@ -15,6 +15,7 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.compat.starlette import asgi_callables
 from fastapi_ws_stabilizer.config import CompressionMode, DuplicatePolicy, WebSocketConfig
 from fastapi_ws_stabilizer.connection.client_address import ClientAddressResolver
+from fastapi_ws_stabilizer.connection.closing import MAX_CLOSING, ClosingConnections
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
 from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
@@ -27,7 +28,7 @@ from fastapi_ws_stabilizer.errors import (
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handshake.hello import HelloReader, credential_in
 from fastapi_ws_stabilizer.handshake.rejection import Rejector
-from fastapi_ws_stabilizer.hub.registry import MAX_CLOSING, ClosingConnections, ConnectionRegistry
+from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
 from fastapi_ws_stabilizer.limits.connections import ConnectionLimiter, Reservation, retry_delay, shutdown_error
 from fastapi_ws_stabilizer.net.origin import OriginPolicy
 from fastapi_ws_stabilizer.net.proxies import rate_limit_key
