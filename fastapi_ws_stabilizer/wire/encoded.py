@@ -98,11 +98,13 @@ class EncodedMessage:
     def message(self) -> dict[str, Any]:
         """Return a new ASGI message that sends this frame.
 
-        It is never shared, because a middleware may modify the message that it gets.
+        It is never shared, because a middleware may modify the message that it gets. Hot path: called for each
+        recipient on plain ASGI.
         """
         if self.binary:
             return {"type": "websocket.send", "bytes": self._payload}
-        return {"type": "websocket.send", "text": self.text}
+        text = self._text
+        return {"type": "websocket.send", "text": self.text if text is None else text}
 
     def framed(self) -> bytes:
         """Return the uncompressed frame as it is sent on the wire."""
