@@ -1,4 +1,7 @@
-"""Events of uvicorn's own WebSocket class, passed on as they arrive.
+"""Events of uvicorn's own WebSocket class, passed on as they arrive, and empty messages, which it may not send.
+
+`WebSocketsSansIOProtocol` of uvicorn 0.35 to 0.41 sends a message only if its text or bytes are true. `EMPTY_TEXT` and
+`EMPTY_BYTES` are. For other versions and servers they are like any other empty message.
 
 uvicorn puts each received message into an `asyncio.Queue` and stops reading until the application has taken it. Behind
 that queue a connection needs a task that always reads, and each message costs a switch to that task.
@@ -26,6 +29,31 @@ _NAMES: Final = {
     "send_receive_event_to_app": {"queue", "put_nowait", "read_paused", "transport", "pause_reading"},
 }
 """Methods that use the queue, and the names that they use for that."""
+
+
+class _EmptyText(str):
+    """Empty text that is true."""
+
+    __slots__ = ()
+
+    def __bool__(self) -> bool:
+        return True
+
+
+class _EmptyBytes(bytes):
+    """Empty bytes that are true."""
+
+    __slots__ = ()
+
+    def __bool__(self) -> bool:
+        return True
+
+
+EMPTY_TEXT: Final = _EmptyText()
+"""Text of an empty message, for `send`."""
+
+EMPTY_BYTES: Final = _EmptyBytes()
+"""Bytes of an empty message, for `send`."""
 
 
 class EventReceiver(Protocol):
