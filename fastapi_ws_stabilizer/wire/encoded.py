@@ -7,6 +7,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel
 from pydantic_core import to_json
 
+from fastapi_ws_stabilizer.compat.uvicorn import EMPTY_BYTES, EMPTY_TEXT
 from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.wire.deflate import deflate_message
 from fastapi_ws_stabilizer.wire.rfc6455 import BINARY, TEXT, frame_bytes
@@ -101,8 +102,8 @@ class EncodedMessage:
         It is never shared, because a middleware may modify the message that it gets.
         """
         if self.binary:
-            return {"type": "websocket.send", "bytes": self._payload}
-        return {"type": "websocket.send", "text": self.text}
+            return {"type": "websocket.send", "bytes": self._payload or EMPTY_BYTES}
+        return {"type": "websocket.send", "text": self.text or EMPTY_TEXT}
 
     def framed(self) -> bytes:
         """Return the uncompressed frame as it is sent on the wire."""
