@@ -495,7 +495,7 @@ class WebSocketConnectionManager:
             self._node_for,
             websocket,
             ServeOptions(client_id, identity, expires_in, control_frames),
-            served_subprotocols(subprotocols),
+            served_subprotocols(subprotocols) if subprotocols else (),
         )
 
     # ── connections that you accept yourself ──

@@ -32,7 +32,7 @@ from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
 from fastapi_ws_stabilizer.limits.connections import ConnectionLimiter, Reservation, retry_delay, shutdown_error
 from fastapi_ws_stabilizer.net.origin import OriginPolicy
 from fastapi_ws_stabilizer.net.proxies import rate_limit_key
-from fastapi_ws_stabilizer.scheduling import PacedTasks
+from fastapi_ws_stabilizer.scheduling import LoopBudget, PacedTasks
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.tasks import LazyEvent, wait_for_all
 from fastapi_ws_stabilizer.wire.handshake import (
@@ -80,7 +80,6 @@ class Handshake:
         "_credential",
         "_hello",
         "_hello_reader",
-        "_timer",
         "abandoned",
         "admission",
         "endpoint",
@@ -114,33 +113,16 @@ class Handshake:
         self._credential: str | _NoHello | None = _NO_HELLO
         self.rejected = self.established = self.abandoned = False
         self.endpoint = EndpointTask(cancellable=True)
-        self._timer: asyncio.TimerHandle | None = None
         self.revoked: frozenset[str] = frozenset()
 
-    def watch(self) -> None:
-        """Check every `WATCH_INTERVAL` seconds during the handshake whether the client has left.
+    def check_abandoned(self) -> None:
+        """Cancel the handshake if its client has left.
 
         The check reads no messages, because your code may accept the WebSocket and read them itself.
         """
-        self._timer = asyncio.get_running_loop().call_later(
-            WATCH_INTERVAL,
-            self._check_abandoned,
-            context=contextvars.Context(),  # the timer may outlive the connection in the event loop
-        )
-
-    def _check_abandoned(self) -> None:
-        self._timer = None
         if ServerTransport(*asgi_callables(self.websocket)).closing:
             self.abandoned = True
             self.cancel()
-        elif not self.established and not self.rejected:
-            self.watch()
-
-    def stop_watching(self) -> None:
-        """Stop the checks of `watch`. Nothing happens if they have stopped."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
     def cancel(self) -> None:
         """Cancel the task of the handshake, which then rejects it. Nothing happens if it is established or rejected."""
@@ -255,6 +237,9 @@ class AdmissionController:
         self._turns = PacedTasks()
         self._empty: LazyEvent | None = None
         self._unanswered: set[str] = set()
+        self._unchecked: list[Handshake] = []  # handshakes that the current check has still to look at
+        self._timer: asyncio.TimerHandle | None = None
+        self._context = contextvars.copy_context()  # not the context of the handshake that sets the timer
 
     def revoke(self, client_id: str) -> None:
         """Prevent the current handshakes from connecting as this client."""
@@ -296,10 +281,31 @@ class AdmissionController:
     def forget(self, handshake: Handshake) -> None:
         """Remove a handshake that was established or rejected. Nothing happens if it was removed."""
         self._handshakes.discard(handshake)
-        handshake.stop_watching()
         if self._empty is not None and not self._handshakes:
             self._empty.set()
             self._empty = None
+
+    def watch(self) -> None:
+        """Check every `WATCH_INTERVAL` seconds, while there are handshakes, whether their clients have left."""
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(
+                0.0 if self._unchecked else WATCH_INTERVAL, self._check_abandoned, context=self._context
+            )
+
+    def _check_abandoned(self) -> None:
+        """Check the handshakes, and continue in the next iteration of the event loop if there are very many."""
+        self._timer = None
+        if not self._unchecked:
+            self._unchecked = list(self._handshakes)
+        loop_budget = LoopBudget()
+        while self._unchecked and not loop_budget.exceeded():
+            handshake = self._unchecked.pop()
+            if handshake in self._handshakes and not handshake.rejected:
+                handshake.check_abandoned()
+        if self._handshakes:
+            self.watch()
+        else:
+            self._unchecked.clear()
 
     def on_unanswered(self, websocket: WebSocket) -> None:
         """Report once for each route that the server selected none of the subprotocols that a client offered.

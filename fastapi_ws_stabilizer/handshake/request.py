@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi_ws_stabilizer.connection.pending import PendingConnection
 from fastapi_ws_stabilizer.handshake.admission import Handshake
 from fastapi_ws_stabilizer.sessions.session import Session
 
 
-@dataclass(frozen=True)
-class ServeOptions:
+class ServeOptions(NamedTuple):
     """What an endpoint says of its connection.
 
     Attributes:
