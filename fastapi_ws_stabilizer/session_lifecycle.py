@@ -10,7 +10,7 @@ import asyncio
 import contextvars
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -222,16 +222,9 @@ class SessionLifecycle(SessionListener):
 
     # ── resuming ──
 
-    def pinned(self, client_id: str | None) -> AbstractContextManager[None]:
-        """Protect the detached state of a verified client from eviction during its handshake.
-
-        Args:
-            client_id: The client; `None` if it is not verified.
-        """
-        return nullcontext() if client_id is None else self._pinned(client_id)
-
     @contextmanager
-    def _pinned(self, client_id: str) -> Iterator[None]:
+    def pinned(self, client_id: str) -> Iterator[None]:
+        """Protect the detached state of a verified client from eviction during its handshake."""
         with ExitStack() as stack:
             for state in self._states.all_of(client_id):
                 stack.enter_context(self._budget.pinned(state))
@@ -268,11 +261,11 @@ class SessionLifecycle(SessionListener):
         self._forget(self._states.collect())
         state, since = self._claim_state(connection, open_connections)
         if state is None:
-            connection.resume_outcome = ResumeOutcome.LOST
+            connection.outcome = ResumeOutcome.LOST
             self._events.counters.sessions_lost += 1
             connection.emit("session_lost", logging.INFO, why="unknown")
             return
-        connection.resume_outcome = ResumeOutcome.GAP
+        connection.outcome = ResumeOutcome.GAP
         self._events.counters.sessions_resumed += 1
         self._restore_user_data(connection, state)
         for room, presence in state.rooms.items():
@@ -333,6 +326,8 @@ class SessionLifecycle(SessionListener):
 
     def supersede_detached(self, client_id: str, session: Session | None) -> None:
         """End the detached states of a client, and its detached sessions except for `session`."""
+        if client_id not in self._states.by_client and client_id not in self._sessions.detached_by_client:
+            return  # as for nearly all handshakes
         for detached in self._detached.of_client(client_id):
             if isinstance(detached, DetachedState):
                 detached.close(DisconnectReason.REPLACED)

@@ -23,7 +23,6 @@ from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, detac
 from fastapi_ws_stabilizer.compat.starlette import asgi_callables, install_asgi_shim, mark_disconnected
 from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType, WebSocketConfig
 from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
-from fastapi_ws_stabilizer.connection.asgi_shim import AsgiShim
 from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
 from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
 from fastapi_ws_stabilizer.connection.direct_reader import DirectReader
@@ -40,7 +39,7 @@ from fastapi_ws_stabilizer.connection.protocol import PLAIN, ClientProtocol
 from fastapi_ws_stabilizer.connection.pump import read_pump
 from fastapi_ws_stabilizer.connection.quota import InboundQuota
 from fastapi_ws_stabilizer.connection.resources import SharedResources
-from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
+from fastapi_ws_stabilizer.connection.server_transport import AsgiShim, ServerTransport
 from fastapi_ws_stabilizer.connection.teardown import Teardown
 from fastapi_ws_stabilizer.connection.uvicorn_reader import UvicornReader
 from fastapi_ws_stabilizer.errors import NotOpenError, closed_error_for
@@ -98,7 +97,7 @@ class Connection:
         handover: Older connections that this one waits for; `None` if it waits for none.
         credential: Expiry of the client's credential; `None` without one.
         reservation: Connection slot; `None` before the handshake is confirmed.
-        resume_outcome: What a reconnect token restored.
+        outcome: Resume outcome: how much of its state the client got back.
         used: Whether a message was received, or an unnumbered one sent, since the reaper's last check.
         bad_messages: Number of invalid messages.
         connect_hooks_started: Whether the connect or resume hooks have started.
@@ -133,12 +132,12 @@ class Connection:
         "opened",
         "opened_at",
         "outbox",
+        "outcome",
         "pause",
         "pause_reported",
         "protocol",
         "reservation",
         "resources",
-        "resume_outcome",
         "server_transport",
         "session_end_reported",
         "shard",
@@ -182,7 +181,7 @@ class Connection:
         self.credential: CredentialExpiry | None = None
         self.reservation: Reservation | None = None
         self.handover: Handover | None = None
-        self.resume_outcome = ResumeOutcome.NONE
+        self.outcome = ResumeOutcome.NONE
         self.connect_hooks_started = False
         self.disconnect_hooks_pending = False
         self.inherited_state = False
@@ -485,11 +484,6 @@ class Connection:
     def recipient_id(self) -> str:
         """Id used in rooms."""
         return self.recipient.connection_id
-
-    @property
-    def outcome(self) -> ResumeOutcome:
-        """Resume outcome: how much of its state the client got back."""
-        return self.protocol.outcome(self)
 
     def request_drain(self, after: float, within: float, why: DisconnectReason) -> bool:
         """Ask the client to disconnect and reconnect. `False` for a plain client or a closing connection.

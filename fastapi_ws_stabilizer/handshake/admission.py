@@ -15,7 +15,6 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.compat.starlette import asgi_callables
 from fastapi_ws_stabilizer.config import CompressionMode, DuplicatePolicy, WebSocketConfig
 from fastapi_ws_stabilizer.connection.client_address import ClientAddressResolver
-from fastapi_ws_stabilizer.connection.closing import MAX_CLOSING, ClosingConnections
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
 from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
@@ -28,7 +27,7 @@ from fastapi_ws_stabilizer.errors import (
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handshake.hello import HelloReader, credential_in
 from fastapi_ws_stabilizer.handshake.rejection import Rejector
-from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
+from fastapi_ws_stabilizer.hub.registry import MAX_CLOSING, ClosingConnections, ConnectionRegistry
 from fastapi_ws_stabilizer.limits.connections import ConnectionLimiter, Reservation, retry_delay, shutdown_error
 from fastapi_ws_stabilizer.net.origin import OriginPolicy
 from fastapi_ws_stabilizer.net.proxies import rate_limit_key
@@ -39,7 +38,6 @@ from fastapi_ws_stabilizer.wire.handshake import (
     ANSWERED_KEY,
     HEADERS_KEY,
     SERVED_KEY,
-    header_values,
     select_subprotocol,
 )
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
@@ -138,12 +136,13 @@ class Handshake:
                 if link is not None:
                     link.refuse_compression()
             scope = websocket.scope
-            subprotocol = select_subprotocol(scope)
+            offered = scope.get("subprotocols")
+            subprotocol = select_subprotocol(scope) if offered else None
             headers: MutableHeaders | None = scope.pop(HEADERS_KEY, None)
             await websocket.accept(subprotocol, None if headers is None else headers.raw)
             if subprotocol is not None:
                 scope[ANSWERED_KEY] = subprotocol
-            elif scope.get("subprotocols"):
+            elif offered:
                 self.admission.on_unanswered(websocket)
 
     async def take_hello(self) -> Hello:
@@ -329,7 +328,8 @@ class AdmissionController:
         )
 
     def _check_origin(self, websocket: WebSocket) -> None:
-        origins = header_values(websocket.scope, b"origin")
+        headers = websocket.scope["headers"]  # not `websocket.headers`, which would stay in memory with the connection
+        origins = [value.decode("latin-1") for name, value in headers if name == b"origin"]
         if not origins and not self._requires_origin:  # most clients that are not browsers
             return
         hosts = self._addresses.hosts_of(websocket)
@@ -362,16 +362,20 @@ class AdmissionController:
         self._check_origin(websocket)
         if len(self._closing_connections) >= MAX_CLOSING:  # a higher max_concurrent_cleanup runs more hooks at once
             raise ConnectionLimitExceededError("max_concurrent_cleanup", self._max_cleanups, retry_delay())
-        self._closing_connections.expedite_oldest(self._max_connections)
-        if self.limiter.is_full:
-            self._hello_reader.evict_oldest_pending()
-        address = rate_limit_key(self._addresses.address_of(websocket)) if self.limiter.by_address else ""
-        reservation = self.limiter.reserve(address, monotonic())
+        if self._max_connections is not None:
+            self._closing_connections.expedite_oldest(self._max_connections)
+        reservation = self._reserve(websocket) if self.limiter.enabled else self.limiter.uncounted
         handshake = Handshake(
             websocket, reservation, self._hello_reader, compresses=self._compresses, admission=self, parent=parent
         )
         self._handshakes.add(handshake)
         return handshake
+
+    def _reserve(self, websocket: WebSocket) -> Reservation:
+        if self.limiter.is_full:
+            self._hello_reader.evict_oldest_pending()
+        address = rate_limit_key(self._addresses.address_of(websocket)) if self.limiter.by_address else ""
+        return self.limiter.reserve(address, monotonic())
 
     # ── after the client is identified ──
 
@@ -391,6 +395,8 @@ class AdmissionController:
             ConnectionLimitExceededError: The server is full.
             TooManyConnectionsError: The client or its address has too many connections.
         """
+        if not self.limiter.enabled:
+            return
         policy = self._on_duplicate
         replaces = policy is DuplicatePolicy.REPLACE or (policy is DuplicatePolicy.REJECT and has_token)
         replaced: list[Any] = self.others(client_id, session) if replaces else []

@@ -15,7 +15,6 @@ from fastapi.responses import JSONResponse
 
 from fastapi_ws_stabilizer import StableSocket, StableSocketDep, WebSocketConfig, WebSocketConnectionManager
 from fastapi_ws_stabilizer.auth.credentials import Credential, first_message
-from fastapi_ws_stabilizer.connection.closing import CLOSING_PER_SLOT
 from fastapi_ws_stabilizer.errors import (
     ConnectionLimitExceededError,
     DuplicateClientError,
@@ -25,6 +24,7 @@ from fastapi_ws_stabilizer.errors import (
 )
 from fastapi_ws_stabilizer.handshake import admission as admission_module
 from fastapi_ws_stabilizer.handshake import hello as hello_module
+from fastapi_ws_stabilizer.hub.registry import CLOSING_PER_SLOT
 from fastapi_ws_stabilizer.limits.connections import MIN_PENDING, ConnectionLimiter
 from fastapi_ws_stabilizer.socket_context import HandshakeScope
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
