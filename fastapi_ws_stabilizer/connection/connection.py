@@ -237,12 +237,12 @@ class Connection:
         install_asgi_shim(websocket, self._shim.receive, self._shim.send)
         self.opened = True
         self.context = contextvars.copy_context()
-        outbox, config = self.outbox, self.config
+        outbox, config, events = self.outbox, self.resources.config, self.resources.events
         self.endpoint.watch(websocket.scope)
         self.server_transport.limit_buffers(config.unsent_low_water_bytes, config.write_buffer_high_water_bytes)
         outbox.open()
         self.protocol.on_open(self)
-        self.events.counters.connections_opened += 1
+        events.counters.connections_opened += 1
         self.emit("connection_opened", logging.INFO)
         if isinstance(outbox, DirectOutbox):
             sends_pings = config.heartbeat_type is HeartbeatType.PING
@@ -267,7 +267,7 @@ class Connection:
 
     def emit(self, event: str, level: int, **fields: Any) -> None:
         """Emit an event about this connection."""
-        self.events.emit(event, level, client_id=self.client_id, connection_id=self.connection_id, **fields)
+        self.resources.events.emit(event, level, client_id=self.client_id, connection_id=self.connection_id, **fields)
 
     def emit_throttled(self, event: str, level: int, kind: str, **fields: Any) -> bool:
         """Emit an event that the client can cause without limit, throttled like `EventBus.emit_throttled`."""

@@ -120,9 +120,12 @@ class Acceptor:
         try:
             if not handshake.speaks_v1:
                 has_token = request.claimed is not None
-                self._admission.confirm(handshake.reservation, request.pending.client_id, has_token=has_token)
+                self._admission.confirm(handshake.reservation, request.client_id, has_token=has_token)
             with self._pinned(request.claimed):
-                await self._run_handshake_hooks(request.pending)
+                if self._hooks.has("handshake"):
+                    await self._run_handshake_hooks(request.pending())
+                if self._admission.closed:
+                    raise self._admission.stopping()
                 await handshake.accept()
             if handshake.speaks_v1:
                 connection = self._build(request, await self._negotiator.negotiate(request))
@@ -130,7 +133,7 @@ class Acceptor:
                 self._use_token(request)
                 connection = self._build(request)
         except BaseException:
-            request.pending.reject()
+            request.reject()
             raise
         self._admission.on_established(handshake)
         bind_current(connection)
@@ -165,15 +168,14 @@ class Acceptor:
         stack = find_exit_stack(websocket.scope)
         handshake = self._admit_adoption(websocket, client_id)
         handshake.endpoint = EndpointTask(cancellable=stack is not None)
-        pending = PendingConnection(websocket, client_id, self._resources.budget)
-        request = ConnectionRequest(handshake, pending, ServeOptions(client_id))
+        request = self._request(handshake, client_id, ServeOptions(client_id))
         try:
             with self._pinned(client_id if self._tokens.is_verified(client_id) else None):
-                pending.socket = StableSocket(pending, self._services, metadata=metadata)
+                pending = request.pending(metadata)
             request.has_used_token = self._tokens.consume_verification(client_id, pending.connection_id)
             connection = self._build(request)
         except BaseException as error:
-            pending.reject()
+            request.reject()
             handshake.reservation.release()
             if isinstance(error, InvalidTokenError):
                 self.reject_adoption(websocket, error, client_id)
@@ -202,10 +204,14 @@ class Acceptor:
         token = None if handshake.speaks_v1 else reconnect_token_from_request(websocket)
         claimed = None if token is None else self._tokens.verify(token, options.client_id)
         client_id = options.client_id or claimed or fresh_client_id()
-        pending = PendingConnection(websocket, client_id, self._resources.budget)
-        pending.socket = StableSocket(pending, self._services, identity=options.identity)
-        expiry = None if options.expires_in is None else monotonic() + options.expires_in
-        return ConnectionRequest(handshake, pending, options, identity_expiry=expiry, claimed=claimed)
+        request = self._request(handshake, client_id, options)
+        request.claimed = claimed
+        if options.expires_in is not None:
+            request.identity_expiry = monotonic() + options.expires_in
+        return request
+
+    def _request(self, handshake: Handshake, client_id: str, options: ServeOptions) -> ConnectionRequest:
+        return ConnectionRequest(handshake, client_id, options, self._services, self._resources.budget)
 
     def _pinned(self, client_id: str | None) -> AbstractContextManager[None]:
         """Protect the detached state of a client with a verified token from eviction; `None` is another client."""
@@ -222,8 +228,6 @@ class Acceptor:
                 raise
             await self._hooks.report_bug("handshake_hook_failed", pending.socket, error)
             raise HTTPException(500) from error
-        if self._admission.closed:
-            raise self._admission.stopping()
 
     def _use_token(self, request: ConnectionRequest) -> None:
         """Use up the reconnect token of an accepted plain client.
@@ -231,13 +235,12 @@ class Acceptor:
         Raises:
             WebSocketException: The client was revoked, or another connection has used the token that identified it.
         """
-        client_id = request.pending.client_id
-        if client_id in request.handshake.revoked:
+        if request.client_id in request.handshake.revoked:
             raise WebSocketException(SESSION_ENDED, "revoked")
         if request.claimed is None:
             return
         token = reconnect_token_from_request(request.handshake.websocket) or ""
-        request.has_used_token = self._tokens.consume_for(request.pending.connection_id, token, request.claimed)
+        request.has_used_token = self._tokens.consume_for(request.pending().connection_id, token, request.claimed)
         if not request.has_used_token and request.options.client_id is None:  # the hooks ran with the claimed id
             raise WebSocketException(4401, "token already used")
 
@@ -258,19 +261,18 @@ class Acceptor:
         return handshake
 
     def _build(self, request: ConnectionRequest, resume_result: ResumeResult | None = None) -> Connection:
-        """Build the connection of an accepted client, which takes over the ids and the socket of the handshake."""
-        handshake, pending, config = request.handshake, request.pending, self._resources.config
+        """Build the connection of an accepted client, which takes over the ids and the socket of hooks."""
+        handshake, pending, config = request.handshake, request.stand_in, self._resources.config
         connection = Connection(
-            pending.websocket,
-            pending.client_id,
+            handshake.websocket,
+            request.client_id,
             self._resources,
-            connection_id=pending.connection_id,
+            connection_id=None if pending is None else pending.connection_id,
             control_frames=request.options.control_frames,
             endpoint=handshake.endpoint,
             protocol=PLAIN if resume_result is None else V1Protocol(resume_result, config, self._idempotency),
         )
         connection.reservation = handshake.reservation
-        connection.socket = pending.socket
         if resume_result is not None:
             request.session = resume_result.session
             connection.outcome = resume_result.outcome
@@ -279,6 +281,10 @@ class Acceptor:
         if request.expires_in is not None or expiry is not None:
             connection.credential = CredentialExpiry()
             connection.credential.start(connection, request.expires_in, expiry)
+        if pending is None:  # no hook has run
+            connection.socket = StableSocket(connection, self._services, identity=request.options.identity)
+            return connection
+        connection.socket = pending.socket
         try:
             pending.accept(connection)
         except MemoryLimitExceededError as error:  # a rejection would repeat at each reconnect

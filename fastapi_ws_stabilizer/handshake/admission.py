@@ -342,7 +342,8 @@ class AdmissionController:
 
         Cancelling is safe.
         """
-        await self._turns.enter()
+        if not self._turns.try_enter():
+            await self._turns.enter()
 
     def admit(self, websocket: WebSocket, parent: Handshake | None = None) -> Handshake:
         """Admit a handshake before its client is identified, and reserve a connection slot. It does not wait.
