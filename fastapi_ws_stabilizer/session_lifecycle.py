@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -48,6 +48,10 @@ class SessionLifecycle(SessionListener):
         tokens: The reconnect tokens of plain clients.
         budget: Memory budget that counts both.
         idempotency: Idempotency keys of the messages that an ended session leaves unread.
+
+    Attributes:
+        end_hooks: Tasks that run session end hooks, by client id, for clients with one.
+        detached_states: Detached states of plain clients, by client id, for clients with one.
     """
 
     def __init__(
@@ -67,13 +71,14 @@ class SessionLifecycle(SessionListener):
         self._detached = detached
         self._sessions = detached.sessions
         self._states = detached.states
+        self.detached_states: Mapping[str, object] = detached.states.by_client
         self._tokens = tokens
         self._budget = budget
         self._idempotency = idempotency
         self._end_hook_tasks = TaskSet(
             lambda _, error: events.emit_exception("internal_task_failed", error, task="ws-session-end")
         )
-        self._end_hooks_of_client: dict[str, set[asyncio.Task[None]]] = {}  # client id → running tasks
+        self.end_hooks: dict[str, set[asyncio.Task[None]]] = {}
         self._end_hook_slots = asyncio.Semaphore(config.max_concurrent_cleanup)
         self._timer: asyncio.TimerHandle | None = None
         # Later hooks must not get the context variables of the connection that happens to close before them.
@@ -326,8 +331,6 @@ class SessionLifecycle(SessionListener):
 
     def supersede_detached(self, client_id: str, session: Session | None) -> None:
         """End the detached states of a client, and its detached sessions except for `session`."""
-        if client_id not in self._states.by_client and client_id not in self._sessions.detached_by_client:
-            return  # as for nearly all handshakes
         for detached in self._detached.of_client(client_id):
             if isinstance(detached, DetachedState):
                 detached.close(DisconnectReason.REPLACED)
@@ -355,18 +358,18 @@ class SessionLifecycle(SessionListener):
             self._run_session_end_hooks(socket, reason), name=f"ws-session-end-{socket.connection_id}", context=context
         )
         client_id = socket.client_id
-        self._end_hooks_of_client.setdefault(client_id, set()).add(task)
+        self.end_hooks.setdefault(client_id, set()).add(task)
         task.add_done_callback(lambda done: self._on_session_end_done(client_id, done), context=context)
 
     def _on_session_end_done(self, client_id: str, task: asyncio.Task[None]) -> None:
-        running = self._end_hooks_of_client[client_id]
+        running = self.end_hooks[client_id]
         running.discard(task)
         if not running:
-            del self._end_hooks_of_client[client_id]
+            del self.end_hooks[client_id]
 
     async def wait_for_session_end_hooks(self, client_id: str) -> None:
         """Wait until no session end hook of this client is running. Each hook has a time limit. Cancelling is safe."""
-        if running := self._end_hooks_of_client.get(client_id):
+        if running := self.end_hooks.get(client_id):
             await wait_for_all(list(running), None)
 
     async def _run_session_end_hooks(self, socket: StableSocket, reason: DisconnectReason | None) -> None:

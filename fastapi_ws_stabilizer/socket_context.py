@@ -95,8 +95,8 @@ class HandshakeScope:
                 await self._reject(handshake, error)
         finally:
             self._websocket.scope[HANDSHAKE_SCOPE_KEY] = self._outer
-            self._admission.forget(handshake)
             if not handshake.established:
+                self._admission.forget(handshake)
                 handshake.reservation.release()
 
     async def _reject(self, handshake: Handshake, error: BaseException) -> None:

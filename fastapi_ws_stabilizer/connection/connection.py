@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-import secrets
+import os
 from asyncio import _get_running_loop as running_loop
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -157,7 +157,7 @@ class Connection:
         protocol: ClientProtocol = PLAIN,
         connection_id: str | None = None,
     ) -> None:
-        self.connection_id = connection_id or secrets.token_hex(8)
+        self.connection_id = connection_id or os.urandom(8).hex()
         self.client_id = client_id
         self.websocket = websocket
         self.resources = resources

@@ -359,16 +359,18 @@ class Acceptor:
             # A client with a session must not resume it, or two devices would replace each other forever.
             code = SESSION_ENDED if session_of(one) is not None else None
             one.close(DisconnectReason.REPLACED, code=code)
-        self._lifecycle.supersede_detached(connection.client_id, session)
+        client_id = connection.client_id
+        if client_id in self._sessions.detached_by_client or client_id in self._lifecycle.detached_states:
+            self._lifecycle.supersede_detached(client_id, session)
         # An application with a list of online clients then removes the old connection before it adds the new one.
-        if closing := self._closing.of_client(connection.client_id):
+        if closing := self._closing.of_client(client_id):
             connection.wait_for_hooks_of(closing)
 
     async def _run_open_hooks(self, connection: Connection, session: Session | None) -> None:
         """Run the connect hooks, or the resume hooks, after the hooks of the connections that it replaces."""
         if connection.handover is not None:
             await connection.wait_for_predecessors()
-        if self._policy is not DuplicatePolicy.ALLOW:
+        if self._policy is not DuplicatePolicy.ALLOW and connection.client_id in self._lifecycle.end_hooks:
             await self._lifecycle.wait_for_session_end_hooks(connection.client_id)
         if connection.close_info is not None:
             return

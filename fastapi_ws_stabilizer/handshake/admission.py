@@ -417,4 +417,4 @@ class AdmissionController:
     def others(self, client_id: str, session: Session | None) -> list[Connection]:
         """Return the connections of a client except for those of `session`, which it may take over."""
         connections = self._registry.of_client(client_id)
-        return [one for one in connections if session is None or one.recipient is not session]
+        return connections if session is None else [one for one in connections if one.recipient is not session]

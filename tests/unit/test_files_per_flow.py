@@ -32,7 +32,7 @@ PACKAGE = f"{Path(fastapi_ws_stabilizer.__file__).parent}/"
 SUBPROTOCOL = "stabilizer.v1.json"
 
 FILES = {
-    "handshake": 28,
+    "handshake": 27,
     "message": 7,
     "pong": 4,
     "v1 pong": 9,
