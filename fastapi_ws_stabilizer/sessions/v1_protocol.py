@@ -46,7 +46,6 @@ from fastapi_ws_stabilizer.wire.v1.frames import (
     ping_timestamp,
     require_int,
 )
-from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
 
 ACK_WITHIN: Final = 0.05
 """Maximum seconds until a message is acknowledged. The protocol allows 1 s, but a client that waits for each
@@ -80,7 +79,6 @@ class V1Protocol(ClientProtocol):
         "_acks",
         "_connection",
         "_idempotency",
-        "_outcome",
         "_rejected_seq",
         "_resume_result",
         "_sequenced_count",
@@ -99,7 +97,6 @@ class V1Protocol(ClientProtocol):
     def __init__(self, resume_result: ResumeResult, config: WebSocketConfig, idempotency: IdempotencyCache) -> None:
         self.session: Session = resume_result.session
         self._resume_result = resume_result
-        self._outcome = resume_result.outcome
         self._idempotency = idempotency
         compresses = resume_result.deflates and config.compression is CompressionMode.DEFLATE
         self.max_inflated = config.max_message_size if compresses else 0
@@ -111,10 +108,6 @@ class V1Protocol(ClientProtocol):
         self._sequenced_count = 0  # numbered messages in both directions at the reaper's last check
 
     # ── the connection ──
-
-    def outcome(self, _: Connection) -> ResumeOutcome:
-        """Return how much of its state the client got back."""
-        return self._outcome
 
     def on_open(self, connection: Connection) -> None:
         """Take over the session: the connection sends its messages and fills its inbox from now on.
