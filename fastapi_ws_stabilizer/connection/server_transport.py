@@ -195,7 +195,8 @@ class ServerTransport:
     @property
     def unflushed_bytes(self) -> int | None:
         """Bytes in the transport's buffer; `None` where they cannot be measured."""
-        return unflushed_bytes(transport_of(self._receiver, self._sender))
+        transport = transport_of(self._receiver, self._sender)
+        return None if transport is None else unflushed_bytes(transport)
 
     def progress(self) -> int | None:
         """Return a number that grows when the client's TCP stack accepts bytes; `None` if it cannot be measured."""

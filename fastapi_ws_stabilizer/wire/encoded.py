@@ -11,7 +11,7 @@ from fastapi_ws_stabilizer.compat.uvicorn import EMPTY_BYTES, EMPTY_TEXT
 from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.wire.deflate import deflate_message
 from fastapi_ws_stabilizer.wire.rfc6455 import BINARY, TEXT, frame_bytes
-from fastapi_ws_stabilizer.wire.strict_json import check_sent
+from fastapi_ws_stabilizer.wire.strict_json import SHORT, check_sent
 
 
 class EncodedMessage:
@@ -177,7 +177,8 @@ def encode_json(message: Any) -> EncodedMessage:
             check_sent(frame.payload)
         else:
             payload = to_json(message, inf_nan_mode="null")
-            check_sent(payload)
+            if len(payload) > SHORT or b"N" in payload or b"I" in payload:  # nearly all messages need no call
+                check_sent(payload)
             frame = EncodedMessage(payload)
     except ValueError as error:  # pydantic raises ValueErrors, also for a cycle
         raise MessageEncodeError(f"a {type(message).__name__} cannot be sent as JSON: {error}") from error
