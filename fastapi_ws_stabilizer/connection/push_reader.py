@@ -48,7 +48,8 @@ class PushReader(abc.ABC):
         connection = self._connection
         try:  # inline, because a wrapper call would cost more for each message
             if connection.close_info is not None:
-                connection.events.counters.messages_discarded += 1
+                if not connection.protocol.acknowledges:  # else the client still has it, since it is not acknowledged
+                    connection.events.counters.messages_discarded += 1
                 return
             connection.liveness.on_frame(monotonic())
             item = connection.protocol.decode(connection, message)
