@@ -251,6 +251,9 @@ class WebSocketConnectionManager:
 
     async def _node_for(self, websocket: WebSocket) -> Node:
         """Return the node for a handshake; reject the handshake if the manager is shut down."""
+        node = self._node
+        if node.loop is asyncio.get_running_loop() and not self._shutdown.has_begun:
+            return node
         try:
             return self._require_node(from_connection=True)
         except ShutdownError as error:
@@ -495,7 +498,7 @@ class WebSocketConnectionManager:
             self._node_for,
             websocket,
             ServeOptions(client_id, identity, expires_in, control_frames),
-            served_subprotocols(subprotocols),
+            served_subprotocols(subprotocols) if subprotocols else (),
         )
 
     # ── connections that you accept yourself ──

@@ -95,7 +95,7 @@ class Rig:
         self.server = FakeServer()
         self.direct = Direct()
         self.tasks = TaskSet(lambda _, __: None)
-        self.senders: list[asyncio.Future[bool]] = []
+        self.senders: list[asyncio.Future[int | None]] = []
         owner: Any = Owner()
         direct: Any = self.direct
         config = WebSocketConfig(outbox_max_messages=4, outbox_max_bytes=30, outbox_overflow=overflow, send_timeout=5)

@@ -85,6 +85,14 @@ def test_str_is_unchanged_text_frame(text: str) -> None:
     assert frame.message() == {"type": "websocket.send", "text": text}
 
 
+@pytest.mark.parametrize("message", ["", b""])
+def test_empty_message_is_true(message: str | bytes) -> None:
+    """uvicorn 0.35 to 0.41 ignores text and bytes that are false."""
+    sent = encode(message).message()
+    assert sent.get("text") or sent.get("bytes")
+    assert encode(message).framed() == (b"\x81\x00" if message == "" else b"\x82\x00")
+
+
 @pytest.mark.parametrize("data", [b"", b"\x00\xff", bytearray(b"ab"), memoryview(b"ab")])
 def test_bytes_are_binary_frame(data: bytes) -> None:
     """Every kind of bytes is sent as a binary frame."""

@@ -98,10 +98,15 @@ def test_envelope_records_creation_time(monkeypatch: pytest.MonkeyPatch) -> None
     assert sequenced_frame("reply", 1, re="c1").created_at == 123.0
 
 
-def test_only_volatile_message_has_coalescing_key() -> None:
-    """A sequenced message has no coalescing key, because leaving it out would cause a gap."""
-    assert to_v1(encode("x", "price", volatile=True)).key == "price"
-    assert to_v1(encode("x", "price")).key is None
+def test_keys_of_volatile_and_numbered_messages_differ() -> None:
+    """A volatile message and a numbered one have different keys, because neither can replace the other."""
+    volatile, numbered = to_v1(encode("x", "price", volatile=True)), to_v1(encode("x", "price"))
+    assert volatile.key == to_v1(encode("y", "price", volatile=True)).key != numbered.key
+    assert numbered.key == to_v1(encode("y", "price")).key
+    assert (to_v1(encode("x")).key, to_v1(encode("x")).takes_slow_path) == (None, False)
+    assert volatile.takes_slow_path
+    assert numbered.takes_slow_path
+    assert to_v1(encode("x", volatile=True)).takes_slow_path
 
 
 def test_replay_copy_has_same_content_and_new_envelope() -> None:
