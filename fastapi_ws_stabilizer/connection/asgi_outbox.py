@@ -324,7 +324,7 @@ class BlockedSend:
         slots.take()
         self._slot = slots
         task.add_done_callback(self._on_task_done, context=context)
-        if started:  # it has blocked already
+        if started or outbox.limits.budget.evicts:  # it has blocked, or an eviction must know its frames now
             self.watch()
         else:
             outbox.writers.watch_if_blocked(self)

@@ -59,7 +59,8 @@ class SendQueue:
     removed entries at its front, because a keyed frame is replaced by its index.
 
     Frames are not counted in the memory budget as long as no send blocks, because they wait for one or two iterations
-    of the event loop. After `start_accounting`, each frame is counted.
+    of the event loop. After `start_accounting`, each frame is counted. With a memory limit, frames that a writer task
+    sends are counted at once.
 
     Args:
         limits: Bounds, shared with other queues.
