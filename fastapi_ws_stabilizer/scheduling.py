@@ -250,9 +250,13 @@ class PacedTasks:
         """Return the number of waiting tasks."""
         return len(self._waiting) + len(self._returned)
 
+    def try_enter(self) -> bool:
+        """Return whether the task may continue in this iteration. If not, it has to call `enter`."""
+        return not self._waiting and not self._returned and self._has_time()
+
     async def enter(self) -> None:
         """Continue in this iteration, or wait for one with time. Cancelling is safe."""
-        if not len(self) and self._has_time():
+        if self.try_enter():
             return
         waiting: Callable[[asyncio.Future[None]], None] = self._waiting.append
         while True:

@@ -13,11 +13,6 @@ from typing import Any, Final, Protocol
 EXTENSION: Final = "fastapi_ws_stabilizer"
 
 
-def has_direct_transport(scope: Mapping[str, Any]) -> bool:
-    """Return whether the server of this connection has a direct transport."""
-    return EXTENSION in (scope.get("extensions") or {})
-
-
 class DirectReceiver(Protocol):
     """Application side of a direct transport. Its methods never wait and never raise."""
 

@@ -46,7 +46,6 @@ from fastapi_ws_stabilizer.wire.v1.frames import (
     ping_timestamp,
     require_int,
 )
-from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
 
 ACK_WITHIN: Final = 0.05
 """Maximum seconds until a message is acknowledged. The protocol allows 1 s, but a client that waits for each
@@ -80,7 +79,6 @@ class V1Protocol(ClientProtocol):
         "_acks",
         "_connection",
         "_idempotency",
-        "_outcome",
         "_rejected_seq",
         "_resume_result",
         "_sequenced_count",
@@ -99,7 +97,6 @@ class V1Protocol(ClientProtocol):
     def __init__(self, resume_result: ResumeResult, config: WebSocketConfig, idempotency: IdempotencyCache) -> None:
         self.session: Session = resume_result.session
         self._resume_result = resume_result
-        self._outcome = resume_result.outcome
         self._idempotency = idempotency
         compresses = resume_result.deflates and config.compression is CompressionMode.DEFLATE
         self.max_inflated = config.max_message_size if compresses else 0
@@ -111,10 +108,6 @@ class V1Protocol(ClientProtocol):
         self._sequenced_count = 0  # numbered messages in both directions at the reaper's last check
 
     # ── the connection ──
-
-    def outcome(self, _: Connection) -> ResumeOutcome:
-        """Return how much of its state the client got back."""
-        return self._outcome
 
     def on_open(self, connection: Connection) -> None:
         """Take over the session: the connection sends its messages and fills its inbox from now on.
@@ -418,7 +411,9 @@ class V1Protocol(ClientProtocol):
 
     async def put_wait(self, connection: Connection, frame: EncodedMessage) -> bool:
         """Number, store and queue a message as soon as there is room."""
-        return connection.close_info is None and await self.session.outbox.put_wait(connection.outbox, frame)
+        if connection.close_info is not None:
+            return False
+        return await self.session.outbox.put_wait(connection.outbox, frame) is not None
 
     async def send_with_ack(self, connection: Connection, frame: EncodedMessage) -> None:
         """Queue a message and wait until the client acknowledges it, in this connection or a later one."""
@@ -443,11 +438,12 @@ class V1Protocol(ClientProtocol):
 
     async def _enqueue_sequenced(self, connection: Connection, frame: EncodedMessage) -> int:
         """Queue a frame and return its sequence number."""
-        numbers: list[int] = []
-        outbox = self.session.outbox
-        if connection.close_info is not None or not await outbox.put_wait(connection.outbox, frame, numbers.append):
+        seq = None
+        if connection.close_info is None:
+            seq = await self.session.outbox.put_wait(connection.outbox, frame)
+        if seq is None:
             raise await connection.closed_error()
-        return numbers[0] if numbers else self.session.head
+        return seq
 
     def pings_are_answered(self, _: Connection) -> bool:
         """Return `True`: every client answers ping frames."""

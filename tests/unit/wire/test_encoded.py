@@ -136,6 +136,18 @@ def test_other_payloads_are_json_text_frame(message: Any, value: Any) -> None:
     assert frame.size == len(frame.text.encode())
 
 
+class OddNumbers(BaseModel, ser_json_inf_nan="constants"):
+    number: float
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: {"x": [model]}])
+def test_nan_and_infinity_of_model_raise(number: float, wrap: Any) -> None:
+    """A NaN or an infinity that a pydantic model writes as a constant cannot be sent, however short the message is."""
+    with pytest.raises(MessageEncodeError, match="cannot be sent as JSON"):
+        encode(wrap(OddNumbers(number=number)))
+
+
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("wrap", [lambda n: {"n": n}, lambda n: [n], lambda n: n, lambda n: Chat(text="", score=n)])
 def test_nan_and_infinity_become_null(number: float, wrap: Any) -> None:
