@@ -153,6 +153,7 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         self.own_pings = own_pings
         if own_pings:
             self.stop_keepalive()
+            self.ping_interval = None  # `start_keepalive` does nothing then
         if self.read_paused:
             self.read_paused = False
             self.transport.resume_reading()
@@ -231,11 +232,6 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
             self.handshake_initiated = self.close_sent = True
             self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
             self.transport.close()
-
-    def start_keepalive(self) -> None:
-        """Send uvicorn's pings, unless the receiver sends pings."""
-        if not self.own_pings:
-            super().start_keepalive()
 
     def pause_writing(self) -> None:
         """Stop writing, because the transport's buffer is full."""
