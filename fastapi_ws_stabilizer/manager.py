@@ -573,7 +573,7 @@ class WebSocketConnectionManager:
         Raises:
             MessageEncodeError: The message cannot be encoded.
         """
-        return await self._node.hub.send_to_client(client_id, encode(message, coalesce_key, volatile=volatile))
+        return await self._node.broadcaster.send_to_client(client_id, encode(message, coalesce_key, volatile=volatile))
 
     async def broadcast(
         self,
@@ -605,7 +605,9 @@ class WebSocketConnectionManager:
             TypeError: `exclude` is neither a client id, nor a socket, nor several of them.
         """
         frame = encode(message, coalesce_key, volatile=volatile)
-        return await self._node.hub.broadcast(frame, room, exclude, exclude_client=exclude_client, history=history)
+        return await self._node.broadcaster.broadcast(
+            frame, room, exclude, exclude_client=exclude_client, history=history
+        )
 
     def room(self, name: str) -> Room:
         """Return a room, which need not exist.

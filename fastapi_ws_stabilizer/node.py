@@ -70,7 +70,8 @@ class Node(ConnectionListener):
         registry: Registry of the open connections.
         sessions: Store of the sessions.
         detached: The detached sessions and detached states.
-        hub: Registry, rooms, presence and broadcast.
+        hub: Registry, rooms and presence.
+        broadcaster: Sender of messages to clients and rooms.
         tokens: Reconnect tokens of plain clients.
         lifecycle: Lifecycle of sessions and detached states.
         addresses: Resolver of client addresses.
@@ -123,6 +124,7 @@ class Node(ConnectionListener):
             detached_of=self.detached.of_client,
             budget=self.budget,
         )
+        self.broadcaster = self.hub.broadcaster
         self.tokens = ReconnectTokenRegistry(config, events, tokens)
         idempotency = IdempotencyCache()
         self.lifecycle = SessionLifecycle(

@@ -273,7 +273,7 @@ class PacedTasks:
             self._until = now + MAX_BLOCK
         if not self._scheduled:
             self._schedule()
-        if now >= self._until:
+        if now >= self._until and self._passed:  # the first task of an iteration always passes
             self._is_exceeded = True
             return False
         self._passed += 1

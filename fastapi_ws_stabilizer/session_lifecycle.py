@@ -101,7 +101,7 @@ class SessionLifecycle(SessionListener):
                 self._sessions.on_detached(session)
             return
         key = None
-        if connection.connect_hooks_started or connection.inherited_state:
+        if self._tokens.in_use and (connection.connect_hooks_started or connection.inherited_state):
             key = self._tokens.resumable_key_of(connection.client_id, connection.connection_id)
         if key is not None and close_info is not None:
             if not ends_session(close_info):
@@ -171,7 +171,8 @@ class SessionLifecycle(SessionListener):
         """Detach the session from a closed connection, so that it does not keep objects of the server alive."""
         session = session_of(connection)
         if session is None:
-            self._tokens.take_inherited(connection.connection_id)
+            if self._tokens.in_use:
+                self._tokens.take_inherited(connection.connection_id)
             return
         if session.previous_connection is not connection:
             return  # another connection has taken the session over

@@ -653,10 +653,11 @@ class StableSocket:
         Args:
             message: The message.
             coalesce_key: A queued message with an equal key is replaced by this one. Use it for values that a newer
-                message supersedes, such as a price or a cursor position. Only messages to plain clients and volatile
-                messages are coalesced.
+                message supersedes, such as a price or a cursor position. If the message replaces one that
+                waits for room, cancelling both calls discards it.
             volatile: Whether the message is only useful now. The server does not store it for a detached client.
-            ack: Whether to wait until the client has acknowledged the message, also across a reconnect.
+            ack: Whether to wait until the client has acknowledged the message, or a newer one that has replaced it,
+                also across a reconnect.
 
         Raises:
             MessageEncodeError: The message cannot be encoded. The connection stays open.

@@ -251,7 +251,10 @@ class Connection:
                 max_message_bytes=config.max_message_size,
                 own_pings=sends_pings,
             )
-            outbox.on_attached(compress=config.compression is CompressionMode.DEFLATE, bounds_unread=sends_pings)
+            outbox.on_attached(
+                compress=config.compression is CompressionMode.DEFLATE,
+                bounds_unread=sends_pings and config.require_pong is not False,
+            )
         elif (protocol := self.server_transport.pushing_protocol) is not None:
             self._reader = UvicornReader(self, protocol)
         else:

@@ -41,25 +41,45 @@ class SlowConsumer(str, Enum):
 
 
 class PendingSend:
-    """Sender that waits for room in the outbox.
+    """Message that waits for room in the outbox, with the senders that wait for it.
+
+    Args:
+        frame: The frame to send.
+        number: Numbers the frame at the moment it is queued; `None` for a frame without a number.
 
     Attributes:
-        frame: The frame to send.
-        queued: Called with the frame at the moment it is queued; `None` for no callback.
-        done: `True` when the frame is queued or replaced by a newer one; `False` if it never will be.
+        frame: As above, or the newer frame with its key that has replaced it.
+        number: As above.
     """
 
-    __slots__ = ("done", "frame", "queued")
+    __slots__ = ("_senders", "frame", "number")
 
-    def __init__(self, frame: EncodedMessage, queued: Callable[[EncodedMessage], object] | None) -> None:
+    def __init__(self, frame: EncodedMessage, number: Callable[[EncodedMessage], int] | None) -> None:
         self.frame = frame
-        self.queued = queued
-        self.done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self.number = number
+        self._senders: list[asyncio.Future[int | None]] = []
 
-    def settle(self, queued: bool) -> None:
-        """Complete the sender's wait."""
-        if not self.done.done():
-            self.done.set_result(queued)
+    def add_sender(self) -> asyncio.Future[int | None]:
+        """Return a future for one more sender. It gets what `settle` is called with."""
+        sender = asyncio.get_running_loop().create_future()
+        self._senders = [*(one for one in self._senders if not one.done()), sender]
+        return sender
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether no sender waits any more."""
+        return all(sender.done() for sender in self._senders)
+
+    def settle(self, seq: int | None) -> None:
+        """Complete the senders' wait.
+
+        Args:
+            seq: Number of the frame, or of the newer one that has replaced it; 0 without numbers; `None` if no frame is
+                queued.
+        """
+        for sender in self._senders:
+            if not sender.done():
+                sender.set_result(seq)
 
 
 class Outbox(abc.ABC):
@@ -253,6 +273,12 @@ class Outbox(abc.ABC):
             return EnqueueResult.CLOSED
         if frame.key is not None and self._replace_same_key(frame):
             return EnqueueResult.SLOW if self.half_full and self.is_delayed else EnqueueResult.QUEUED
+        return self.offer_new(frame)
+
+    def offer_new(self, frame: EncodedMessage) -> EnqueueResult:
+        """Queue a frame like `offer`, but replace none of its key."""
+        if self._shut:
+            return EnqueueResult.CLOSED
         if not self._stays_below_soft_limit(frame.size) and not self.blocked:
             self._send_queued()  # the network may accept all frames at once
             if self._shut:
@@ -284,8 +310,9 @@ class Outbox(abc.ABC):
         """Queue a frame without waiting. Return `False` if there is no room or the outbox is closed."""
         if self._shut:
             return False
-        if frame.key is not None and self._replace_same_key(frame):
-            return True
+        return (frame.key is not None and self._replace_same_key(frame)) or self._put_new(frame)
+
+    def _put_new(self, frame: EncodedMessage) -> bool:
         if not self.make_room(frame.size):
             return False
         self._enqueue(frame)
@@ -323,61 +350,90 @@ class Outbox(abc.ABC):
             self._enqueue(frame)
         queue.allow_extra()
 
-    async def put_wait(self, frame: EncodedMessage, queued: Callable[[EncodedMessage], object] | None = None) -> bool:
-        """Queue a frame as soon as there is room, after earlier waiters. Return `False` if the outbox was closed.
+    async def put_wait(
+        self, frame: EncodedMessage, number: Callable[[EncodedMessage], int] | None = None
+    ) -> int | None:
+        """Queue a frame as soon as there is room, after earlier waiters.
 
         Free room goes to the first waiter, even if its frame is slightly too large. Otherwise sends that do not wait
         could take the room repeatedly. The wait is bounded by earlier sends, because a stalled send closes the
-        connection. Cancelling removes the frame, unless it has just been queued.
+        connection. Cancelling removes the frame, unless it has just been queued. A frame that has replaced that of
+        another sender stays until both are cancelled.
 
         Args:
             frame: The frame to send.
-            queued: Called with the frame at the moment it is queued.
+            number: Numbers the frame at the moment it is queued. A frame with a number replaces only one that waits
+                with its sender. `replace_queued` replaces a queued one.
+
+        Returns:
+            The number of the frame, or of the newer one that has replaced it; 0 without numbers. `None` if the outbox
+            was closed before.
         """
-        if not self._waiters and self.put(frame):
-            if queued is not None:
-                queued(frame)
-            return True
+        if not self._waiters and (self.put(frame) if number is None else self._put_new(frame)):
+            return 0 if number is None else number(frame)
         if self._shut:
-            return False
-        waiter = PendingSend(frame, queued)
-        self._add_waiter(waiter)
+            return None
+        waiter = self._waiter_for(frame, number)
         try:
-            return await waiter.done
+            return await waiter.add_sender()
         except asyncio.CancelledError:
-            if self._waiters and waiter in self._waiters:
+            if waiter.is_abandoned and self._waiters and waiter in self._waiters:
                 self._waiters.remove(waiter)
                 self._serve_waiters()
             raise
 
-    def _add_waiter(self, waiter: PendingSend) -> None:
-        """Append a waiter, or replace one with an older frame of the same key."""
+    def _waiter_for(self, frame: EncodedMessage, number: Callable[[EncodedMessage], int] | None) -> PendingSend:
+        """Add a frame to those that wait for room, or let it replace a waiting one of the same key."""
+        waiter = None if frame.key is None else self._waiter_of(frame.key)
+        if waiter is not None:
+            waiter.frame = frame
+            self.limits.counters.messages_coalesced += 1
+            if number is None:
+                waiter.settle(0)
+            return waiter
         if self._waiters is None:
             self._waiters = deque()
-        for index, other in enumerate(self._waiters if waiter.frame.key is not None else ()):
-            if other.frame.key == waiter.frame.key:
-                self._waiters[index] = waiter
-                self.limits.counters.messages_coalesced += 1
-                other.settle(True)
-                return
+        waiter = PendingSend(frame, number)
         self._waiters.append(waiter)
         self._update_fast_path()
+        return waiter
+
+    def _waiter_of(self, key: object) -> PendingSend | None:
+        """Return the waiting frame with that key."""
+        return next((waiter for waiter in self._waiters or () if waiter.frame.key == key), None)
+
+    def has_waiter(self, key: object) -> bool:
+        """Return whether a sender waits with a frame of that key, which is newer than the queued ones."""
+        return self._waiter_of(key) is not None
+
+    def take_waiter(self, key: object) -> PendingSend | None:
+        """Remove and return the waiting frame with that key, because a newer one replaces it."""
+        waiter = self._waiter_of(key)
+        if waiter is not None and self._waiters:
+            self._waiters.remove(waiter)
+            self._update_fast_path()
+        return waiter
 
     def _replace_same_key(self, frame: EncodedMessage) -> bool:
         """Replace a queued or waiting frame of the same key. Return whether there was one."""
         self.used = True
-        replaced = False
-        for waiter in self._waiters or ():
-            if waiter.frame.key == frame.key:  # it is newer than all queued frames
-                waiter.frame = frame
-                replaced = True
-                break
+        waiter = self._waiter_of(frame.key)
+        if waiter is None:
+            return self.replace_queued(frame)
+        waiter.frame = frame  # it is newer than all queued frames
+        self.limits.counters.messages_coalesced += 1
+        return True
+
+    def replace_queued(self, frame: EncodedMessage) -> bool:
+        """Replace the queued frame of the same key. Return `False` if there is none, or the growth does not fit."""
+        if self._shut:
+            return False
+        if self._queue is not None:
+            replaced = self._queue.coalesce(frame)
         else:
-            if self._queue is not None:
-                replaced = self._queue.coalesce(frame)
-            elif self._single is not None and self._single.key == frame.key:
+            replaced = self._single is not None and self._single.key == frame.key
+            if replaced:
                 self._single = frame
-                replaced = True
         self.limits.counters.messages_coalesced += replaced
         return replaced
 
@@ -523,13 +579,12 @@ class Outbox(abc.ABC):
         """Queue the frames of waiting senders in order, until a bound is reached."""
         while self._waiters and not (self._message_count and self._open_queue().at_bounds):
             waiter = self._waiters.popleft()
-            if waiter.done.done():
+            if waiter.is_abandoned:
                 continue
-            if waiter.frame.key is None or not self._replace_same_key(waiter.frame):
-                self._enqueue(waiter.frame)
-            if waiter.queued is not None:
-                waiter.queued(waiter.frame)
-            waiter.settle(True)
+            frame, number = waiter.frame, waiter.number
+            if frame.key is None or number is not None or not self._replace_same_key(frame):
+                self._enqueue(frame)
+            waiter.settle(0 if number is None else number(frame))
         self._update_fast_path()
 
     def _schedule_flush(self) -> None:
@@ -602,7 +657,7 @@ class Outbox(abc.ABC):
 
     def _fail_waiters(self) -> None:
         for waiter in self._waiters or ():
-            waiter.settle(False)
+            waiter.settle(None)
         self._waiters = None
         self._update_fast_path()
 

@@ -287,7 +287,7 @@ class PlainProtocol(ClientProtocol):
 
     async def put_wait(self, connection: Connection, frame: EncodedMessage) -> bool:
         """Queue a message as soon as there is room."""
-        return await connection.outbox.put_wait(frame)
+        return await connection.outbox.put_wait(frame) is not None
 
     async def send_with_ack(self, connection: Connection, frame: EncodedMessage) -> None:
         """Raise, because the client sends no acknowledgements."""

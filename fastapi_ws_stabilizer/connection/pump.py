@@ -157,6 +157,15 @@ def reject_requests(connection: Connection) -> None:
 def begin_pause(connection: Connection) -> None:
     """Record that reading is paused, and from now on whether the endpoint sends anything."""
     connection.pause = Pause()
+    connection.server_transport.stop_keepalive()
+
+
+def resume(connection: Connection) -> None:
+    """Record that reading continues. The pause does not count as silence of the client."""
+    connection.pause = None
+    connection.liveness.on_frame(monotonic())
+    if connection.close_info is None:
+        connection.server_transport.start_keepalive()
 
 
 def end_pause(connection: Connection) -> None:
@@ -230,6 +239,5 @@ async def _enqueue_when_room(connection: Connection, event: Mapping[str, Any]) -
             elif monotonic() - since >= connection.config.inbox_pause_timeout:
                 end_pause(connection)
                 break
-        connection.pause = None
-        connection.liveness.on_frame(monotonic())
+        resume(connection)
     pending()

@@ -14,6 +14,7 @@ from fastapi_ws_stabilizer.connection.pump import (
     drop_unread,
     end_pause,
     on_inbox_full,
+    resume,
 )
 from fastapi_ws_stabilizer.wire.v1.frames import Message
 
@@ -48,7 +49,8 @@ class PushReader(abc.ABC):
         connection = self._connection
         try:  # inline, because a wrapper call would cost more for each message
             if connection.close_info is not None:
-                connection.events.counters.messages_discarded += 1
+                if not connection.protocol.acknowledges:  # else the client still has it, since it is not acknowledged
+                    connection.events.counters.messages_discarded += 1
                 return
             connection.liveness.on_frame(monotonic())
             item = connection.protocol.decode(connection, message)
@@ -97,8 +99,7 @@ class PushReader(abc.ABC):
 
     def _resume(self) -> None:
         self._stop_timer()
-        self._connection.pause = None
-        self._connection.liveness.on_frame(monotonic())  # the pause must not count as silence
+        resume(self._connection)
         self._resume_reading()
 
     def _watch(self, delay: float) -> None:

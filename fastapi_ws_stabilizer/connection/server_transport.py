@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fastapi_ws_stabilizer.close_codes import SERVER_CODES, DisconnectReason, local_close
 from fastapi_ws_stabilizer.compat.starlette import close_frame_was_received, forget_task, transport_of, unwrap_send
-from fastapi_ws_stabilizer.compat.uvicorn import PUSHING_CLASS, can_push_events
+from fastapi_ws_stabilizer.compat.uvicorn import PUSHING_CLASS, can_push_events, start_keepalive, stop_keepalive
 from fastapi_ws_stabilizer.connection.inbox import InboxClosed
 from fastapi_ws_stabilizer.net.tcp import (
     HAS_UNSENT_LOW_WATER,
@@ -180,6 +180,14 @@ class ServerTransport:
         """Return the bytes not acknowledged by the client's TCP stack; `None` if the system does not report them."""
         return kernel_unacked_bytes(transport_of(self._receiver, self._sender))
 
+    def stop_keepalive(self) -> None:
+        """Stop the server's own pings, because nothing reads their pongs."""
+        stop_keepalive(self._receiver, self._sender)
+
+    def start_keepalive(self) -> None:
+        """Send the server's own pings again."""
+        start_keepalive(self._receiver, self._sender)
+
     def forget_task(self, task: asyncio.Task[Any] | None) -> None:
         """Remove a task that does not end from the server's tasks, because uvicorn would wait for it at shutdown."""
         forget_task(task, self._receiver, self._sender)
@@ -187,7 +195,8 @@ class ServerTransport:
     @property
     def unflushed_bytes(self) -> int | None:
         """Bytes in the transport's buffer; `None` where they cannot be measured."""
-        return unflushed_bytes(transport_of(self._receiver, self._sender))
+        transport = transport_of(self._receiver, self._sender)
+        return None if transport is None else unflushed_bytes(transport)
 
     def progress(self) -> int | None:
         """Return a number that grows when the client's TCP stack accepts bytes; `None` if it cannot be measured."""

@@ -64,7 +64,7 @@ class DirectTransport(Protocol):
 
     @property
     def in_use(self) -> bool:
-        """Whether a call of `receive` or `send` is waiting now, and would wait forever."""
+        """Whether a call of `receive` or `send` has not returned, and might then wait forever."""
 
     def refuse_compression(self) -> None:
         """Disable compression. It has an effect only before the connection is accepted."""

@@ -3,11 +3,13 @@
 It also queues the message in the outbox of the current connection, if there is one. So replay and live messages take
 one path. A new connection begins with the unacknowledged part of the buffer, and later messages are queued behind it in
 order.
+
+A message with a `coalesce_key` replaces an older one with its key that was not sent, and takes its number. So the
+client sees consecutive numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
@@ -56,7 +58,7 @@ class SessionOutbox:
         """
         frame = frame.enveloped or to_v1(frame)
         target = self.target
-        if target is None or frame.volatile or not target.try_enqueue(frame):
+        if target is None or frame.takes_slow_path or not target.try_enqueue(frame):
             return self._offer_slow_path(frame)
         self.buffer.append(frame)
         return EnqueueResult.QUEUED
@@ -68,7 +70,7 @@ class SessionOutbox:
         """
         target = self.target
         enveloped = frame.enveloped or to_v1(frame)
-        if target is not None and not enveloped.volatile and target.try_send(enveloped):
+        if target is not None and not enveloped.takes_slow_path and target.try_send(enveloped):
             self.buffer.append(enveloped)
             return EnqueueResult.QUEUED
         enqueued = self.offer(frame)
@@ -80,18 +82,60 @@ class SessionOutbox:
             return EnqueueResult.CLOSED
         if frame.volatile:
             return self._offer_volatile(frame)
+        if frame.key is not None:
+            return self._offer_keyed(frame)
+        return self._offer_numbered(frame)
+
+    def _offer_numbered(self, frame: EncodedMessage) -> EnqueueResult:
+        """Number and store a message under a new number, and queue it if there is a connection."""
         target = self.target
-        enqueued = EnqueueResult.QUEUED if target is None else target.offer(frame)
+        enqueued = EnqueueResult.QUEUED if target is None else target.offer_new(frame)
         if self.is_closed:  # the full outbox ended the session, and its buffer is closed
             self._counters.messages_discarded += 1
             return EnqueueResult.CLOSED
-        self.buffer.append(frame)
+        self._append(frame)
         if enqueued is not EnqueueResult.CLOSED or target is None:
             return enqueued
         # It is in the buffer, and the client gets it when it resumes.
         close_info = target.owner.close_info
         slow = close_info is not None and close_info.cause is DisconnectReason.SLOW_CONSUMER
         return EnqueueResult.SLOW if slow else EnqueueResult.QUEUED
+
+    def _offer_keyed(self, frame: EncodedMessage) -> EnqueueResult:
+        """Offer a message that may replace an older one with its key, and one whose sender waits for room."""
+        target = self.target
+        waiter = None if target is None else target.take_waiter(frame.key)
+        if self._replace(frame) is None:
+            enqueued = self._offer_numbered(frame)
+        elif target is not None and target.half_full and target.is_delayed:
+            enqueued = EnqueueResult.SLOW
+        else:
+            enqueued = EnqueueResult.QUEUED
+        if waiter is not None:
+            self._counters.messages_coalesced += 1
+            waiter.settle(self.buffer.seq_of(frame.key))
+        return enqueued
+
+    def _replace(self, frame: EncodedMessage) -> int | None:
+        """Let a message replace an older one with its key, and return its number; `None` if there is none.
+
+        The older one was not sent: it is still queued, or was stored since the last connection was lost.
+        """
+        seq, target = self.buffer.seq_of(frame.key), self.target
+        if seq is None:
+            return None
+        if target is None:
+            self._counters.messages_coalesced += 1
+        elif target.replace_queued(frame):
+            target.connection.used = True
+        else:
+            return None
+        self.buffer.replace(seq, frame)
+        return seq
+
+    def _append(self, frame: EncodedMessage) -> int:
+        """Number and store a message, and return its number."""
+        return self.buffer.append(frame) if frame.key is None else self.buffer.append_keyed(frame)
 
     def _offer_volatile(self, frame: EncodedMessage) -> EnqueueResult:
         if self.target is None:
@@ -108,39 +152,37 @@ class SessionOutbox:
         `False` means that nothing was queued, and the slow path has to decide. Hot path.
         """
         frame = frame.enveloped or to_v1(frame)
-        if frame.volatile or target is not self.target or not target.try_send(frame):
+        if frame.takes_slow_path or target is not self.target or not target.try_send(frame):
             return False
         self.buffer.append(frame)
         return True
 
-    async def put_wait(
-        self, target: Outbox, frame: EncodedMessage, numbered: Callable[[int], object] | None = None
-    ) -> bool:
+    async def put_wait(self, target: Outbox, frame: EncodedMessage) -> int | None:
         """Number, store and queue a message in one outbox as soon as there is room.
 
-        Cancelling while it waits discards the message.
+        Cancelling while it waits discards the message, unless it has replaced that of another sender.
 
         Args:
             target: The outbox of a connection of the session.
             frame: The message.
-            numbered: Called with the message's number at the moment it is queued.
 
         Returns:
-            `False` if the outbox was closed before.
+            The number of the message, or of the newer one that has replaced it; 0 for a volatile one. `None` if the
+            outbox was closed before.
         """
         frame = frame.enveloped or to_v1(frame)
         if frame.volatile:
             target.connection.used = True
             return await target.put_wait(frame)
+        if frame.key is not None and target is self.target and not target.has_waiter(frame.key):
+            seq = self._replace(frame)
+            if seq is not None:
+                return seq
+        return await target.put_wait(frame, self._number)
 
-        def record(queued: EncodedMessage) -> None:
-            if self.is_closed:
-                return
-            seq = self.buffer.append(queued)
-            if numbered is not None:
-                numbered(seq)
-
-        return await target.put_wait(frame, record)
+    def _number(self, queued: EncodedMessage) -> int:
+        """Number and store a message that was just queued, and return its number."""
+        return self.buffer.head if self.is_closed else self._append(queued)
 
     def flush(self) -> None:
         """Send what is queued now, if there is a connection."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, cast
+from typing import Any, Final, cast
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.memory.budget import FRAME_OVERHEAD_BYTES, Evictable, MemoryBudget
@@ -45,14 +45,16 @@ class ReplayBuffer:
     Attributes:
         head: Number of the last message that was ever added; 0 before the first.
         held_bytes: Bytes of the stored messages.
+        unsent: Number of the last message of each key, if it may be unsent; `None` if there is none.
     """
 
-    __slots__ = ("_entries", "_limits", "_session", "head", "held_bytes")
+    __slots__ = ("_entries", "_limits", "_session", "head", "held_bytes", "unsent")
 
     def __init__(self, limits: ReplayLimits, session: Evictable | None = None) -> None:
         self._limits = limits
         self._session = session
         self._entries = NOTHING
+        self.unsent: dict[Any, int] | None = None
         self.head = 0
         self.held_bytes = 0
 
@@ -96,6 +98,43 @@ class ReplayBuffer:
                 limits.budget.on_nonzero(self._session)
         return self.head
 
+    # ── messages with a key ──
+
+    def append_keyed(self, frame: EncodedMessage) -> int:
+        """Store a message that a newer one with its key may replace, and return its number."""
+        seq = self.append(frame)
+        keyed = {} if self.unsent is None else self.unsent
+        if len(keyed) > 4 * self._limits.max_messages:
+            # An outbox holds the stored messages that it began with, and as many newer ones.
+            unsent = seq - 3 * self._limits.max_messages
+            keyed = {key: number for key, number in keyed.items() if number > unsent}
+        keyed[frame.key] = seq
+        self.unsent = keyed
+        return seq
+
+    def seq_of(self, key: object) -> int | None:
+        """Return the number of the last message with that key, if it may be unsent."""
+        return None if self.unsent is None else self.unsent.get(key)
+
+    def replace(self, seq: int, frame: EncodedMessage) -> None:
+        """Store a message under the number of an older one, which was not sent.
+
+        If the older one was dropped because of a limit, the client misses both when it resumes.
+        """
+        entries, budget = self._entries, self._limits.budget
+        index = seq - self.first_seq
+        if index < 0:
+            return
+        replaced = entries[index]
+        entries[index] = frame
+        self.held_bytes += frame.size - replaced.size
+        budget.retain(frame)
+        budget.release(replaced)
+        if self.held_bytes > self._limits.max_bytes:
+            self._trim()
+
+    # ── dropping messages ──
+
     def forget_up_to(self, seq: int) -> None:
         """Drop all messages up to a number."""
         self._drop(seq - self.first_seq + 1)
@@ -103,11 +142,11 @@ class ReplayBuffer:
     def forget_old(self) -> None:
         """Drop messages older than `max_age`."""
         oldest = monotonic() - self._limits.max_age
-        old = 0
-        for frame in self._entries:
-            if frame.created_at >= oldest:
+        old = len(self._entries)
+        for frame in reversed(self._entries):  # a replaced message is newer than some that follow it
+            if frame.created_at < oldest:
                 break
-            old += 1
+            old -= 1
         self._drop(old)
 
     def since(self, seq: int) -> Sequence[EncodedMessage]:
@@ -135,6 +174,7 @@ class ReplayBuffer:
             self.held_bytes -= frame.size
             self._limits.budget.release(frame)
         self.head = max(0, self.head - lost)
+        self.unsent = None
         self._drop(0)
 
     def _trim(self) -> None:
@@ -152,6 +192,7 @@ class ReplayBuffer:
         entries = self._entries
         if count >= len(entries) or not entries:
             self._entries = NOTHING
+            self.unsent = None
             size, self.held_bytes = self.held_bytes, 0
         elif count > 0:
             dropped = entries[:count]

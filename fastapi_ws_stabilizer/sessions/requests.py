@@ -22,7 +22,7 @@ class PendingRequests:
 
     def __init__(self) -> None:
         self._open: dict[str, asyncio.Future[Any]] | None = None
-        self._acks: dict[int, asyncio.Future[None]] | None = None
+        self._acks: dict[asyncio.Future[None], int] | None = None  # several may wait for one number
         self._acknowledged = 0
         self._closed: CloseInfo | None = None
         self._prefix = ""
@@ -78,28 +78,28 @@ class PendingRequests:
             self._acks = {}
         if len(self._acks) >= MAX_OPEN:
             raise RequestError("too_many", f"{MAX_OPEN} senders already wait for this client's acknowledgement")
-        future = self._acks[seq] = asyncio.get_running_loop().create_future()
+        future = asyncio.get_running_loop().create_future()
+        self._acks[future] = seq
         try:
             await future
         finally:
             if self._acks is not None:
-                self._acks.pop(seq, None)
+                self._acks.pop(future, None)
 
     def acknowledge(self, seq: int) -> None:
         """Resolve the waits for all messages up to a number."""
         self._acknowledged = max(self._acknowledged, seq)
         if not self._acks:
             return
-        for waiting in [number for number in self._acks or () if number <= seq]:
-            future = self._acks[waiting] if self._acks else None
-            if future is not None and not future.done():
+        for future, number in self._acks.items():
+            if number <= seq and not future.done():
                 future.set_result(None)
 
     def fail_after_gap(self, seq: int) -> None:
         """Fail the waits for messages after a number, because the client will not get them."""
         self.acknowledge(seq)
         self._acknowledged = seq  # it may decrease: a store that lost messages reuses numbers
-        for future in (self._acks or {}).values():
+        for future in self._acks or ():
             if not future.done():
                 future.set_exception(RequestError("missed", "the client resumed too late to get this message"))
                 future.exception()  # mark as retrieved: a caller may have stopped waiting
@@ -107,7 +107,7 @@ class PendingRequests:
     def fail_all(self, close_info: CloseInfo) -> None:
         """Fail all requests and waits, because the session has ended."""
         self._closed = close_info
-        waiting = [*(self._open or {}).values(), *(self._acks or {}).values()]
+        waiting = [*(self._open or {}).values(), *(self._acks or ())]
         self._open = self._acks = None
         for future in waiting:
             if not future.done():

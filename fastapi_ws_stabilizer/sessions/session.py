@@ -277,6 +277,7 @@ class Session:
         self.until = None
         self.socket = connection.socket
         self.outbox.target = connection.outbox
+        self.buffer.unsent = None
         connection.outbox.preload([welcome, *self.buffer.since(seq)])
         return previous
 
@@ -285,6 +286,7 @@ class Session:
         if self.connection is not connection:
             return False
         self.connection = self.outbox.target = None
+        self.buffer.unsent = None  # the connection may have sent what was queued in it
         return True
 
     def acknowledge(self, seq: int) -> bool:

@@ -237,7 +237,8 @@ class SessionStore:
             self.end(session, _expired(session))
             return
         session.until = monotonic() + self._ttl
-        self._budget.detach(session)
+        if self._budget.evicts:
+            self._budget.detach(session)
         self._detached[session.connection_id] = session
         of_client = self.detached_by_client.setdefault(session.client_id, {})
         of_client[session.connection_id] = session

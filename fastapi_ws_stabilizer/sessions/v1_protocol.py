@@ -411,7 +411,9 @@ class V1Protocol(ClientProtocol):
 
     async def put_wait(self, connection: Connection, frame: EncodedMessage) -> bool:
         """Number, store and queue a message as soon as there is room."""
-        return connection.close_info is None and await self.session.outbox.put_wait(connection.outbox, frame)
+        if connection.close_info is not None:
+            return False
+        return await self.session.outbox.put_wait(connection.outbox, frame) is not None
 
     async def send_with_ack(self, connection: Connection, frame: EncodedMessage) -> None:
         """Queue a message and wait until the client acknowledges it, in this connection or a later one."""
@@ -436,11 +438,12 @@ class V1Protocol(ClientProtocol):
 
     async def _enqueue_sequenced(self, connection: Connection, frame: EncodedMessage) -> int:
         """Queue a frame and return its sequence number."""
-        numbers: list[int] = []
-        outbox = self.session.outbox
-        if connection.close_info is not None or not await outbox.put_wait(connection.outbox, frame, numbers.append):
+        seq = None
+        if connection.close_info is None:
+            seq = await self.session.outbox.put_wait(connection.outbox, frame)
+        if seq is None:
             raise await connection.closed_error()
-        return numbers[0] if numbers else self.session.head
+        return seq
 
     def pings_are_answered(self, _: Connection) -> bool:
         """Return `True`: every client answers ping frames."""

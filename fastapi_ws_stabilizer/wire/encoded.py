@@ -7,10 +7,11 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel
 from pydantic_core import to_json
 
+from fastapi_ws_stabilizer.compat.uvicorn import EMPTY_BYTES, EMPTY_TEXT
 from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.wire.deflate import deflate_message
 from fastapi_ws_stabilizer.wire.rfc6455 import BINARY, TEXT, frame_bytes
-from fastapi_ws_stabilizer.wire.strict_json import check_sent
+from fastapi_ws_stabilizer.wire.strict_json import SHORT, check_sent
 
 
 class EncodedMessage:
@@ -26,6 +27,8 @@ class EncodedMessage:
         key: Coalescing key: in an outbox, a newer message with an equal key replaces this one.
         is_json: Whether the text is a JSON value. Otherwise it is text of the application.
         volatile: Whether the message is useless later. It is not stored for a detached client.
+        takes_slow_path: Whether sessions queue it on their slow path, because it is volatile or has a key. Only v1
+            frames have it.
         room: The room that it is sent to; `None` if it is sent to several rooms, or to none.
         enveloped: The same message as a `stabilizer.v1.json` frame; `None` until it is created.
         is_envelope: Whether this message is such a frame itself.
@@ -50,6 +53,7 @@ class EncodedMessage:
         "refcount",
         "room",
         "size",
+        "takes_slow_path",
         "volatile",
     )
 
@@ -65,6 +69,7 @@ class EncodedMessage:
         self.key = key
         self.is_json = False
         self.volatile = False
+        self.takes_slow_path = False
         self.room: str | None = None
         self.enveloped: EncodedMessage | None = None
         self.is_envelope = False
@@ -101,8 +106,8 @@ class EncodedMessage:
         It is never shared, because a middleware may modify the message that it gets.
         """
         if self.binary:
-            return {"type": "websocket.send", "bytes": self._payload}
-        return {"type": "websocket.send", "text": self.text}
+            return {"type": "websocket.send", "bytes": self._payload or EMPTY_BYTES}
+        return {"type": "websocket.send", "text": self.text or EMPTY_TEXT}
 
     def framed(self) -> bytes:
         """Return the uncompressed frame as it is sent on the wire."""
@@ -176,7 +181,8 @@ def encode_json(message: Any) -> EncodedMessage:
             check_sent(frame.payload)
         else:
             payload = to_json(message, inf_nan_mode="null")
-            check_sent(payload)
+            if len(payload) > SHORT or b"N" in payload or b"I" in payload:  # nearly all messages need no call
+                check_sent(payload)
             frame = EncodedMessage(payload)
     except ValueError as error:  # pydantic raises ValueErrors, also for a cycle
         raise MessageEncodeError(f"a {type(message).__name__} cannot be sent as JSON: {error}") from error

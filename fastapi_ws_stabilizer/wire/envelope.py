@@ -26,20 +26,13 @@ def to_v1(frame: EncodedMessage) -> EncodedMessage:
     if frame.is_envelope:
         return frame
     if frame.enveloped is None:
-        frame.enveloped = _cached(_made(frame), volatile=frame.volatile)
-        if frame.volatile:  # a newer message cannot replace a numbered one
-            frame.enveloped.key = frame.key
+        enveloped = _cached(_made(frame), volatile=frame.volatile)
+        if frame.key is not None:
+            # A volatile frame has no number, so it and a numbered one cannot replace each other.
+            enveloped.key = (frame.volatile, frame.key)
+            enveloped.takes_slow_path = True
+        frame.enveloped = enveloped
     return frame.enveloped
-
-
-def check_size(frame: EncodedMessage) -> None:
-    """Raise if a broadcast message is too large for some clients, before any client gets it.
-
-    Raises:
-        MessageEncodeError: The message is too large.
-    """
-    if frame.size > ALWAYS_FITS:
-        to_v1(frame)
 
 
 def to_deflated(frame: EncodedMessage) -> EncodedMessage:
@@ -102,7 +95,7 @@ def _small(frame: EncodedMessage) -> EncodedMessage:
 
 
 def _cached(frame: EncodedMessage, *, volatile: bool) -> EncodedMessage:
-    frame.volatile = volatile
+    frame.volatile = frame.takes_slow_path = volatile
     frame.created_at = monotonic()
     frame.is_envelope = True
     return frame

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 from fastapi import FastAPI, WebSocket
@@ -98,6 +99,23 @@ async def push(client_id: str, message: dict[str, Any]) -> bool:
 @app.post("/push-many/{client_id}/{count}")
 async def push_many(client_id: str, count: int) -> bool:
     return all([await manager.send_to_client(client_id, {"number": number}) for number in range(count)])
+
+
+@app.post("/prices/{client_id}")
+async def push_prices(client_id: str, seconds: float) -> dict[str, int]:
+    """Send 1,000 prices and cursors a second, and a note after each hundred; count them and what is stored then."""
+    count = 0
+    begun = time.monotonic()
+    while time.monotonic() - begun < seconds:
+        while count < 1000 * (time.monotonic() - begun):
+            await manager.send_to_client(client_id, {"price": count}, coalesce_key="price")
+            await manager.send_to_client(client_id, {"cursor": count}, coalesce_key=("cursor", 1))
+            if count % 100 == 0:
+                await manager.send_to_client(client_id, {"note": count})
+            count += 1
+        await asyncio.sleep(0.001)
+    (session,) = manager._node.sessions._by_id.values()
+    return {"last": count - 1, "stored": len(session.buffer.entries), "coalesced": manager.counters.messages_coalesced}
 
 
 @app.post("/reconnect-token/{client_id}")

@@ -63,7 +63,7 @@ async def endpoint(ws: StableSocketDep) -> None:
 
 @app.get("/block")
 async def block(seconds: float) -> None:
-    """Block the event loop, so that all that happens meanwhile arrives in one iteration, and start to count."""
+    """Block the event loop, so that one iteration handles all that arrives until its end, and start to count."""
     watch.start()
     time.sleep(seconds)
 

@@ -138,6 +138,71 @@ async def test_messages_of_outage_arrive_after_reconnect(serve: Serve, kind: str
     assert server.errors() == []
 
 
+def check_prices(got: list[dict[str, int]], last: int) -> None:
+    """Check that all notes came in order, and of the prices and cursors some in order and the last ones."""
+    assert [message["note"] for message in got if "note" in message] == list(range(0, last + 1, 100))
+    for name in ("price", "cursor"):
+        values = [message[name] for message in got if name in message]
+        assert values == sorted(set(values))
+        assert values[-1] == last
+
+
+@pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
+async def test_absent_client_gets_newest_value_of_each_key(serve: Serve, kind: str) -> None:
+    """While a client is away for 4 s, 1,000 values a second of a key leave one stored message, and no gap."""
+    server = serve(kind, app=APP)
+    got: list[Any] = []
+    async with CuttingProxy(server.port) as proxy:
+        client = connect(f"ws://127.0.0.1:{proxy.port}/ws/ann", **QUICK_DIALS)
+        outcomes: list[str] = []
+        client.on_open(outcomes.append)
+        async with client:
+            reader = asyncio.ensure_future(collect(client, got))
+            await until(lambda: server.get("/count")["connections"] == 1, 5)
+            proxy.rejects = True
+            proxy.streams[-1].cut()
+            await until(lambda: server.get("/count")["detached"] == 1, 5)
+            sent = await asyncio.to_thread(server.post, "/prices/ann?seconds=4")
+            notes = sent["last"] // 100 + 1
+            assert sent["last"] > 3000
+            assert sent["stored"] == notes + 2
+            assert sent["coalesced"] == 2 * sent["last"]
+            proxy.rejects = False
+            await until(lambda: len(got) >= notes + 2)
+            assert await client.request("add", [1, 2]) == 3
+            assert outcomes == ["none", "full"]
+            assert len(got) == notes + 2
+            check_prices(got, sent["last"])
+            reader.cancel()
+    assert server.errors() == []
+
+
+@pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
+async def test_values_of_keys_survive_cuts_and_stalls(serve: Serve, kind: str) -> None:
+    """While connections break and stall, a client gets each note once and in order, and the last value of each key."""
+    many = {"replay_max_messages": 20_000, "replay_max_bytes": 2**22}  # for what is sent into a half-open connection
+    server = serve(kind, app=APP, config=many)
+    got: list[Any] = []
+    async with CuttingProxy(server.port) as proxy:
+        client = connect(f"ws://127.0.0.1:{proxy.port}/ws/ann", **QUICK_DIALS)
+        outcomes: list[str] = []
+        client.on_open(outcomes.append)
+        async with client:
+            reader = asyncio.ensure_future(collect(client, got))
+            await until(lambda: server.get("/count")["connections"] == 1, 5)
+            sending = asyncio.ensure_future(asyncio.to_thread(server.post, "/prices/ann?seconds=5"))
+            await cut_at_random(proxy, 40, random.Random(3))
+            sent = await sending
+            proxy.streams[-1].cut()  # the last one may swallow all data
+            await until(lambda: {"cursor": sent["last"]} in got, 15)
+            assert await client.request("add", [1, 2]) == 3
+            assert set(outcomes) <= {"none", "full"}
+            assert sent["coalesced"] > 100
+            check_prices(got, sent["last"])
+            reader.cancel()
+    assert server.errors() == []
+
+
 @pytest.mark.parametrize("why", ["overflow", "unknown"])
 async def test_late_resume_reports_gap_or_lost(serve: Serve, why: str) -> None:
     """More messages than the replay buffer holds are reported as a gap, and an expired session as lost."""

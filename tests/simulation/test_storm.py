@@ -9,7 +9,6 @@ import pytest
 
 from fastapi_ws_stabilizer.client.send_buffer import SendBuffer
 from fastapi_ws_stabilizer.sessions import store
-from fastapi_ws_stabilizer.sessions.replay_buffer import ReplayBuffer
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.v1_protocol import V1Protocol
 from tests.simulation.storm import SCENARIOS, Outcome, Scenario, Storm
@@ -60,7 +59,7 @@ def test_storm_promises_hold_for_500_seeds(scenario: Scenario) -> None:
 
 def test_missing_epoch_breaks_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the epoch a promise is broken."""
-    monkeypatch.setattr(Session, "rewind", ReplayBuffer.rewind)
+    monkeypatch.setattr(Session, "rewind", lambda session, lost: session.buffer.rewind(lost))
     assert first_violation(REWINDS) is not None
 
 

@@ -17,7 +17,7 @@ class FakeAttachment(FakeOutbox):
     Attributes:
         calm: Whether the fast path takes frames.
         room: Whether other paths take frames.
-        verdict: Result of `offer`, the slow path.
+        verdict: Result of `offer_new`, the slow path.
         before_enqueue: Called before a frame is queued on the slow path, as if the sender had waited.
     """
 
@@ -60,7 +60,7 @@ class FakeAttachment(FakeOutbox):
         """Send a frame at once."""
         return self.try_enqueue(frame)
 
-    def offer(self, frame: EncodedMessage) -> EnqueueResult:
+    def offer_new(self, frame: EncodedMessage) -> EnqueueResult:
         """Queue a frame on the slow path."""
         if self.before_enqueue is not None:
             self.before_enqueue()
@@ -85,11 +85,11 @@ class FakeAttachment(FakeOutbox):
         """Queue frames regardless of the room."""
         self.frames.extend(frames)
 
-    async def put_wait(self, frame: EncodedMessage, queued: Callable[[EncodedMessage], object] | None = None) -> bool:
-        """Queue a frame if there is room; return `False` if it is closed."""
+    async def put_wait(
+        self, frame: EncodedMessage, number: Callable[[EncodedMessage], int] | None = None
+    ) -> int | None:
+        """Queue a frame if there is room, and return its number; return `None` if it is closed."""
         if not self.room:
-            return False
+            return None
         self.frames.append(frame)
-        if queued is not None:
-            queued(frame)
-        return True
+        return 0 if number is None else number(frame)

@@ -441,6 +441,17 @@ async def test_many_tasks_pass_gate_for_max_block_of_each_iteration(monkeypatch:
     await asyncio.gather(*tasks)
 
 
+async def test_first_task_of_each_iteration_passes_without_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks pass one by one if even the first finds no time, so the gate never blocks them forever."""
+    work, gate = Work(monkeypatch), PacedTasks()
+    monkeypatch.setattr(scheduling_module, "MAX_BLOCK", -1.0)
+    tasks = [asyncio.ensure_future(arrive(gate, work, part)) for part in range(5)]
+    await work.until(5)
+    assert work.done == list(range(5))
+    assert max(work.by_iteration) == 1
+    await asyncio.gather(*tasks)
+
+
 async def test_gate_wakes_more_tasks_while_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks with little work pass in growing numbers."""
     work, gate = Work(monkeypatch), PacedTasks()

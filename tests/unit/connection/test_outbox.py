@@ -128,7 +128,11 @@ class Post:
 
     def waiting(self, text: str) -> asyncio.Future[bool]:
         """Start to put a message that waits for room."""
-        return asyncio.ensure_future(self.outbox.put_wait(encode(text)))
+
+        async def put() -> bool:
+            return await self.outbox.put_wait(encode(text)) is not None
+
+        return asyncio.ensure_future(put())
 
     async def stall_with(self, *texts: str) -> None:
         """Block the server, so that the first message is stalled and the others wait behind it."""
@@ -184,7 +188,7 @@ async def test_outbox_before_open_accepts_nothing(post: Any) -> None:
     p = post()
     closed = p.make(max_messages=1, max_bytes=1, send_timeout=1)
     assert not closed.put(encode("a"))
-    assert not await closed.put_wait(encode("a"))
+    assert await closed.put_wait(encode("a")) is None
 
 
 async def test_outbox_is_bounded_by_message_count(post: Any) -> None:
@@ -361,7 +365,7 @@ async def test_finished_outbox_accepts_nothing(post: Any) -> None:
     p = post()
     p.outbox.finish(1000, "", flush=True)
     assert not p.outbox.put(encode("late"))
-    assert not await p.outbox.put_wait(encode("late"))
+    assert await p.outbox.put_wait(encode("late")) is None
     assert p.outbox.finish(4000, "", flush=False) == 0
     await with_deadline(p.outbox.done)
     assert p.server.close_frames == [(1000, "")]

@@ -270,24 +270,6 @@ async def test_volatile_message_over_outbox_limit_is_dropped(overflow: str) -> N
         assert line.got == list(range(8 - stage.manager.counters.messages_dropped))
 
 
-@virtually
-async def test_volatile_messages_are_coalesced_by_key() -> None:
-    """A newer volatile message replaces a queued one with its key, but numbered messages with a key all arrive."""
-    async with Stage() as stage:
-        line = await Peer(stage).dial()
-        line.server.block()
-        await stage.manager.send_to_client("ann", "blocks")
-        await soon()
-        for number in range(3):
-            await stage.manager.send_to_client("ann", ["volatile", number], coalesce_key="k", volatile=True)
-            await stage.manager.send_to_client("ann", ["numbered", number], coalesce_key="k")
-        line.server.release()
-        await soon()
-        numbered = [["numbered", number] for number in range(3)]
-        assert [data for data in line.got if data[0] == "numbered"] == numbered
-        assert [data for data in line.got if data[0] == "volatile"] == [["volatile", 2]]
-
-
 @pytest.mark.parametrize("overflow", ["disconnect", "drop_oldest", "drop_newest"])
 @virtually
 async def test_slow_v1_client_is_closed_4507_and_resumes_in_full(overflow: str) -> None:
@@ -297,7 +279,7 @@ async def test_slow_v1_client_is_closed_4507_and_resumes_in_full(overflow: str) 
         line = await peer.dial()
         line.server.block()
         for number in range(20):
-            await stage.manager.send_to_client("ann", number, coalesce_key="k")
+            await stage.manager.send_to_client("ann", number)
         line.server.release()
         await soon()
         assert line.close_code == 4507

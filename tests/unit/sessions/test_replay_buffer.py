@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastapi_ws_stabilizer.memory.budget import FRAME_OVERHEAD_BYTES, MemoryBudget
 from fastapi_ws_stabilizer.sessions import replay_buffer as log_module
 from fastapi_ws_stabilizer.sessions.replay_buffer import NOTHING, ReplayBuffer, ReplayLimits
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
@@ -148,6 +149,77 @@ def test_since_excludes_messages_appended_during_replay() -> None:
     log.append(frame("c"))
     log.forget_up_to(3)
     assert [entry.text for entry in replay] == ["a", "b"]
+
+
+def keyed(text: str, key: str = "k", at: float = 0.0) -> EncodedMessage:
+    """Return a message with a key."""
+    made = frame(text, at)
+    made.key = key
+    return made
+
+
+def test_replaced_message_keeps_its_number() -> None:
+    """A newer message has the number and the position of the one that it replaces, and bytes are counted."""
+    log = log_of("a")
+    seq = log.append_keyed(keyed("old"))
+    log.append(frame("b"))
+    assert log.seq_of("k") == seq == 2
+    log.replace(seq, keyed("newest"))
+    assert (log.head, texts(log, 0), log.held_bytes) == (3, ["a", "newest", "b"], 8)
+
+
+def test_message_that_may_be_sent_has_no_key() -> None:
+    """After a rewind, or when all messages are dropped, no message is found by its key."""
+    log = log_of()
+    for forget in (log.forget_all, lambda: log.rewind(1)):
+        log.append_keyed(keyed("x"))
+        forget()
+        assert log.seq_of("k") is None
+
+
+def test_message_larger_than_replaced_one_evicts_oldest() -> None:
+    """A replacement above the limit of bytes evicts the oldest messages, and a dropped message is not replaced."""
+    log = log_of("aaa", limits=ReplayLimits(100, 10, 60.0))
+    log.append_keyed(keyed("k"))
+    log.append(frame("bb"))
+    log.replace(2, keyed("kkkkkk"))
+    assert (log.first_seq, texts(log, 1), log.held_bytes) == (2, ["kkkkkk", "bb"], 8)
+    log.forget_up_to(2)
+    log.replace(2, keyed("late"))
+    assert (texts(log, 2), log.held_bytes) == (["bb"], 2)
+
+
+def test_replaced_message_is_released_in_budget() -> None:
+    """The memory budget counts the newest message instead of the replaced one."""
+    budget = MemoryBudget(10**6)
+    log = log_of(limits=ReplayLimits(100, 10**6, 60.0, budget))
+    log.append_keyed(keyed("x" * 50))
+    log.replace(1, keyed("y" * 20))
+    assert budget.total == log.counted_bytes == 20 + FRAME_OVERHEAD_BYTES
+    log.forget_all()
+    assert budget.total == 0
+
+
+def test_old_message_behind_replaced_one_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message older than `max_age` is dropped, also if a replaced one before it is newer."""
+    monkeypatch.setattr(log_module, "monotonic", lambda: 100.0)
+    log = log_of()
+    log.append_keyed(keyed("old", at=1.0))
+    log.append(frame("expired", at=2.0))
+    log.append(frame("fresh", at=90.0))
+    log.replace(1, keyed("new", at=99.0))
+    log.forget_old()
+    assert (log.first_seq, texts(log, 2)) == (3, ["fresh"])
+
+
+def test_keys_of_sent_messages_are_forgotten() -> None:
+    """However many keys a client has acknowledged messages of, only a bounded number is stored."""
+    log = log_of(limits=ReplayLimits(5, 10**6, 60.0))
+    for number in range(1000):
+        log.append_keyed(keyed("x", f"k{number}"))
+    assert log.unsent is not None
+    assert len(log.unsent) <= 21
+    assert [log.seq_of(f"k{number}") for number in range(990, 1000)] == list(range(991, 1001))
 
 
 STEPS = st.lists(

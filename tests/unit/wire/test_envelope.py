@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.wire import envelope as envelope_module
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage, encode
-from fastapi_ws_stabilizer.wire.envelope import ALWAYS_FITS, check_size, copy_for_replay, sequenced_frame, to_v1
+from fastapi_ws_stabilizer.wire.envelope import ALWAYS_FITS, copy_for_replay, sequenced_frame, to_v1
 from fastapi_ws_stabilizer.wire.v1.frames import MAX_SENT_BYTES, Message, message_of, parse
 
 
@@ -98,10 +98,15 @@ def test_envelope_records_creation_time(monkeypatch: pytest.MonkeyPatch) -> None
     assert sequenced_frame("reply", 1, re="c1").created_at == 123.0
 
 
-def test_only_volatile_message_has_coalescing_key() -> None:
-    """A sequenced message has no coalescing key, because leaving it out would cause a gap."""
-    assert to_v1(encode("x", "price", volatile=True)).key == "price"
-    assert to_v1(encode("x", "price")).key is None
+def test_keys_of_volatile_and_numbered_messages_differ() -> None:
+    """A volatile message and a numbered one have different keys, because neither can replace the other."""
+    volatile, numbered = to_v1(encode("x", "price", volatile=True)), to_v1(encode("x", "price"))
+    assert volatile.key == to_v1(encode("y", "price", volatile=True)).key != numbered.key
+    assert numbered.key == to_v1(encode("y", "price")).key
+    assert (to_v1(encode("x")).key, to_v1(encode("x")).takes_slow_path) == (None, False)
+    assert volatile.takes_slow_path
+    assert numbered.takes_slow_path
+    assert to_v1(encode("x", volatile=True)).takes_slow_path
 
 
 def test_replay_copy_has_same_content_and_new_envelope() -> None:
@@ -159,6 +164,6 @@ def test_message_with_envelope_over_limit_raises(message: Any) -> None:
     """An envelope over the limit of clients raises, and one at the limit does not."""
     frame = encode(message)
     with pytest.raises(MessageEncodeError, match="send it in parts"):
-        check_size(frame)
-    check_size(encode(message[: -len(message) // 100]))
+        to_v1(frame)
+    to_v1(encode(message[: -len(message) // 100]))
     assert encode(b"x" * ALWAYS_FITS).size == ALWAYS_FITS
