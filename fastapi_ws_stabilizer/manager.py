@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from asyncio import _get_running_loop as running_loop  # returns None instead of raising if no loop runs
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -253,7 +252,7 @@ class WebSocketConnectionManager:
     async def _node_for(self, websocket: WebSocket) -> Node:
         """Return the node for a handshake; reject the handshake if the manager is shut down."""
         node = self._node
-        if node.loop is not None and node.loop is running_loop() and not self._shutdown.has_begun:
+        if node.loop is _running_loop() and not self._shutdown.has_begun:
             return node
         try:
             return self._require_node(from_connection=True)
