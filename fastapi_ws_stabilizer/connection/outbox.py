@@ -209,16 +209,13 @@ class Outbox(abc.ABC):
     # ── enqueueing ──
 
     def offer(self, frame: EncodedMessage) -> EnqueueResult:
-        """Queue a frame without waiting. A full outbox applies `outbox_overflow`.
-
-        Hot path: called for each recipient of each broadcast. Rare cases are in `_offer_slow_path`.
-        """
+        """Queue a frame without waiting. A full outbox applies `outbox_overflow`."""
         return EnqueueResult.QUEUED if self.try_enqueue(frame) else self._offer_slow_path(frame)
 
     def try_enqueue(self, frame: EncodedMessage) -> bool:
         """Queue a frame on the fast path. Return `False`, with nothing queued, if the slow path must decide.
 
-        Hot path: nearly all messages need only this method.
+        Hot path: called for each recipient of each broadcast, and nearly all need only this method.
         """
         if not self.fast:
             return False
