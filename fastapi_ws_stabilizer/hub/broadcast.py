@@ -217,14 +217,16 @@ class Broadcaster:
         """
         if excluded:
             group = [outbox for outbox in group if outbox.owner.connection_id not in excluded]
-        dropped_before = self._counters.messages_dropped
-        queued = EnqueueResult.QUEUED
-        unusual = [(outbox, enqueued) for outbox in group if (enqueued := outbox.offer(frame)) is not queued]
+        slow_path = [outbox for outbox in group if not outbox.try_enqueue(frame)]
         result.total += len(group)
         result.succeeded += len(group)
-        if not unusual:
+        if not slow_path:
             return
-        for outbox, enqueued in unusual:
+        dropped_before = self._counters.messages_dropped
+        for outbox in slow_path:
+            enqueued = outbox.offer(frame)
+            if enqueued is EnqueueResult.QUEUED:
+                continue
             if enqueued is EnqueueResult.BACKPRESSURE:
                 backpressured.append(outbox)
                 continue

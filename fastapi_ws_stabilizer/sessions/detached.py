@@ -29,6 +29,10 @@ class SkippingQueue:
         self.owner = owner
         self.shard_index = 0
 
+    def try_enqueue(self, _: EncodedMessage) -> bool:
+        """Return `False`: nothing is queued."""
+        return False
+
     def offer(self, _: EncodedMessage) -> EnqueueResult:
         """Skip the message."""
         return EnqueueResult.SKIPPED

@@ -103,11 +103,12 @@ class EncodedMessage:
     def message(self) -> dict[str, Any]:
         """Return a new ASGI message that sends this frame.
 
-        It is never shared, because a middleware may modify the message that it gets.
+        It is never shared, because a middleware may modify the message that it gets. Hot path: called for each
+        recipient on plain ASGI.
         """
         if self.binary:
             return {"type": "websocket.send", "bytes": self._payload or EMPTY_BYTES}
-        return {"type": "websocket.send", "text": self.text or EMPTY_TEXT}
+        return {"type": "websocket.send", "text": self._text or self.text or EMPTY_TEXT}
 
     def framed(self) -> bytes:
         """Return the uncompressed frame as it is sent on the wire."""

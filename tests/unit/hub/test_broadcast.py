@@ -193,3 +193,12 @@ async def test_broadcasts_without_recipients_yield_to_event_loop() -> None:
     while not stopped and time.monotonic() < deadline:
         await fan.broadcast(encode("hi"))
     assert stopped
+
+
+async def test_recipient_on_fast_path_gets_no_second_offer() -> None:
+    """`offer` is asked only if the fast path of an outbox declines the frame."""
+    fast, slow = FakeRecipient(), FakeRecipient()
+    fast.try_enqueue = lambda _: True  # type: ignore[method-assign]
+    result = await fan_out(encode("hi"), [fast, slow])
+    assert (result.total, result.succeeded) == (2, 2)
+    assert [len(recipient.frames) for recipient in (fast, slow)] == [0, 1]
