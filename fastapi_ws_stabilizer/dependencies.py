@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import Depends, WebSocket
@@ -23,25 +23,25 @@ def find_manager(connection: HTTPConnection) -> WebSocketConnectionManager:
     Raises:
         ManagerNotFoundError: The app has no manager. The error says how to add one.
     """
-    for candidate in _candidates(connection):
-        if isinstance(candidate, WebSocketConnectionManager):
-            return candidate
-    raise ManagerNotFoundError
-
-
-def _candidates(connection: HTTPConnection) -> Iterator[Any]:
     app = connection.scope.get("app")
-    yield getattr(getattr(app, "state", None), STATE_KEY, None)
-    yield (connection.scope.get("state") or {}).get(STATE_KEY)
-    yield _manager_from_lifespan(lifespan_of(app))
+    manager = _installed_in(app)
+    if manager is None:
+        state = (connection.scope.get("state") or {}).get(STATE_KEY)
+        manager = state if isinstance(state, WebSocketConnectionManager) else _manager_from_lifespan(lifespan_of(app))
+    if manager is None:
+        raise ManagerNotFoundError
+    return manager
 
 
 def manager_of_app(app: Any) -> WebSocketConnectionManager | None:
     """Return the manager of an app that no server runs; `None` if the app has no visible manager."""
+    return _installed_in(app) or _manager_from_lifespan(lifespan_of(app))
+
+
+def _installed_in(app: Any) -> WebSocketConnectionManager | None:
+    """Return the manager in the state of an app."""
     installed = getattr(getattr(app, "state", None), STATE_KEY, None)
-    if isinstance(installed, WebSocketConnectionManager):
-        return installed
-    return _manager_from_lifespan(lifespan_of(app))
+    return installed if isinstance(installed, WebSocketConnectionManager) else None
 
 
 def _manager_from_lifespan(lifespan: Any) -> WebSocketConnectionManager | None:

@@ -79,7 +79,7 @@ class FromThread:
         """
         frame = encode(message, coalesce_key, volatile=volatile)
         broadcast = functools.partial(
-            self._node.hub.broadcast, frame, room, exclude, exclude_client=exclude_client, history=history
+            self._node.broadcaster.broadcast, frame, room, exclude, exclude_client=exclude_client, history=history
         )
         return self.run(broadcast, timeout=timeout)
 
@@ -108,7 +108,7 @@ class FromThread:
             MessageEncodeError: The message cannot be encoded.
         """
         frame = encode(message, coalesce_key, volatile=volatile)
-        return self.run(self._node.hub.send_to_client, client_id, frame, timeout=timeout)
+        return self.run(self._node.broadcaster.send_to_client, client_id, frame, timeout=timeout)
 
     def disconnect(
         self, client_id: str, code: int = 1000, reason: str = "", *, timeout: float = DEFAULT_TIMEOUT

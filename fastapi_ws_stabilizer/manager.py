@@ -251,6 +251,9 @@ class WebSocketConnectionManager:
 
     async def _node_for(self, websocket: WebSocket) -> Node:
         """Return the node for a handshake; reject the handshake if the manager is shut down."""
+        node = self._node
+        if node.loop is _running_loop() and not self._shutdown.has_begun:
+            return node
         try:
             return self._require_node(from_connection=True)
         except ShutdownError as error:
@@ -495,7 +498,7 @@ class WebSocketConnectionManager:
             self._node_for,
             websocket,
             ServeOptions(client_id, identity, expires_in, control_frames),
-            served_subprotocols(subprotocols),
+            served_subprotocols(subprotocols) if subprotocols else (),
         )
 
     # ── connections that you accept yourself ──
@@ -570,7 +573,7 @@ class WebSocketConnectionManager:
         Raises:
             MessageEncodeError: The message cannot be encoded.
         """
-        return await self._node.hub.send_to_client(client_id, encode(message, coalesce_key, volatile=volatile))
+        return await self._node.broadcaster.send_to_client(client_id, encode(message, coalesce_key, volatile=volatile))
 
     async def broadcast(
         self,
@@ -602,7 +605,9 @@ class WebSocketConnectionManager:
             TypeError: `exclude` is neither a client id, nor a socket, nor several of them.
         """
         frame = encode(message, coalesce_key, volatile=volatile)
-        return await self._node.hub.broadcast(frame, room, exclude, exclude_client=exclude_client, history=history)
+        return await self._node.broadcaster.broadcast(
+            frame, room, exclude, exclude_client=exclude_client, history=history
+        )
 
     def room(self, name: str) -> Room:
         """Return a room, which need not exist.

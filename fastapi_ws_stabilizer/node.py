@@ -13,11 +13,10 @@ from fastapi_ws_stabilizer.auth.signed_tokens import SignedTokens
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, CloseInfo, DisconnectReason, check_close_code
 from fastapi_ws_stabilizer.config import MemoryEvictionPolicy, RejectPolicy, WebSocketConfig
-from fastapi_ws_stabilizer.connection import current
 from fastapi_ws_stabilizer.connection.client_address import ClientAddressResolver
-from fastapi_ws_stabilizer.connection.closing import ClosingConnections
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.ended_connection import EndedConnection
+from fastapi_ws_stabilizer.connection.endpoint import all_current, current_for, unbind_current
 from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
 from fastapi_ws_stabilizer.connection.resources import ConnectionListener, SharedResources
 from fastapi_ws_stabilizer.errors import ConnectionNotFoundError, MemoryLimitExceededError
@@ -35,7 +34,7 @@ from fastapi_ws_stabilizer.hub.heartbeat import HeartbeatScheduler
 from fastapi_ws_stabilizer.hub.hub import Hub
 from fastapi_ws_stabilizer.hub.presence import Presence
 from fastapi_ws_stabilizer.hub.reaper import ConnectionReaper
-from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
+from fastapi_ws_stabilizer.hub.registry import ClosingConnections, ConnectionRegistry
 from fastapi_ws_stabilizer.limits.inbound import InboundRateLimiter
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.room import Room
@@ -71,7 +70,8 @@ class Node(ConnectionListener):
         registry: Registry of the open connections.
         sessions: Store of the sessions.
         detached: The detached sessions and detached states.
-        hub: Registry, rooms, presence and broadcast.
+        hub: Registry, rooms and presence.
+        broadcaster: Sender of messages to clients and rooms.
         tokens: Reconnect tokens of plain clients.
         lifecycle: Lifecycle of sessions and detached states.
         addresses: Resolver of client addresses.
@@ -124,6 +124,7 @@ class Node(ConnectionListener):
             detached_of=self.detached.of_client,
             budget=self.budget,
         )
+        self.broadcaster = self.hub.broadcaster
         self.tokens = ReconnectTokenRegistry(config, events, tokens)
         idempotency = IdempotencyCache()
         self.lifecycle = SessionLifecycle(
@@ -177,7 +178,7 @@ class Node(ConnectionListener):
 
     def current_connection(self, client_id: str) -> Connection | None:
         """Return the connection that the current task or its parent opened under this client id; `None` without one."""
-        connection = current.current_for(client_id)
+        connection = current_for(client_id)
         return connection if connection is not None and connection.belongs_to(self._resources) else None
 
     def connections_of_current_task(self) -> set[Connection]:
@@ -187,7 +188,7 @@ class Node(ConnectionListener):
         """
         return {
             connection
-            for connection in current.all_current()
+            for connection in all_current()
             if connection.belongs_to(self._resources) and connection.waits_for_user_code
         }
 
@@ -305,7 +306,8 @@ class Node(ConnectionListener):
         if is_plain and self.budget.evicts:
             self.budget.attach(connection.account)
         self.heartbeat.add(connection)
-        self.reaper.add(connection)
+        if self.reaper.enabled:
+            self.reaper.add(connection)
 
     def on_closing(self, connection: Connection) -> None:
         """Remove a closing connection from all registries. An error in one step does not stop the others."""
@@ -330,7 +332,7 @@ class Node(ConnectionListener):
 
     def on_closed(self, connection: Connection) -> None:
         """Release a connection at the end of its teardown."""
-        connection.attempt(current.unbind_current, connection)
+        connection.attempt(unbind_current, connection)
         if self.budget.evicts:
             connection.attempt(self.budget.remove, connection.account)
         connection.attempt(self._closing.remove, connection)

@@ -69,6 +69,9 @@ class SendQueueLike(Protocol):
     def owner(self) -> QueueOwner:
         """The `Recipient` that the queue belongs to."""
 
+    def try_enqueue(self, frame: EncodedMessage) -> bool:
+        """Queue a frame on the fast path. Return `False`, with nothing queued, if `offer` must decide."""
+
     def offer(self, frame: EncodedMessage) -> EnqueueResult:
         """Queue a frame, within the limits and the policy for slow clients."""
 

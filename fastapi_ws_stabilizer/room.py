@@ -114,7 +114,7 @@ class Room:
         """
         frame = encode(message, coalesce_key, volatile=volatile)
         stored = self._history if history is None else history
-        return await self._hub.broadcast(frame, self.name, exclude, history=stored)
+        return await self._hub.broadcaster.broadcast(frame, self.name, exclude, history=stored)
 
     async def remove(self, client_id: str) -> bool:
         """Remove a client from the room, with all its connections and sessions. The connections stay open.

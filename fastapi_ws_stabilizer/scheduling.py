@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import heapq
+import itertools
 from asyncio import _get_running_loop as running_loop  # returns None instead of raising if no loop runs
 from collections import deque
 from collections.abc import Callable
@@ -132,22 +133,21 @@ class FlushScheduler:
     def _flush_shard(self, waiting: list[list[Flushable]], until: float) -> None:
         """Flush the workers of the first waiting shard. If some are left, the shard stays the first one."""
         pending = waiting.pop(0)
-        workers = tuple(pending)
+        count, workers = len(pending), iter(tuple(pending))
         pending.clear()
-        done = 0
         try:
-            for worker in workers:
-                done += 1
-                try:
-                    worker.on_flush_due()
-                except Exception as error:  # a bug of this library, which must not affect other connections
-                    self._events.emit_exception("internal_task_failed", error, task=type(worker).__name__)
-                if not done % CHECK_INTERVAL and self._divided and monotonic() > until:
+            for _ in range(0, count, CHECK_INTERVAL):
+                for worker in itertools.islice(workers, CHECK_INTERVAL):
+                    try:
+                        worker.on_flush_due()
+                    except Exception as error:  # a bug of this library, which must not affect other connections
+                        self._events.emit_exception("internal_task_failed", error, task=type(worker).__name__)
+                if self._divided and monotonic() > until:
                     break
         finally:
-            if done < len(workers):
+            if left := list(workers):
                 self._ready = [shard for shard in self._ready if shard is not pending]  # a worker may have added it
-                pending[:0] = workers[done:]
+                pending[:0] = left
                 waiting.insert(0, pending)
 
 
@@ -250,9 +250,13 @@ class PacedTasks:
         """Return the number of waiting tasks."""
         return len(self._waiting) + len(self._returned)
 
+    def try_enter(self) -> bool:
+        """Return whether the task may continue in this iteration. If not, it has to call `enter`."""
+        return not self._waiting and not self._returned and self._has_time()
+
     async def enter(self) -> None:
         """Continue in this iteration, or wait for one with time. Cancelling is safe."""
-        if not len(self) and self._has_time():
+        if self.try_enter():
             return
         waiting: Callable[[asyncio.Future[None]], None] = self._waiting.append
         while True:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +48,10 @@ class SessionLifecycle(SessionListener):
         tokens: The reconnect tokens of plain clients.
         budget: Memory budget that counts both.
         idempotency: Idempotency keys of the messages that an ended session leaves unread.
+
+    Attributes:
+        end_hooks: Tasks that run session end hooks, by client id, for clients with one.
+        detached_states: Detached states of plain clients, by client id, for clients with one.
     """
 
     def __init__(
@@ -67,13 +71,14 @@ class SessionLifecycle(SessionListener):
         self._detached = detached
         self._sessions = detached.sessions
         self._states = detached.states
+        self.detached_states: Mapping[str, object] = detached.states.by_client
         self._tokens = tokens
         self._budget = budget
         self._idempotency = idempotency
         self._end_hook_tasks = TaskSet(
             lambda _, error: events.emit_exception("internal_task_failed", error, task="ws-session-end")
         )
-        self._end_hooks_of_client: dict[str, set[asyncio.Task[None]]] = {}  # client id → running tasks
+        self.end_hooks: dict[str, set[asyncio.Task[None]]] = {}
         self._end_hook_slots = asyncio.Semaphore(config.max_concurrent_cleanup)
         self._timer: asyncio.TimerHandle | None = None
         # Later hooks must not get the context variables of the connection that happens to close before them.
@@ -96,7 +101,7 @@ class SessionLifecycle(SessionListener):
                 self._sessions.on_detached(session)
             return
         key = None
-        if connection.connect_hooks_started or connection.inherited_state:
+        if self._tokens.in_use and (connection.connect_hooks_started or connection.inherited_state):
             key = self._tokens.resumable_key_of(connection.client_id, connection.connection_id)
         if key is not None and close_info is not None:
             if not ends_session(close_info):
@@ -166,7 +171,8 @@ class SessionLifecycle(SessionListener):
         """Detach the session from a closed connection, so that it does not keep objects of the server alive."""
         session = session_of(connection)
         if session is None:
-            self._tokens.take_inherited(connection.connection_id)
+            if self._tokens.in_use:
+                self._tokens.take_inherited(connection.connection_id)
             return
         if session.previous_connection is not connection:
             return  # another connection has taken the session over
@@ -222,16 +228,9 @@ class SessionLifecycle(SessionListener):
 
     # ── resuming ──
 
-    def pinned(self, client_id: str | None) -> AbstractContextManager[None]:
-        """Protect the detached state of a verified client from eviction during its handshake.
-
-        Args:
-            client_id: The client; `None` if it is not verified.
-        """
-        return nullcontext() if client_id is None else self._pinned(client_id)
-
     @contextmanager
-    def _pinned(self, client_id: str) -> Iterator[None]:
+    def pinned(self, client_id: str) -> Iterator[None]:
+        """Protect the detached state of a verified client from eviction during its handshake."""
         with ExitStack() as stack:
             for state in self._states.all_of(client_id):
                 stack.enter_context(self._budget.pinned(state))
@@ -268,11 +267,11 @@ class SessionLifecycle(SessionListener):
         self._forget(self._states.collect())
         state, since = self._claim_state(connection, open_connections)
         if state is None:
-            connection.resume_outcome = ResumeOutcome.LOST
+            connection.outcome = ResumeOutcome.LOST
             self._events.counters.sessions_lost += 1
             connection.emit("session_lost", logging.INFO, why="unknown")
             return
-        connection.resume_outcome = ResumeOutcome.GAP
+        connection.outcome = ResumeOutcome.GAP
         self._events.counters.sessions_resumed += 1
         self._restore_user_data(connection, state)
         for room, presence in state.rooms.items():
@@ -360,18 +359,18 @@ class SessionLifecycle(SessionListener):
             self._run_session_end_hooks(socket, reason), name=f"ws-session-end-{socket.connection_id}", context=context
         )
         client_id = socket.client_id
-        self._end_hooks_of_client.setdefault(client_id, set()).add(task)
+        self.end_hooks.setdefault(client_id, set()).add(task)
         task.add_done_callback(lambda done: self._on_session_end_done(client_id, done), context=context)
 
     def _on_session_end_done(self, client_id: str, task: asyncio.Task[None]) -> None:
-        running = self._end_hooks_of_client[client_id]
+        running = self.end_hooks[client_id]
         running.discard(task)
         if not running:
-            del self._end_hooks_of_client[client_id]
+            del self.end_hooks[client_id]
 
     async def wait_for_session_end_hooks(self, client_id: str) -> None:
         """Wait until no session end hook of this client is running. Each hook has a time limit. Cancelling is safe."""
-        if running := self._end_hooks_of_client.get(client_id):
+        if running := self.end_hooks.get(client_id):
             await wait_for_all(list(running), None)
 
     async def _run_session_end_hooks(self, socket: StableSocket, reason: DisconnectReason | None) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import replace
 from types import TracebackType
 from typing import Annotated, Any
 
@@ -56,37 +53,65 @@ def current_handshake(admission: AdmissionController, websocket: WebSocket) -> H
     return handshake
 
 
-@asynccontextmanager
-async def handshake_scope(node: Node, websocket: WebSocket) -> AsyncIterator[Handshake]:
-    """Admit a handshake, and reject it if a dependency raises. Nested scopes admit it once."""
-    admission, outer = node.admission, websocket.scope.get(HANDSHAKE_SCOPE_KEY)
-    handshake = current_handshake(admission, websocket)
-    if handshake is not None:
-        yield handshake
-        return
-    try:
-        await admission.wait_for_turn()
-        handshake = websocket.scope[HANDSHAKE_SCOPE_KEY] = admission.admit(websocket, outer)
-        handshake.watch()
-        yield handshake
-    except REFUSALS as error:
-        if is_bug(error) or (handshake is not None and (handshake.established or handshake.rejected)):
-            raise
-        raise await reject_handshake(admission, websocket, error) from error
-    except asyncio.CancelledError as error:
-        if handshake is None or handshake.established or not handshake.endpoint.is_own_cancellation(error):
-            raise
-        if handshake.abandoned:  # Starlette sends a close, which the server silently ignores
+class HandshakeScope:
+    """Async context manager that admits a handshake, and rejects it if its body raises. Nested scopes admit it once.
+
+    It is a class instead of a generator, because each handshake enters one.
+
+    Args:
+        node: The node.
+        websocket: The WebSocket of the handshake.
+    """
+
+    __slots__ = ("_admission", "_handshake", "_outer", "_websocket")
+
+    def __init__(self, node: Node, websocket: WebSocket) -> None:
+        self._admission = node.admission
+        self._websocket = websocket
+        self._outer: Handshake | None = websocket.scope.get(HANDSHAKE_SCOPE_KEY)
+        self._handshake: Handshake | None = None  # the handshake that this scope has admitted
+
+    async def __aenter__(self) -> Handshake:
+        admission, websocket = self._admission, self._websocket
+        if self._outer is not None and (known := current_handshake(admission, websocket)) is not None:
+            return known
+        try:
+            await admission.wait_for_turn()
+            handshake = admission.admit(websocket, self._outer)
+        except REFUSALS as error:
+            if is_bug(error):
+                raise
+            raise await reject_handshake(admission, websocket, error) from error
+        admission.watch()
+        self._handshake = websocket.scope[HANDSHAKE_SCOPE_KEY] = handshake
+        return handshake
+
+    async def __aexit__(self, _: type[BaseException] | None, error: BaseException | None, __: object) -> None:
+        handshake = self._handshake
+        if handshake is None:
+            return
+        try:
+            if error is not None and not handshake.established:
+                await self._reject(handshake, error)
+        finally:
+            self._websocket.scope[HANDSHAKE_SCOPE_KEY] = self._outer
+            if not handshake.established:
+                self._admission.forget(handshake)
+                handshake.reservation.release()
+
+    async def _reject(self, handshake: Handshake, error: BaseException) -> None:
+        """Reject a handshake whose body has raised. Return for an error that goes on."""
+        admission, websocket = self._admission, self._websocket
+        if isinstance(error, REFUSALS):
+            if not is_bug(error) and not handshake.rejected:
+                raise await reject_handshake(admission, websocket, error) from error
+        elif handshake.endpoint.is_own_cancellation(error):
+            if not handshake.abandoned:
+                raise await reject_handshake(admission, websocket, admission.stopping()) from error
+            # Starlette sends a close, which the server silently ignores.
             if websocket.application_state is WebSocketState.DISCONNECTED:
                 mark_handled(websocket)  # a close is already sent, so Starlette's would raise
             raise WebSocketException(1000) from error
-        raise await reject_handshake(admission, websocket, admission.stopping()) from error
-    finally:
-        websocket.scope[HANDSHAKE_SCOPE_KEY] = outer
-        if handshake is not None:
-            admission.forget(handshake)
-            if not handshake.established:
-                handshake.reservation.release()
 
 
 class SocketContext:
@@ -118,9 +143,9 @@ class SocketContext:
         node_for, websocket, options = self._arguments
         self._arguments = None  # one object less for each open connection
         self._node = await node_for(websocket)
-        async with handshake_scope(self._node, websocket) as handshake:
+        async with HandshakeScope(self._node, websocket) as handshake:
             if options.client_id is None:
-                options = replace(options, client_id=client_id_from_request(websocket))
+                options = options._replace(client_id=client_id_from_request(websocket))
             self._connection = await self._node.acceptor.accept(handshake, options)
         socket: StableSocket = self._connection.socket
         return socket
@@ -158,7 +183,7 @@ def identity_dependency(
         """Admit the handshake before the identity dependency runs, and reject it if that dependency raises."""
         if subprotocols:
             websocket.scope[SERVED_KEY] = subprotocols
-        async with handshake_scope(await node_for(websocket), websocket):
+        async with HandshakeScope(await node_for(websocket), websocket):
             yield
 
     async def identified_socket(websocket: WebSocket, _: None, identity: Any) -> AsyncIterator[StableSocket]:

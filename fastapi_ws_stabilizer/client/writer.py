@@ -60,7 +60,8 @@ class FrameWriter:
     async def flush(self, timeout: float) -> None:
         """Wait until all frames that can be sent are written, at most `timeout` seconds. Cancelling is safe."""
         if not self._stopped:
-            self._idle = asyncio.get_running_loop().create_future()
+            if self._idle is None or self._idle.done():  # otherwise another call waits for the same future
+                self._idle = asyncio.get_running_loop().create_future()
             self._buffer.ready.set()  # the writer confirms that it has nothing to write
             await wait_for_all([self._idle], timeout)
 

@@ -86,12 +86,10 @@ def unwrap_send(send: Any, *, only_starlettes: bool = False) -> Any:
         if only_starlettes and getattr(send, "__module__", None) != "starlette._exception_handler":
             break
         names = getattr(getattr(send, "__code__", None), "co_freevars", ())
-        cells = getattr(send, "__closure__", None) or ()
-        inner = dict(zip(names, cells, strict=False)).get("send")
-        if inner is None or hasattr(send, "__self__"):
+        if "send" not in names or hasattr(send, "__self__"):
             break
         try:
-            send = inner.cell_contents
+            send = send.__closure__[names.index("send")].cell_contents
         except ValueError:  # an empty cell
             break
     return send

@@ -1,4 +1,7 @@
-"""Events of uvicorn's own WebSocket class, passed on as they arrive.
+"""uvicorn's own WebSocket classes: events passed on as they arrive, empty messages, and pings during a pause.
+
+`WebSocketsSansIOProtocol` of uvicorn 0.35 to 0.41 sends a message only if its text or bytes are true. `EMPTY_TEXT` and
+`EMPTY_BYTES` are. For other versions and servers they are like any other empty message.
 
 uvicorn puts each received message into an `asyncio.Queue` and stops reading until the application has taken it. Behind
 that queue a connection needs a task that always reads, and each message costs a switch to that task.
@@ -26,6 +29,31 @@ _NAMES: Final = {
     "send_receive_event_to_app": {"queue", "put_nowait", "read_paused", "transport", "pause_reading"},
 }
 """Methods that use the queue, and the names that they use for that."""
+
+
+class _EmptyText(str):
+    """Empty text that is true."""
+
+    __slots__ = ()
+
+    def __bool__(self) -> bool:
+        return True
+
+
+class _EmptyBytes(bytes):
+    """Empty bytes that are true."""
+
+    __slots__ = ()
+
+    def __bool__(self) -> bool:
+        return True
+
+
+EMPTY_TEXT: Final = _EmptyText()
+"""Text of an empty message, for `send`."""
+
+EMPTY_BYTES: Final = _EmptyBytes()
+"""Bytes of an empty message, for `send`."""
 
 
 class EventReceiver(Protocol):
@@ -109,28 +137,49 @@ class PushedEvents:
 def can_push_events(protocol: Any) -> bool:
     """Return whether a server's protocol object can pass on its events.
 
-    It cannot if a call of `receive` is waiting, which would then wait forever. asyncio has no public name for the
+    It cannot while a call of `receive` is running, which would then wait forever. Such a call waits for the queue, or
+    its event has just arrived there. So a queue with an event counts as in use. asyncio has no public name for the
     waiters of a queue.
     """
     kind: type = type(protocol)
     if kind.__name__ != PUSHING_CLASS or kind.__module__ != _MODULE or not _is_known(kind):
         return False
-    return not getattr(protocol.queue, "_getters", True)
+    return protocol.queue.empty() and not getattr(protocol.queue, "_getters", True)
 
 
 def push_events(protocol: Any, events: PushedEvents) -> None:
-    """Pass on all events of a protocol object from now on, starting with those in its queue.
+    """Pass on all events of a protocol object from now on.
 
     uvicorn stops reading after a message unless `read_paused` says that it has done so already. Therefore this sets
     `read_paused` and resumes reading. At the close, uvicorn resumes reading once more, which has no effect then.
     """
-    queue = protocol.queue
     protocol.queue = events
     protocol.request = protocol.response = None  # the handshake has ended, and nothing reads them again
     protocol.read_paused = True
     protocol.transport.resume_reading()
-    while not queue.empty():
-        events.put_nowait(queue.get_nowait())
+
+
+def stop_keepalive(*protocols: Any) -> None:
+    """Send no pings of the server, and wait for no pong, until `start_keepalive` is called.
+
+    Supported: the sans-I/O class of uvicorn 0.44 and newer, and the `wsproto` class of 0.46 and newer. Older ones send
+    no pings. Fallback, as on the `websockets` class: the server closes with 1011 if it reads no pong in time.
+    """
+    for protocol in protocols:
+        stop = getattr(protocol, "stop_keepalive", None)
+        if callable(stop):
+            stop()
+            return
+
+
+def start_keepalive(*protocols: Any) -> None:
+    """Send pings of the server again. No effect if it does so already. Supported and fallback: as `stop_keepalive`."""
+    for protocol in protocols:
+        start = getattr(protocol, "start_keepalive", None)
+        if callable(start):
+            if getattr(protocol, "ping_timer", None) is None and getattr(protocol, "pong_timer", None) is None:
+                start()
+            return
 
 
 @functools.cache

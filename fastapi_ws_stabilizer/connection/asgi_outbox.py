@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +31,33 @@ class WriterPool:
         closes: Slots for close frames that wait.
     """
 
-    __slots__ = ("closes", "sends", "tasks")
+    __slots__ = ("_context", "_started", "closes", "sends", "tasks")
 
     def __init__(self, tasks: TaskSet, sends: CallbackSemaphore, closes: CallbackSemaphore) -> None:
         self.tasks = tasks
         self.sends = sends
         self.closes = closes
+        self._context = contextvars.copy_context()  # not the context of the connection whose send starts first
+        self._started: list[BlockedSend] = []  # sends whose task has started in this iteration of the event loop
+
+    def watch_if_blocked(self, send: BlockedSend) -> None:
+        """Watch a send, unless it ends within the next iteration of the event loop, as nearly all do."""
+        if not self._started:
+            self._call_soon(self._after_flush)
+        self._started.append(send)
+
+    def _after_flush(self) -> None:
+        """Call `_after_first_step` behind the first steps of the tasks, which run in this iteration."""
+        started, self._started = self._started, []
+        self._call_soon(self._after_first_step, started)
+
+    @staticmethod
+    def _after_first_step(started: list[BlockedSend]) -> None:
+        for send in started:
+            send.watch()
+
+    def _call_soon(self, callback: Callable[..., None], *args: Any) -> None:
+        asyncio.get_running_loop().call_soon(callback, *args, context=self._context)
 
 
 class AsgiOutbox(Outbox):
@@ -79,7 +101,7 @@ class AsgiOutbox(Outbox):
 
     def _update_fast_path(self) -> None:
         super()._update_fast_path()
-        self.fast = self.fast and self._inline
+        self.fast = self.fast and self._inline and self.blocked_send is None
 
     def on_flush_due(self) -> None:
         """Send what can be sent now. Hot path: nearly always exactly one frame is queued."""
@@ -136,6 +158,7 @@ class AsgiOutbox(Outbox):
                 slots.wait(blocked.on_slot_free)
                 return
             if not blocked.start_writer(slots):
+                self._due = True
                 return
             self.blocked_send = None
         self._on_idle()
@@ -287,22 +310,32 @@ class BlockedSend:
     def start_writer(self, slots: CallbackSemaphore) -> bool:
         """Start the writer task, and take a slot if it blocks. Return whether it has ended already."""
         outbox, connection = self._outbox, self._outbox.connection
+        started = self._started is not None
         context = copied(connection.context)  # not the context of the code that sent to this client first
         task = outbox.writers.tasks.spawn(
             self._write(),
             name=f"ws-writer-{connection.connection_id}",
             context=context,
-            eager=self._started is None,
+            eager=not started,
         )
         if task.done():  # it ran eagerly and did not block
             return True
         self.task = task
-        outbox.block()
         slots.take()
         self._slot = slots
-        self._watch_slot()
         task.add_done_callback(self._on_task_done, context=context)
+        if started:  # it has blocked already
+            self.watch()
+        else:
+            outbox.writers.watch_if_blocked(self)
         return False
+
+    def watch(self) -> None:
+        """Watch the send and its slot, if its task still runs."""
+        outbox = self._outbox
+        if outbox.blocked_send is self and self.task is not None and not self.task.done():
+            outbox.block()
+            self._watch_slot()
 
     async def _write(self) -> None:
         """Send until the queue is empty or another outbox waits for the slot."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-import secrets
+import os
 from asyncio import _get_running_loop as running_loop
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -23,7 +23,6 @@ from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, detac
 from fastapi_ws_stabilizer.compat.starlette import asgi_callables, install_asgi_shim, mark_disconnected
 from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType, WebSocketConfig
 from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
-from fastapi_ws_stabilizer.connection.asgi_shim import AsgiShim
 from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
 from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
 from fastapi_ws_stabilizer.connection.direct_reader import DirectReader
@@ -40,7 +39,7 @@ from fastapi_ws_stabilizer.connection.protocol import PLAIN, ClientProtocol
 from fastapi_ws_stabilizer.connection.pump import read_pump
 from fastapi_ws_stabilizer.connection.quota import InboundQuota
 from fastapi_ws_stabilizer.connection.resources import SharedResources
-from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
+from fastapi_ws_stabilizer.connection.server_transport import AsgiShim, ServerTransport
 from fastapi_ws_stabilizer.connection.teardown import Teardown
 from fastapi_ws_stabilizer.connection.uvicorn_reader import UvicornReader
 from fastapi_ws_stabilizer.errors import NotOpenError, closed_error_for
@@ -98,7 +97,7 @@ class Connection:
         handover: Older connections that this one waits for; `None` if it waits for none.
         credential: Expiry of the client's credential; `None` without one.
         reservation: Connection slot; `None` before the handshake is confirmed.
-        resume_outcome: What a reconnect token restored.
+        outcome: Resume outcome: how much of its state the client got back.
         used: Whether a message was received, or an unnumbered one sent, since the reaper's last check.
         bad_messages: Number of invalid messages.
         connect_hooks_started: Whether the connect or resume hooks have started.
@@ -133,12 +132,12 @@ class Connection:
         "opened",
         "opened_at",
         "outbox",
+        "outcome",
         "pause",
         "pause_reported",
         "protocol",
         "reservation",
         "resources",
-        "resume_outcome",
         "server_transport",
         "session_end_reported",
         "shard",
@@ -158,7 +157,7 @@ class Connection:
         protocol: ClientProtocol = PLAIN,
         connection_id: str | None = None,
     ) -> None:
-        self.connection_id = connection_id or secrets.token_hex(8)
+        self.connection_id = connection_id or os.urandom(8).hex()
         self.client_id = client_id
         self.websocket = websocket
         self.resources = resources
@@ -182,7 +181,7 @@ class Connection:
         self.credential: CredentialExpiry | None = None
         self.reservation: Reservation | None = None
         self.handover: Handover | None = None
-        self.resume_outcome = ResumeOutcome.NONE
+        self.outcome = ResumeOutcome.NONE
         self.connect_hooks_started = False
         self.disconnect_hooks_pending = False
         self.inherited_state = False
@@ -238,12 +237,12 @@ class Connection:
         install_asgi_shim(websocket, self._shim.receive, self._shim.send)
         self.opened = True
         self.context = contextvars.copy_context()
-        outbox, config = self.outbox, self.config
+        outbox, config, events = self.outbox, self.resources.config, self.resources.events
         self.endpoint.watch(websocket.scope)
         self.server_transport.limit_buffers(config.unsent_low_water_bytes, config.write_buffer_high_water_bytes)
         outbox.open()
         self.protocol.on_open(self)
-        self.events.counters.connections_opened += 1
+        events.counters.connections_opened += 1
         self.emit("connection_opened", logging.INFO)
         if isinstance(outbox, DirectOutbox):
             sends_pings = config.heartbeat_type is HeartbeatType.PING
@@ -252,7 +251,10 @@ class Connection:
                 max_message_bytes=config.max_message_size,
                 own_pings=sends_pings,
             )
-            outbox.on_attached(compress=config.compression is CompressionMode.DEFLATE, bounds_unread=sends_pings)
+            outbox.on_attached(
+                compress=config.compression is CompressionMode.DEFLATE,
+                bounds_unread=sends_pings and config.require_pong is not False,
+            )
         elif (protocol := self.server_transport.pushing_protocol) is not None:
             self._reader = UvicornReader(self, protocol)
         else:
@@ -268,7 +270,7 @@ class Connection:
 
     def emit(self, event: str, level: int, **fields: Any) -> None:
         """Emit an event about this connection."""
-        self.events.emit(event, level, client_id=self.client_id, connection_id=self.connection_id, **fields)
+        self.resources.events.emit(event, level, client_id=self.client_id, connection_id=self.connection_id, **fields)
 
     def emit_throttled(self, event: str, level: int, kind: str, **fields: Any) -> bool:
         """Emit an event that the client can cause without limit, throttled like `EventBus.emit_throttled`."""
@@ -486,11 +488,6 @@ class Connection:
         """Id used in rooms."""
         return self.recipient.connection_id
 
-    @property
-    def outcome(self) -> ResumeOutcome:
-        """Resume outcome: how much of its state the client got back."""
-        return self.protocol.outcome(self)
-
     def request_drain(self, after: float, within: float, why: DisconnectReason) -> bool:
         """Ask the client to disconnect and reconnect. `False` for a plain client or a closing connection.
 
@@ -617,11 +614,8 @@ class Connection:
         return self._start_closing(local_close(cause, code=code, reason=reason, from_outside=from_outside))
 
     def on_peer_close(self, close_info: CloseInfo) -> None:
-        """Start teardown after the client, the network or the ASGI server has closed the connection.
-
-        If very many connections are lost at once, it starts in a later iteration of the event loop.
-        """
-        self.resources.closings.run(self._start_closing, close_info)
+        """Start teardown after the client, the network or the ASGI server has closed the connection."""
+        self._start_closing(close_info)
 
     def on_connection_lost(self, error: BaseException) -> None:
         """Start teardown after the network was lost."""

@@ -140,7 +140,7 @@ class DirectOutbox(Outbox):
 
     def _take(self, max_bytes: int) -> Sequence[EncodedMessage]:
         """Dequeue messages until `max_bytes` are reached, or until one with a key has to wait for a pong."""
-        if not self._bounds_unread or self._shut or not self._has_keys:
+        if not self._bounds_unread or self._shut or not self._has_keys or self.connection.pause is not None:
             return super()._take(max_bytes)
         if self._read_window is None:
             self._read_window = ReadWindow(self.direct)
@@ -165,10 +165,26 @@ class DirectOutbox(Outbox):
         """Process a pong. Return `False` if it answers no ping of this outbox."""
         if self._read_window is None or not self._read_window.confirm(payload):
             return False
+        self._send_waiting()
+        return True
+
+    def heartbeat_answered(self, asked_at: float) -> None:
+        """Process the pong to a heartbeat that was sent at this time. The client has read what was sent before."""
+        if self._read_window is not None and self._read_window.confirm_until(asked_at):
+            self._send_waiting()
+
+    def on_reading_paused(self) -> None:
+        """Wait for no pong until reading continues, because a full inbox keeps the server from reading it.
+
+        Otherwise an endpoint that waits for room in the outbox would never read the messages before the pong.
+        """
+        self._send_waiting()
+
+    def _send_waiting(self) -> None:
+        """Send what has waited for a pong."""
         if self.waits_for_pong:
             self.unblock()
             self._send_queued()
-        return True
 
     def finish(self, code: int, reason: str, *, flush: bool) -> int:
         """Accept no more messages and send the close frame, at once unless queued messages are flushed first."""

@@ -71,10 +71,14 @@ class DirectReader(PushReader):
 
     def pong_received(self, payload: bytes) -> None:
         """Handle a received pong frame."""
-        self._connection.liveness.awaiting_since = None
+        liveness = self._connection.liveness
+        liveness.awaiting_since = None
         if self._outbox.pong_received(payload):
             return
-        if unsolicited := self._connection.liveness.on_pong_frame(payload, monotonic()):
+        asked_at = liveness.answered_ping(payload)
+        if asked_at is not None:  # a client may answer only the last of several pings (RFC 6455 section 5.5.3)
+            self._outbox.heartbeat_answered(asked_at)
+        if unsolicited := liveness.on_pong_frame(payload, monotonic()):
             self._connection.on_control_frame(unsolicited)
 
     def violation_received(self, fail: Callable[[], None]) -> None:
@@ -99,6 +103,7 @@ class DirectReader(PushReader):
 
     def _pause_reading(self) -> None:
         self._direct.pause_reading()
+        self._outbox.on_reading_paused()
 
     def _resume_reading(self) -> None:
         self._direct.resume_reading()

@@ -17,7 +17,14 @@ from fastapi_ws_stabilizer.wire.v1.frames import Message
 
 
 class InboxClosed(Exception):
-    """Error of a read from an inbox that is closed and empty, or was transferred."""
+    """Error of a read from an inbox that is closed and empty, or was transferred.
+
+    Attributes:
+        waited: Whether the read has waited, so that its task has yielded to the event loop.
+    """
+
+    def __init__(self, *, waited: bool) -> None:
+        self.waited = waited
 
 
 Item = str | bytes | Message
@@ -262,13 +269,14 @@ class Inbox:
         """
         if self._reader is not None:
             raise ConcurrentReceiveError
-        self._handling = False
+        self._handling = waited = False
         while self._single is None and not self._items:
             if self._closed:
                 if self._drained is not None:
                     self._drained.set()
-                raise InboxClosed
+                raise InboxClosed(waited=waited)
             reader = self._reader = asyncio.get_running_loop().create_future()
+            waited = True
             try:
                 await reader
             finally:
@@ -276,7 +284,7 @@ class Inbox:
                 if is_current:
                     self._reader = None
             if not is_current:  # the inbox was transferred in the meantime, and has another reader
-                raise InboxClosed
+                raise InboxClosed(waited=True)
         if self._single is not None:
             message, size = self._single
             self._single = None
@@ -309,7 +317,7 @@ class Inbox:
         self._handling = self._closed = False
         reader, self._reader = self._reader, None
         if reader is not None and not reader.done():
-            reader.set_exception(InboxClosed())
+            reader.set_exception(InboxClosed(waited=True))
         self._notify_room()
         return rest
 

@@ -90,11 +90,14 @@ class Liveness:
         self._ping_sent = now
         return _payload(now)
 
+    def answered_ping(self, payload: bytes) -> float | None:
+        """Return the time of the last ping frame if a pong frame answers it, else `None`."""
+        sent = self._ping_sent
+        return sent if sent is not None and payload == _payload(sent) else None
+
     def on_pong_frame(self, payload: bytes, now: float) -> int:
         """Record a pong frame like `on_pong`. It measures the round trip only if it answers the last ping."""
-        if self._ping_sent is not None and payload == _payload(self._ping_sent):
-            return self.on_pong(now)
-        return self._count_unsolicited()
+        return self._count_unsolicited() if self.answered_ping(payload) is None else self.on_pong(now)
 
     def on_pong(self, now: float) -> int:
         """Record a pong.

@@ -188,8 +188,12 @@ class Outbox(abc.ABC):
 
     @property
     def counted_bytes(self) -> int:
-        """Bytes of the waiting messages including their overhead: what the memory budget counts, if it does."""
-        return self.held_bytes + FRAME_OVERHEAD_BYTES * self._message_count
+        """Bytes of the waiting messages that the memory budget counts, including their overhead.
+
+        Messages that the server is about to take are not counted. See `_start_accounting`.
+        """
+        queue = self._queue
+        return 0 if queue is None or not queue.counted else queue.held_bytes + FRAME_OVERHEAD_BYTES * len(queue)
 
     @property
     def half_full(self) -> bool:
@@ -205,16 +209,13 @@ class Outbox(abc.ABC):
     # ── enqueueing ──
 
     def offer(self, frame: EncodedMessage) -> EnqueueResult:
-        """Queue a frame without waiting. A full outbox applies `outbox_overflow`.
-
-        Hot path: called for each recipient of each broadcast. Rare cases are in `_offer_slow_path`.
-        """
+        """Queue a frame without waiting. A full outbox applies `outbox_overflow`."""
         return EnqueueResult.QUEUED if self.try_enqueue(frame) else self._offer_slow_path(frame)
 
     def try_enqueue(self, frame: EncodedMessage) -> bool:
         """Queue a frame on the fast path. Return `False`, with nothing queued, if the slow path must decide.
 
-        Hot path: nearly all messages need only this method.
+        Hot path: called for each recipient of each broadcast, and nearly all need only this method.
         """
         if not self.fast:
             return False

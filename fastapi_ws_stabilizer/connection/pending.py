@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
+import os
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -63,7 +63,7 @@ class PendingConnection:
     def __init__(self, websocket: WebSocket, client_id: str, budget: MemoryBudget) -> None:
         self._websocket: WebSocket | None = websocket
         self.client_id = client_id
-        self.connection_id = secrets.token_hex(8)
+        self.connection_id = os.urandom(8).hex()
         self.budget = budget
         self.opened_at = monotonic()
         self.decided = LazyEvent()

@@ -16,7 +16,6 @@ from fastapi_ws_stabilizer.queueing import Recipient
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage, encode
 from fastapi_ws_stabilizer.wire.text_ping import MAX_CONTROL_CHARS, TextPing, parse_text_ping
 from fastapi_ws_stabilizer.wire.v1.frames import Message
-from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
 
 if TYPE_CHECKING:
     from fastapi_ws_stabilizer.connection.connection import Connection
@@ -42,10 +41,6 @@ class ClientProtocol(abc.ABC):
     @abc.abstractmethod
     def session(self) -> Recipient | None:
         """Session of the client; `None` for a plain client."""
-
-    @abc.abstractmethod
-    def outcome(self, connection: Connection) -> ResumeOutcome:
-        """Return how much of its state the client got back."""
 
     @abc.abstractmethod
     def on_open(self, connection: Connection) -> None:
@@ -193,10 +188,6 @@ class PlainProtocol(ClientProtocol):
     def session(self) -> None:
         """Return `None`: there is no session."""
         return None
-
-    def outcome(self, connection: Connection) -> ResumeOutcome:
-        """Return what a reconnect token restored."""
-        return connection.resume_outcome
 
     def on_open(self, _: Connection) -> None:
         """Do nothing: there is no session."""

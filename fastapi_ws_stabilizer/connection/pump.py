@@ -74,9 +74,15 @@ def _handle_message(connection: Connection, event: Mapping[str, Any]) -> bool:
 
 
 def close_on_disconnect_event(connection: Connection, event: Mapping[str, Any]) -> None:
-    """Start teardown for an ASGI `websocket.disconnect` event."""
-    if connection.close_info is not None:
-        return
+    """Start teardown for an ASGI `websocket.disconnect` event.
+
+    If very many connections are lost at once, the event is handled in a later iteration of the event loop.
+    """
+    if connection.close_info is None:
+        connection.resources.closings.run(_close_as_reported, connection, event)
+
+
+def _close_as_reported(connection: Connection, event: Mapping[str, Any]) -> None:
     close_frame = connection.server_transport.saw_close_frame(event)
     connection.on_peer_close(remote_close(event.get("code") or 1005, event.get("reason"), close_frame=close_frame))
 
@@ -151,6 +157,15 @@ def reject_requests(connection: Connection) -> None:
 def begin_pause(connection: Connection) -> None:
     """Record that reading is paused, and from now on whether the endpoint sends anything."""
     connection.pause = Pause()
+    connection.server_transport.stop_keepalive()
+
+
+def resume(connection: Connection) -> None:
+    """Record that reading continues. The pause does not count as silence of the client."""
+    connection.pause = None
+    connection.liveness.on_frame(monotonic())
+    if connection.close_info is None:
+        connection.server_transport.start_keepalive()
 
 
 def end_pause(connection: Connection) -> None:
@@ -224,6 +239,5 @@ async def _enqueue_when_room(connection: Connection, event: Mapping[str, Any]) -
             elif monotonic() - since >= connection.config.inbox_pause_timeout:
                 end_pause(connection)
                 break
-        connection.pause = None
-        connection.liveness.on_frame(monotonic())
+        resume(connection)
     pending()

@@ -14,6 +14,7 @@ from fastapi_ws_stabilizer.connection.pump import (
     drop_unread,
     end_pause,
     on_inbox_full,
+    resume,
 )
 from fastapi_ws_stabilizer.wire.v1.frames import Message
 
@@ -98,8 +99,7 @@ class PushReader(abc.ABC):
 
     def _resume(self) -> None:
         self._stop_timer()
-        self._connection.pause = None
-        self._connection.liveness.on_frame(monotonic())  # the pause must not count as silence
+        resume(self._connection)
         self._resume_reading()
 
     def _watch(self, delay: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from typing import Final
 
+from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.servers.direct import DirectTransport
 
 MAX_UNREAD_BYTES: Final = 32 * 1024
@@ -25,12 +26,13 @@ class ReadWindow:
         direct: The direct transport, which writes the pings.
     """
 
-    __slots__ = ("_after_ping", "_direct", "_number", "_ping", "_unread")
+    __slots__ = ("_after_ping", "_asked_at", "_direct", "_number", "_ping", "_unread")
 
     def __init__(self, direct: DirectTransport) -> None:
         self._direct = direct
         self._unread = 0
         self._after_ping = 0  # those of them that were sent after the ping
+        self._asked_at = 0.0
         self._number = 0
         self._ping: bytes | None = None  # payload of the ping that the client has not answered
 
@@ -47,13 +49,24 @@ class ReadWindow:
             self._number = (self._number + 1) % _NUMBERS
             self._ping = _payload(b"rd", self._number)
             self._after_ping = 0
+            self._asked_at = monotonic()
             self._direct.ping(self._ping)
 
     def confirm(self, pong: bytes) -> bool:
         """Process a pong. Return whether it answers the ping of this window."""
         if pong != self._ping:
             return False
+        self._on_confirmed()
+        return True
+
+    def confirm_until(self, asked_at: float) -> bool:
+        """Process a pong to another ping that was written at `asked_at`. Return whether it confirms the ping too."""
+        if self._ping is None or asked_at < self._asked_at:
+            return False
+        self._on_confirmed()
+        return True
+
+    def _on_confirmed(self) -> None:
         self._ping = None
         self._unread = self._after_ping
         self.sent(0)
-        return True

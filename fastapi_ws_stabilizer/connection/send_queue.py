@@ -58,8 +58,8 @@ class SendQueue:
     An outbox creates it for its second waiting frame, and drops it when the client has caught up. It is a list with
     removed entries at its front, because a keyed frame is replaced by its index.
 
-    Frames that wait for at most one event loop iteration are not counted in the memory budget. After
-    `start_accounting`, each frame is counted.
+    Frames are not counted in the memory budget as long as no send blocks, because they wait for one or two iterations
+    of the event loop. After `start_accounting`, each frame is counted.
 
     Args:
         limits: Bounds, shared with other queues.

@@ -1,21 +1,23 @@
-"""Access to the server's transport behind the two ASGI callables, guarded at every step.
+"""The two ASGI callables of a connection: the server's transport behind them, and the ones that replace them.
 
 ASGI cannot abort a connection and does not report reliably how it was lost. Both are possible if `receive` or `send` is
 a method of the server's protocol object and no middleware wraps it. Otherwise everything here returns "unknown". The
-rest of the package works without it.
+rest of the package works without it, so each access is guarded.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import inspect
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from fastapi_ws_stabilizer.close_codes import SERVER_CODES
+from fastapi_ws_stabilizer.close_codes import SERVER_CODES, DisconnectReason, local_close
 from fastapi_ws_stabilizer.compat.starlette import close_frame_was_received, forget_task, transport_of, unwrap_send
-from fastapi_ws_stabilizer.compat.uvicorn import PUSHING_CLASS, can_push_events
+from fastapi_ws_stabilizer.compat.uvicorn import PUSHING_CLASS, can_push_events, start_keepalive, stop_keepalive
+from fastapi_ws_stabilizer.connection.inbox import InboxClosed
 from fastapi_ws_stabilizer.net.tcp import (
     HAS_UNSENT_LOW_WATER,
     kernel_unacked_bytes,
@@ -25,7 +27,15 @@ from fastapi_ws_stabilizer.net.tcp import (
     unacked_bytes,
     unflushed_bytes,
 )
-from fastapi_ws_stabilizer.servers.direct import DirectTransport, has_direct_transport
+from fastapi_ws_stabilizer.servers.direct import EXTENSION, DirectTransport
+from fastapi_ws_stabilizer.wire.encoded import CLOSE, encode
+
+if TYPE_CHECKING:
+    from fastapi_ws_stabilizer.connection.connection import Connection
+    from fastapi_ws_stabilizer.connection.ended_connection import EndedConnection
+
+_SERVERS: Final = ("uvicorn.", "hypercorn.", "fastapi_ws_stabilizer.servers.")
+"""Modules of the servers whose `send` needs no task of its own."""
 
 FLUSH_GRACE: Final = 1.0
 """Seconds that a transport has to flush its buffer for a client that left or is dead, before it is aborted."""
@@ -42,20 +52,23 @@ class ServerTransport:
 
     def __init__(self, receive: object, send: object) -> None:
         self._receiver: Any = getattr(receive, "__self__", None)
-        self._sender: Any = getattr(unwrap_send(send), "__self__", None)
         direct = unwrap_send(send, only_starlettes=True)
-        self.send: Any = direct if getattr(direct, "__self__", None) is not None else send
+        self._sender: Any = getattr(direct, "__self__", None)
+        if self._sender is None:  # a middleware wraps it, so it is not called directly
+            self._sender = getattr(unwrap_send(direct), "__self__", None)
+            direct = send
+        self.send: Any = direct
 
     @property
     def is_direct(self) -> bool:
         """Whether `send` is the server's own coroutine function, which does not depend on its task."""
         owner = getattr(self.send, "__self__", None)
-        return inspect.iscoroutinefunction(self.send) and type(owner).__module__.startswith(_SERVERS)
+        return type(owner).__module__.startswith(_SERVERS) and _is_coroutine_method(self.send.__func__)
 
     def direct_transport(self, scope: Mapping[str, Any]) -> DirectTransport | None:
         """Return the server's direct transport; `None` if it has none, it is in use, or middleware wraps it."""
         owner: Any = getattr(self.send, "__self__", None)
-        if not has_direct_transport(scope) or owner is None or owner is not self._receiver or owner.in_use:
+        if EXTENSION not in (scope.get("extensions") or ()) or owner is not self._receiver or owner.in_use:
             return None
         return owner  # type: ignore[no-any-return]
 
@@ -167,6 +180,14 @@ class ServerTransport:
         """Return the bytes not acknowledged by the client's TCP stack; `None` if the system does not report them."""
         return kernel_unacked_bytes(transport_of(self._receiver, self._sender))
 
+    def stop_keepalive(self) -> None:
+        """Stop the server's own pings, because nothing reads their pongs."""
+        stop_keepalive(self._receiver, self._sender)
+
+    def start_keepalive(self) -> None:
+        """Send the server's own pings again."""
+        start_keepalive(self._receiver, self._sender)
+
     def forget_task(self, task: asyncio.Task[Any] | None) -> None:
         """Remove a task that does not end from the server's tasks, because uvicorn would wait for it at shutdown."""
         forget_task(task, self._receiver, self._sender)
@@ -174,7 +195,8 @@ class ServerTransport:
     @property
     def unflushed_bytes(self) -> int | None:
         """Bytes in the transport's buffer; `None` where they cannot be measured."""
-        return unflushed_bytes(transport_of(self._receiver, self._sender))
+        transport = transport_of(self._receiver, self._sender)
+        return None if transport is None else unflushed_bytes(transport)
 
     def progress(self) -> int | None:
         """Return a number that grows when the client's TCP stack accepts bytes; `None` if it cannot be measured."""
@@ -203,4 +225,70 @@ class ServerTransport:
         return code not in {1005, 1006, *SERVER_CODES} or (code == 1005 and event.get("reason") is not None)
 
 
-_SERVERS: Final = ("uvicorn.", "hypercorn.", "fastapi_ws_stabilizer.servers.")
+@functools.lru_cache(maxsize=16)
+def _is_coroutine_method(function: Any) -> bool:
+    """Return whether a method of a server is a coroutine function. Each connection asks, for the same few methods."""
+    return inspect.iscoroutinefunction(function)
+
+
+class AsgiShim:
+    """The `receive` and `send` that a connection installs in its `WebSocket`.
+
+    Code that uses the `WebSocket` directly therefore goes through the inbox and the outbox too.
+
+    Args:
+        connection: The connection.
+    """
+
+    __slots__ = ("_connection",)
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection: Connection | EndedConnection = connection
+
+    @property
+    def client_id(self) -> str:
+        """Client id of the connection."""
+        return self._connection.client_id
+
+    def release(self, ended: EndedConnection) -> None:
+        """Drop the connection after its end, so that a `WebSocket` in user code does not hold it."""
+        self._connection = ended
+
+    async def receive(self) -> dict[str, Any]:
+        """Replace the server's `receive`. Cancelling is safe.
+
+        Raises:
+            ConcurrentReceiveError: Another task is receiving.
+            WrongLoopError: This is not the event loop of the connection.
+        """
+        connection = self._connection
+        connection.check_loop()
+        try:
+            item = await connection.inbox.get()
+        except InboxClosed:
+            await connection.yield_after_end()
+            close_info = connection.close_info or local_close(DisconnectReason.NETWORK_LOST)
+            return {"type": "websocket.disconnect", "code": close_info.code, "reason": close_info.reason}
+        message = connection.read_raw(item)
+        return {"type": "websocket.receive", "text" if isinstance(message, str) else "bytes": message}
+
+    async def send(self, message: Any) -> None:
+        """Replace the server's `send`. If it is cancelled while it waits for room, nothing is sent.
+
+        Raises:
+            SocketClosed: The connection is closed.
+            WrongLoopError: This is not the event loop of the connection.
+        """
+        connection = self._connection
+        if message["type"] == CLOSE:
+            reason = message.get("reason") or ""
+            connection.close(DisconnectReason.APPLICATION, code=message.get("code", 1000), reason=reason)
+            return
+        if message["type"] != "websocket.send":
+            raise RuntimeError(f"an accepted WebSocket cannot send {message['type']!r}")
+        data = message.get("bytes")
+        await connection.send(encode(message.get("text") or "" if data is None else data))
+
+    async def yield_after_end(self) -> None:
+        """Count an error for a closed connection, and yield to the event loop from the second one on."""
+        await self._connection.yield_after_end()

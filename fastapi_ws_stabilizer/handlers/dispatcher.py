@@ -52,8 +52,9 @@ class Dispatcher:
                     await self._run_concurrently(connection, concurrency)
                 while True:
                     await self._handle(connection, await connection.inbox.get())
-            except InboxClosed:
-                await connection.yield_after_end()
+            except InboxClosed as closed:
+                if not closed.waited:  # a loop around `run` would not yield to the event loop
+                    await connection.yield_after_end()
 
     async def _run_concurrently(self, connection: Connection, concurrency: int) -> None:
         tasks = TaskSet(lambda _, __: None)  # failures are raised to the endpoint

@@ -96,7 +96,7 @@ class HookRegistry:
 
     def has(self, *events: str) -> bool:
         """Return whether a function is registered for one of these events."""
-        return any(self._hooks[event] for event in events)
+        return any(map(self._hooks.__getitem__, events))
 
     async def handshake(self, socket: StableSocket) -> None:
         """Run the handshake hooks. An exception or a timeout rejects the handshake."""

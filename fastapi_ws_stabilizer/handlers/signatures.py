@@ -19,6 +19,7 @@ from fastapi import BackgroundTasks, Response, params
 from fastapi.security import SecurityScopes
 from starlette.background import BackgroundTasks as StarletteBackgroundTasks
 from starlette.requests import HTTPConnection
+from typing_extensions import is_protocol
 
 from fastapi_ws_stabilizer.room import Room
 from fastapi_ws_stabilizer.socket import StableSocket
@@ -433,7 +434,7 @@ def _can_be(annotation: Any, wanted: type) -> bool | None:
     if annotation is type(None):
         return False
     if _is_plain_class(annotation):
-        if getattr(annotation, "_is_protocol", False):
+        if is_protocol(annotation):
             return None
         return issubclass(wanted, annotation) or issubclass(annotation, wanted)
     return None if origin is None else False

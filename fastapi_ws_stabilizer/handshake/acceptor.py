@@ -6,7 +6,8 @@ import asyncio
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Final
 
 from fastapi import HTTPException, WebSocket, WebSocketException
 from starlette.websockets import WebSocketState
@@ -16,15 +17,13 @@ from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, DisconnectReason, l
 from fastapi_ws_stabilizer.compat.fastapi import find_exit_stack
 from fastapi_ws_stabilizer.compat.starlette import asgi_callables
 from fastapi_ws_stabilizer.config import CompressionMode, DuplicatePolicy
-from fastapi_ws_stabilizer.connection import current
-from fastapi_ws_stabilizer.connection.asgi_shim import AsgiShim
-from fastapi_ws_stabilizer.connection.closing import ClosingConnections
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
-from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
+from fastapi_ws_stabilizer.connection.endpoint import EndpointTask, Opened, bind_current
 from fastapi_ws_stabilizer.connection.pending import PendingConnection
 from fastapi_ws_stabilizer.connection.protocol import PLAIN
 from fastapi_ws_stabilizer.connection.resources import SharedResources
+from fastapi_ws_stabilizer.connection.server_transport import AsgiShim
 from fastapi_ws_stabilizer.errors import (
     ConnectionLimitExceededError,
     DuplicateClientError,
@@ -44,8 +43,9 @@ from fastapi_ws_stabilizer.handshake.admission import AdmissionController, Hands
 from fastapi_ws_stabilizer.handshake.client_id import fresh_client_id, reconnect_token_from_request
 from fastapi_ws_stabilizer.handshake.negotiator import SessionNegotiator
 from fastapi_ws_stabilizer.handshake.request import ConnectionRequest, ServeOptions
+from fastapi_ws_stabilizer.hub.registry import ClosingConnections
 from fastapi_ws_stabilizer.net.tcp import HAS_UNSENT_LOW_WATER
-from fastapi_ws_stabilizer.servers.direct import has_direct_transport
+from fastapi_ws_stabilizer.servers.direct import EXTENSION
 from fastapi_ws_stabilizer.session_lifecycle import SessionLifecycle
 from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
 from fastapi_ws_stabilizer.sessions.reconnect_tokens import ReconnectTokenRegistry
@@ -55,6 +55,8 @@ from fastapi_ws_stabilizer.sessions.v1_protocol import V1Protocol, session_of
 from fastapi_ws_stabilizer.socket import SocketServices, StableSocket
 from fastapi_ws_stabilizer.wire.handshake import HEADERS_KEY, check_headers
 from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
+
+_NOT_PINNED: Final = nullcontext()
 
 
 class Acceptor:
@@ -118,9 +120,12 @@ class Acceptor:
         try:
             if not handshake.speaks_v1:
                 has_token = request.claimed is not None
-                self._admission.confirm(handshake.reservation, request.pending.client_id, has_token=has_token)
-            with self._lifecycle.pinned(request.claimed):
-                await self._run_handshake_hooks(request.pending)
+                self._admission.confirm(handshake.reservation, request.client_id, has_token=has_token)
+            with self._pinned(request.claimed):
+                if self._hooks.has("handshake"):
+                    await self._run_handshake_hooks(request.pending())
+                if self._admission.closed:
+                    raise self._admission.stopping()
                 await handshake.accept()
             if handshake.speaks_v1:
                 connection = self._build(request, await self._negotiator.negotiate(request))
@@ -128,10 +133,10 @@ class Acceptor:
                 self._use_token(request)
                 connection = self._build(request)
         except BaseException:
-            request.pending.reject()
+            request.reject()
             raise
         self._admission.on_established(handshake)
-        current.bind_current(connection)
+        bind_current(connection)
         try:
             await self._open(connection, request)
         except (SocketClosed, DuplicateClientError) as error:
@@ -163,22 +168,21 @@ class Acceptor:
         stack = find_exit_stack(websocket.scope)
         handshake = self._admit_adoption(websocket, client_id)
         handshake.endpoint = EndpointTask(cancellable=stack is not None)
-        pending = PendingConnection(websocket, client_id, self._resources.budget)
-        request = ConnectionRequest(handshake, pending, ServeOptions(client_id))
+        request = self._request(handshake, client_id, ServeOptions(client_id))
         try:
-            with self._lifecycle.pinned(client_id if self._tokens.is_verified(client_id) else None):
-                pending.socket = StableSocket(pending, self._services, metadata=metadata)
+            with self._pinned(client_id if self._tokens.is_verified(client_id) else None):
+                pending = request.pending(metadata)
             request.has_used_token = self._tokens.consume_verification(client_id, pending.connection_id)
             connection = self._build(request)
         except BaseException as error:
-            pending.reject()
+            request.reject()
             handshake.reservation.release()
             if isinstance(error, InvalidTokenError):
                 self.reject_adoption(websocket, error, client_id)
             if stack is not None and isinstance(error, MemoryLimitExceededError):
                 stack.push(functools.partial(_close_quietly, error))
             raise
-        opened = current.bind_current(connection)
+        opened = bind_current(connection)
         opened.connecting = True
         if stack is not None:
             stack.push_async_exit(_AdoptingEndpoint(self._closer, connection, opened))
@@ -200,10 +204,18 @@ class Acceptor:
         token = None if handshake.speaks_v1 else reconnect_token_from_request(websocket)
         claimed = None if token is None else self._tokens.verify(token, options.client_id)
         client_id = options.client_id or claimed or fresh_client_id()
-        pending = PendingConnection(websocket, client_id, self._resources.budget)
-        pending.socket = StableSocket(pending, self._services, identity=options.identity)
-        expiry = None if options.expires_in is None else monotonic() + options.expires_in
-        return ConnectionRequest(handshake, pending, options, identity_expiry=expiry, claimed=claimed)
+        request = self._request(handshake, client_id, options)
+        request.claimed = claimed
+        if options.expires_in is not None:
+            request.identity_expiry = monotonic() + options.expires_in
+        return request
+
+    def _request(self, handshake: Handshake, client_id: str, options: ServeOptions) -> ConnectionRequest:
+        return ConnectionRequest(handshake, client_id, options, self._services, self._resources.budget)
+
+    def _pinned(self, client_id: str | None) -> AbstractContextManager[None]:
+        """Protect the detached state of a client with a verified token from eviction; `None` is another client."""
+        return _NOT_PINNED if client_id is None else self._lifecycle.pinned(client_id)
 
     async def _run_handshake_hooks(self, pending: PendingConnection) -> None:
         websocket = pending.websocket
@@ -216,8 +228,6 @@ class Acceptor:
                 raise
             await self._hooks.report_bug("handshake_hook_failed", pending.socket, error)
             raise HTTPException(500) from error
-        if self._admission.closed:
-            raise self._admission.stopping()
 
     def _use_token(self, request: ConnectionRequest) -> None:
         """Use up the reconnect token of an accepted plain client.
@@ -225,13 +235,12 @@ class Acceptor:
         Raises:
             WebSocketException: The client was revoked, or another connection has used the token that identified it.
         """
-        client_id = request.pending.client_id
-        if client_id in request.handshake.revoked:
+        if request.client_id in request.handshake.revoked:
             raise WebSocketException(SESSION_ENDED, "revoked")
         if request.claimed is None:
             return
         token = reconnect_token_from_request(request.handshake.websocket) or ""
-        request.has_used_token = self._tokens.consume_for(request.pending.connection_id, token, request.claimed)
+        request.has_used_token = self._tokens.consume_for(request.pending().connection_id, token, request.claimed)
         if not request.has_used_token and request.options.client_id is None:  # the hooks ran with the claimed id
             raise WebSocketException(4401, "token already used")
 
@@ -252,26 +261,30 @@ class Acceptor:
         return handshake
 
     def _build(self, request: ConnectionRequest, resume_result: ResumeResult | None = None) -> Connection:
-        """Build the connection of an accepted client, which takes over the ids and the socket of the handshake."""
-        handshake, pending, config = request.handshake, request.pending, self._resources.config
+        """Build the connection of an accepted client, which takes over the ids and the socket of hooks."""
+        handshake, pending, config = request.handshake, request.stand_in, self._resources.config
         connection = Connection(
-            pending.websocket,
-            pending.client_id,
+            handshake.websocket,
+            request.client_id,
             self._resources,
-            connection_id=pending.connection_id,
+            connection_id=None if pending is None else pending.connection_id,
             control_frames=request.options.control_frames,
             endpoint=handshake.endpoint,
             protocol=PLAIN if resume_result is None else V1Protocol(resume_result, config, self._idempotency),
         )
         connection.reservation = handshake.reservation
-        connection.socket = pending.socket
         if resume_result is not None:
             request.session = resume_result.session
+            connection.outcome = resume_result.outcome
             self._sessions.on_attached(request.session)
         expiry = None if request.identity_expiry is None else max(0.0, request.identity_expiry - monotonic())
         if request.expires_in is not None or expiry is not None:
             connection.credential = CredentialExpiry()
             connection.credential.start(connection, request.expires_in, expiry)
+        if pending is None:  # no hook has run
+            connection.socket = StableSocket(connection, self._services, identity=request.options.identity)
+            return connection
+        connection.socket = pending.socket
         try:
             pending.accept(connection)
         except MemoryLimitExceededError as error:  # a rejection would repeat at each reconnect
@@ -346,14 +359,18 @@ class Acceptor:
             # A client with a session must not resume it, or two devices would replace each other forever.
             code = SESSION_ENDED if session_of(one) is not None else None
             one.close(DisconnectReason.REPLACED, code=code)
-        self._lifecycle.supersede_detached(connection.client_id, session)
+        client_id = connection.client_id
+        if client_id in self._sessions.detached_by_client or client_id in self._lifecycle.detached_states:
+            self._lifecycle.supersede_detached(client_id, session)
         # An application with a list of online clients then removes the old connection before it adds the new one.
-        connection.wait_for_hooks_of(self._closing.of_client(connection.client_id))
+        if closing := self._closing.of_client(client_id):
+            connection.wait_for_hooks_of(closing)
 
     async def _run_open_hooks(self, connection: Connection, session: Session | None) -> None:
         """Run the connect hooks, or the resume hooks, after the hooks of the connections that it replaces."""
-        await connection.wait_for_predecessors()
-        if self._policy is not DuplicatePolicy.ALLOW:
+        if connection.handover is not None:
+            await connection.wait_for_predecessors()
+        if self._policy is not DuplicatePolicy.ALLOW and connection.client_id in self._lifecycle.end_hooks:
             await self._lifecycle.wait_for_session_end_hooks(connection.client_id)
         if connection.close_info is not None:
             return
@@ -383,7 +400,7 @@ class Acceptor:
             events.emit("buffers_left_to_server", logging.WARNING, options=sorted(unlimited))
         if connection.is_direct:
             return
-        if has_direct_transport(connection.websocket.scope):
+        if EXTENSION in (connection.websocket.scope.get("extensions") or ()):
             events.emit("link_wrapped", logging.WARNING)
         if self._resources.config.compression is CompressionMode.NONE:
             events.emit("compression_left_to_server", logging.WARNING)
@@ -392,7 +409,7 @@ class Acceptor:
 class _AdoptingEndpoint:
     """End of an endpoint that has called `connect()`, on FastAPI's exit stack."""
 
-    def __init__(self, closer: EndpointCloser, connection: Connection, opened: current.Opened) -> None:
+    def __init__(self, closer: EndpointCloser, connection: Connection, opened: Opened) -> None:
         self._closer = closer
         self._connection = connection
         self._opened = opened
@@ -411,7 +428,7 @@ class _AdoptingEndpoint:
             self._opened.on_task_done()
 
 
-def _on_adopting_task_done(opened: current.Opened, task: asyncio.Task[Any]) -> None:
+def _on_adopting_task_done(opened: Opened, task: asyncio.Task[Any]) -> None:
     """Close the connection after the task that called `connect()` has ended. Used only without an exit stack."""
     connection = opened.connection
     if connection is not None and connection.opened and connection.close_info is None:

@@ -15,7 +15,6 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.compat.starlette import asgi_callables
 from fastapi_ws_stabilizer.config import CompressionMode, DuplicatePolicy, WebSocketConfig
 from fastapi_ws_stabilizer.connection.client_address import ClientAddressResolver
-from fastapi_ws_stabilizer.connection.closing import MAX_CLOSING, ClosingConnections
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
 from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
@@ -28,18 +27,17 @@ from fastapi_ws_stabilizer.errors import (
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handshake.hello import HelloReader, credential_in
 from fastapi_ws_stabilizer.handshake.rejection import Rejector
-from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
+from fastapi_ws_stabilizer.hub.registry import MAX_CLOSING, ClosingConnections, ConnectionRegistry
 from fastapi_ws_stabilizer.limits.connections import ConnectionLimiter, Reservation, retry_delay, shutdown_error
 from fastapi_ws_stabilizer.net.origin import OriginPolicy
 from fastapi_ws_stabilizer.net.proxies import rate_limit_key
-from fastapi_ws_stabilizer.scheduling import PacedTasks
+from fastapi_ws_stabilizer.scheduling import LoopBudget, PacedTasks
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.tasks import LazyEvent, wait_for_all
 from fastapi_ws_stabilizer.wire.handshake import (
     ANSWERED_KEY,
     HEADERS_KEY,
     SERVED_KEY,
-    header_values,
     select_subprotocol,
 )
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
@@ -80,7 +78,6 @@ class Handshake:
         "_credential",
         "_hello",
         "_hello_reader",
-        "_timer",
         "abandoned",
         "admission",
         "endpoint",
@@ -114,33 +111,16 @@ class Handshake:
         self._credential: str | _NoHello | None = _NO_HELLO
         self.rejected = self.established = self.abandoned = False
         self.endpoint = EndpointTask(cancellable=True)
-        self._timer: asyncio.TimerHandle | None = None
         self.revoked: frozenset[str] = frozenset()
 
-    def watch(self) -> None:
-        """Check every `WATCH_INTERVAL` seconds during the handshake whether the client has left.
+    def check_abandoned(self) -> None:
+        """Cancel the handshake if its client has left.
 
         The check reads no messages, because your code may accept the WebSocket and read them itself.
         """
-        self._timer = asyncio.get_running_loop().call_later(
-            WATCH_INTERVAL,
-            self._check_abandoned,
-            context=contextvars.Context(),  # the timer may outlive the connection in the event loop
-        )
-
-    def _check_abandoned(self) -> None:
-        self._timer = None
         if ServerTransport(*asgi_callables(self.websocket)).closing:
             self.abandoned = True
             self.cancel()
-        elif not self.established and not self.rejected:
-            self.watch()
-
-    def stop_watching(self) -> None:
-        """Stop the checks of `watch`. Nothing happens if they have stopped."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
     def cancel(self) -> None:
         """Cancel the task of the handshake, which then rejects it. Nothing happens if it is established or rejected."""
@@ -156,12 +136,13 @@ class Handshake:
                 if link is not None:
                     link.refuse_compression()
             scope = websocket.scope
-            subprotocol = select_subprotocol(scope)
+            offered = scope.get("subprotocols")
+            subprotocol = select_subprotocol(scope) if offered else None
             headers: MutableHeaders | None = scope.pop(HEADERS_KEY, None)
             await websocket.accept(subprotocol, None if headers is None else headers.raw)
             if subprotocol is not None:
                 scope[ANSWERED_KEY] = subprotocol
-            elif scope.get("subprotocols"):
+            elif offered:
                 self.admission.on_unanswered(websocket)
 
     async def take_hello(self) -> Hello:
@@ -186,7 +167,8 @@ class Handshake:
             except WebSocketException:
                 self.rejected = True
                 raise
-            self.reservation.check()
+            if self.admission.limiter.enabled:
+                self.reservation.check()
             self._hello = hello
             self._credential = credential_in(hello, self.websocket)
         return self._hello
@@ -255,6 +237,9 @@ class AdmissionController:
         self._turns = PacedTasks()
         self._empty: LazyEvent | None = None
         self._unanswered: set[str] = set()
+        self._unchecked: list[Handshake] = []  # handshakes that the current check has still to look at
+        self._timer: asyncio.TimerHandle | None = None
+        self._context = contextvars.copy_context()  # not the context of the handshake that sets the timer
 
     def revoke(self, client_id: str) -> None:
         """Prevent the current handshakes from connecting as this client."""
@@ -296,10 +281,31 @@ class AdmissionController:
     def forget(self, handshake: Handshake) -> None:
         """Remove a handshake that was established or rejected. Nothing happens if it was removed."""
         self._handshakes.discard(handshake)
-        handshake.stop_watching()
         if self._empty is not None and not self._handshakes:
             self._empty.set()
             self._empty = None
+
+    def watch(self) -> None:
+        """Check every `WATCH_INTERVAL` seconds, while there are handshakes, whether their clients have left."""
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(
+                0.0 if self._unchecked else WATCH_INTERVAL, self._check_abandoned, context=self._context
+            )
+
+    def _check_abandoned(self) -> None:
+        """Check the handshakes, and continue in the next iteration of the event loop if there are very many."""
+        self._timer = None
+        if not self._unchecked:
+            self._unchecked = list(self._handshakes)
+        loop_budget = LoopBudget()
+        while self._unchecked and not loop_budget.exceeded():
+            handshake = self._unchecked.pop()
+            if handshake in self._handshakes and not handshake.rejected:
+                handshake.check_abandoned()
+        if self._handshakes:
+            self.watch()
+        else:
+            self._unchecked.clear()
 
     def on_unanswered(self, websocket: WebSocket) -> None:
         """Report once for each route that the server selected none of the subprotocols that a client offered.
@@ -323,7 +329,8 @@ class AdmissionController:
         )
 
     def _check_origin(self, websocket: WebSocket) -> None:
-        origins = header_values(websocket.scope, b"origin")
+        headers = websocket.scope["headers"]  # not `websocket.headers`, which would stay in memory with the connection
+        origins = [value.decode("latin-1") for name, value in headers if name == b"origin"]
         if not origins and not self._requires_origin:  # most clients that are not browsers
             return
         hosts = self._addresses.hosts_of(websocket)
@@ -336,7 +343,8 @@ class AdmissionController:
 
         Cancelling is safe.
         """
-        await self._turns.enter()
+        if not self._turns.try_enter():
+            await self._turns.enter()
 
     def admit(self, websocket: WebSocket, parent: Handshake | None = None) -> Handshake:
         """Admit a handshake before its client is identified, and reserve a connection slot. It does not wait.
@@ -356,16 +364,20 @@ class AdmissionController:
         self._check_origin(websocket)
         if len(self._closing_connections) >= MAX_CLOSING:  # a higher max_concurrent_cleanup runs more hooks at once
             raise ConnectionLimitExceededError("max_concurrent_cleanup", self._max_cleanups, retry_delay())
-        self._closing_connections.expedite_oldest(self._max_connections)
-        if self.limiter.is_full:
-            self._hello_reader.evict_oldest_pending()
-        address = rate_limit_key(self._addresses.address_of(websocket)) if self.limiter.by_address else ""
-        reservation = self.limiter.reserve(address, monotonic())
+        if self._max_connections is not None:
+            self._closing_connections.expedite_oldest(self._max_connections)
+        reservation = self._reserve(websocket) if self.limiter.enabled else self.limiter.uncounted
         handshake = Handshake(
             websocket, reservation, self._hello_reader, compresses=self._compresses, admission=self, parent=parent
         )
         self._handshakes.add(handshake)
         return handshake
+
+    def _reserve(self, websocket: WebSocket) -> Reservation:
+        if self.limiter.is_full:
+            self._hello_reader.evict_oldest_pending()
+        address = rate_limit_key(self._addresses.address_of(websocket)) if self.limiter.by_address else ""
+        return self.limiter.reserve(address, monotonic())
 
     # ── after the client is identified ──
 
@@ -385,6 +397,8 @@ class AdmissionController:
             ConnectionLimitExceededError: The server is full.
             TooManyConnectionsError: The client or its address has too many connections.
         """
+        if not self.limiter.enabled:
+            return
         policy = self._on_duplicate
         replaces = policy is DuplicatePolicy.REPLACE or (policy is DuplicatePolicy.REJECT and has_token)
         replaced: list[Any] = self.others(client_id, session) if replaces else []
@@ -404,4 +418,4 @@ class AdmissionController:
     def others(self, client_id: str, session: Session | None) -> list[Connection]:
         """Return the connections of a client except for those of `session`, which it may take over."""
         connections = self._registry.of_client(client_id)
-        return [one for one in connections if session is None or one.recipient is not session]
+        return connections if session is None else [one for one in connections if one.recipient is not session]

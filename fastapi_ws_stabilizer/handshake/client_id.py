@@ -34,7 +34,7 @@ def client_id_from_request(websocket: WebSocket) -> str | None:
         HTTPException: 400 if the id is too long or contains a control character.
     """
     given = websocket.path_params.get("client_id")
-    if given is None:
+    if given is None and websocket.scope["query_string"]:
         given = websocket.query_params.get("client_id")
     if given in (None, ""):
         return None
@@ -46,6 +46,8 @@ def client_id_from_request(websocket: WebSocket) -> str | None:
 
 def reconnect_token_from_request(websocket: WebSocket) -> str | None:
     """Return the reconnect token in the query, or `None`."""
+    if not websocket.scope["query_string"]:
+        return None
     found = (websocket.query_params.get(name) for name in TOKEN_PARAMETERS)
     return next((token for token in found if token is not None and looks_like_token(token)), None)
 

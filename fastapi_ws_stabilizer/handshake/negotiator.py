@@ -54,7 +54,7 @@ class SessionNegotiator:
         await self._authenticate(request, hello)
         try:
             self._check_admission(request, hello)
-            return self._sessions.resume(hello, request.pending.client_id)
+            return self._sessions.resume(hello, request.client_id)
         except StaleAttemptError as stale:
             superseded = WebSocketException(SUPERSEDED, "a newer connection has the session")
             raise await self._reject(request, superseded) from stale
@@ -67,10 +67,10 @@ class SessionNegotiator:
         Raises:
             WebSocketException: The credential is invalid, and the WebSocket is closed.
         """
-        websocket, pending = request.handshake.websocket, request.pending
+        websocket, pending = request.handshake.websocket, request.pending()
         proven = self._sessions.authenticate(hello)
         if proven is not None and request.options.client_id is None:
-            pending.client_id = proven.client_id  # before authentication, because the hooks read the client id
+            request.identify(proven.client_id)  # before authentication, because the hooks read the client id
         try:
             with self._hello_reader.pending_handshake(), self._sessions.pinned(proven):
                 credential = credential_in(hello, websocket)
@@ -87,7 +87,7 @@ class SessionNegotiator:
             DuplicateClientError: The client is connected, and `on_duplicate="reject"`.
             ConnectionLimitExceededError: The server is full, or the client or its address has too many connections.
         """
-        client_id, handshake = request.pending.client_id, request.handshake
+        client_id, handshake = request.client_id, request.handshake
         if self._hello_reader.is_closed:
             raise self._admission.stopping()
         # Again, because hooks have run since: the session may have ended, or another token may be valid.
@@ -102,6 +102,6 @@ class SessionNegotiator:
 
     async def _reject(self, request: ConnectionRequest, error: Exception) -> WebSocketException:
         """Close the WebSocket of a client without a session, and return the exception that ends its endpoint."""
-        rejection = await self._hello_reader.reject(request.handshake.websocket, error, request.pending.client_id)
+        rejection = await self._hello_reader.reject(request.handshake.websocket, error, request.client_id)
         request.handshake.rejected = True
         return rejection

@@ -32,6 +32,9 @@ _SAMPLES: Final = {
 """A value for each kind of path parameter that no route has as a fixed part."""
 
 
+_ENDPOINT_ROUTES: Final = (Route, WebSocketRoute)
+
+
 class RouteEntry(NamedTuple):
     """Entry of a router that can match a path.
 
@@ -180,7 +183,10 @@ class UnmatchedRouteLogger:
 
 def _are_plain(routes: Iterable[Any]) -> bool:
     """Return whether all routes lead to an endpoint, and none to other routes or apps. Each handshake asks."""
-    return all(isinstance(route, (Route, WebSocketRoute)) for route in routes)
+    for route in routes:  # noqa: SIM110 (a generator expression takes three times as long)
+        if not isinstance(route, _ENDPOINT_ROUTES):
+            return False
+    return True
 
 
 def _path_in(scope: Scope) -> str:

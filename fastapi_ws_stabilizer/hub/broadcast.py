@@ -1,17 +1,27 @@
-"""Broadcasts: encode a message once and queue it for many recipients."""
+"""Messages to many recipients or to one client: each is encoded once and queued in the outbox of each recipient."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Final
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.errors import BroadcastFailedError
 from fastapi_ws_stabilizer.events import Counters
-from fastapi_ws_stabilizer.queueing import EnqueueResult, SendQueueLike, yield_to_writers
+from fastapi_ws_stabilizer.hub.history import RoomHistory
+from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
+from fastapi_ws_stabilizer.hub.rooms import RoomMembership
+from fastapi_ws_stabilizer.queueing import EnqueueResult, Recipient, SendQueueLike, yield_to_writers
 from fastapi_ws_stabilizer.scheduling import FlushScheduler, LoopBudget
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
+from fastapi_ws_stabilizer.wire.envelope import ALWAYS_FITS, to_v1
+
+SMALL_ROOM: Final = 64
+"""Maximum number of recipients for which a room is not divided into groups."""
+
+_NOT_QUEUED: Final = (EnqueueResult.DROPPED, EnqueueResult.SKIPPED, EnqueueResult.CLOSED)
 
 
 @dataclass
@@ -54,21 +64,50 @@ class BroadcastResult:
 
 
 class Broadcaster:
-    """Queue of broadcasts that offers each frame to the outboxes of its recipients.
+    """Sender of messages to all recipients, to rooms, and to single clients of one hub.
 
     All clients get broadcasts in the same order. A broadcast that yields to the event loop before its end delays the
     broadcasts after it, but nothing else.
+
+    Args:
+        num_shards: Maximum number of groups of a large room.
+        scheduler: Flush scheduler, which limits how long the event loop is held.
+        counters: Counters of broadcasts and dropped messages.
+        registry: Recipients of broadcasts to all.
+        rooms: Members of the rooms.
+        history: Last messages of the rooms.
+        detached_of: Returns the detached sessions of a client and the detached states of its plain connections.
     """
 
-    def __init__(self, scheduler: FlushScheduler, counters: Counters) -> None:
+    def __init__(
+        self,
+        num_shards: int,
+        scheduler: FlushScheduler,
+        counters: Counters,
+        registry: ConnectionRegistry,
+        rooms: RoomMembership[Recipient],
+        history: RoomHistory,
+        detached_of: Callable[[str], Sequence[Any]],
+    ) -> None:
+        self._num_shards = num_shards
         self._scheduler = scheduler
         self._counters = counters
+        self._registry = registry
+        self._rooms = rooms
+        self._history = history
+        self._detached_of = detached_of
         self._order_lock = asyncio.Lock()
 
-    async def send(
-        self, frame: EncodedMessage, select: Callable[[], tuple[Iterable[Sequence[SendQueueLike]], Collection[str]]]
+    async def broadcast(
+        self,
+        frame: EncodedMessage,
+        rooms: str | Iterable[str] | None = None,
+        exclude: Any = None,
+        *,
+        exclude_client: str | None = None,
+        history: bool = True,
     ) -> BroadcastResult:
-        """Queue one frame in all outboxes of all groups.
+        """Queue a frame for all recipients or for the members of some rooms, once for each.
 
         It waits for no client. It yields to the event loop between two groups if it has held the loop for long, and at
         the end if outboxes of reading clients fill up. So the writers can work even if the caller sends in a loop
@@ -79,23 +118,44 @@ class Broadcaster:
 
         Args:
             frame: The frame to send.
-            select: Function that is called when earlier broadcasts are done. It returns the outboxes, in groups that
-                are small enough to handle without a pause, and the connection ids to exclude.
+            rooms: Name or names of rooms; all recipients if omitted.
+            exclude: A client id, a socket, or several of them, that do not get the frame.
+            exclude_client: A further client id.
+            history: Whether the rooms store the frame in their history.
+
+        Raises:
+            TypeError: `exclude` is none of these.
+            MessageEncodeError: The frame is larger than some clients accept.
+            WrongLoopError: This is not the event loop of the hub.
         """
+        self._scheduler.check_loop()
+        if exclude_client is not None:
+            exclude = exclude_client if exclude is None else (exclude_client, exclude)
+        if exclude is not None and not isinstance(exclude, str) and isinstance(exclude, Iterable):
+            exclude = tuple(exclude)  # it is read when earlier broadcasts are done
+        if rooms is not None:
+            if not isinstance(rooms, str):
+                rooms = tuple(rooms)
+            frame.room = rooms if isinstance(rooms, str) else rooms[0] if len(rooms) == 1 else None
+        _check_size(frame)
         result = BroadcastResult()
         backpressured: list[SendQueueLike] = []
         async with self._order_lock:
             self._counters.broadcasts += 1
-            groups, excluded = select()
+            excluded = frozenset() if exclude is None else self._recipient_ids(exclude)
+            if rooms is not None and history and self._history.enabled:
+                hidden = excluded | _client_ids_in(exclude)
+                for room in (rooms,) if isinstance(rooms, str) else rooms:
+                    self._history.add(room, frame, hidden)
             loop_budget = LoopBudget()
-            rest = iter(groups)
-            for group in rest:
+            groups = self._registry.outboxes_by_shard() if rooms is None else self._groups_of(rooms)
+            for group in groups:
                 self._queue(frame, group, excluded, result, backpressured)
                 if loop_budget.exceeded():
                     try:
                         await loop_budget.yield_to_loop()
                     except asyncio.CancelledError:
-                        for remaining in rest:
+                        for remaining in groups:
                             self._queue(frame, remaining, excluded, result, backpressured)
                         raise
         if backpressured:
@@ -103,6 +163,45 @@ class Broadcaster:
         elif self._scheduler.exceeded():  # the budget can also be exceeded if no client was reached
             await asyncio.sleep(0)
         return result
+
+    async def send_to_client(self, client_id: str, frame: EncodedMessage) -> bool:
+        """Queue a frame for all connections and sessions of a client; return whether at least one accepted it.
+
+        Raises:
+            MessageEncodeError: The frame is larger than some clients accept.
+            WrongLoopError: This is not the event loop of the hub.
+        """
+        self._scheduler.check_loop()
+        _check_size(frame)
+        outboxes: list[SendQueueLike] = [one.recipient.outbox for one in self._registry.of_client(client_id)]
+        outboxes += [session.outbox for session in self._detached_of(client_id)]
+        enqueued = [outbox.offer_now(frame) for outbox in outboxes]
+        if EnqueueResult.BACKPRESSURE in enqueued:
+            await yield_to_writers([outbox for outbox in outboxes if outbox.is_backpressured()])
+        elif self._scheduler.exceeded() or any(outbox.has_sendable_frames() for outbox in outboxes):
+            await asyncio.sleep(0)
+        return any(result not in _NOT_QUEUED for result in enqueued)
+
+    # ── recipients ──
+
+    def _groups_of(self, rooms: str | Iterable[str]) -> Iterator[Sequence[SendQueueLike]]:
+        """Yield the outboxes of the members of some rooms, in at most as many groups as there are shards."""
+        members = tuple(self._rooms.recipients(rooms))
+        size = max(SMALL_ROOM, -(-len(members) // self._num_shards))
+        for start in range(0, len(members), size):
+            yield [recipient.outbox for recipient in members[start : start + size]]
+
+    def _recipient_ids(self, targets: Any) -> frozenset[str]:
+        """Return the recipient ids of a client id, a socket, or several of them."""
+        if isinstance(targets, str):
+            here = (connection.recipient.connection_id for connection in self._registry.of_client(targets))
+            return frozenset((*here, *(session.connection_id for session in self._detached_of(targets))))
+        connection_id = getattr(targets, "recipient_id", None)
+        if isinstance(connection_id, str):
+            return frozenset((connection_id,))
+        if isinstance(targets, (bytes, bytearray)) or not isinstance(targets, Iterable):
+            raise TypeError(f"exclude takes client ids and sockets, not a {type(targets).__name__}")
+        return frozenset().union(*map(self._recipient_ids, targets))
 
     def _queue(
         self,
@@ -118,14 +217,16 @@ class Broadcaster:
         """
         if excluded:
             group = [outbox for outbox in group if outbox.owner.connection_id not in excluded]
-        dropped_before = self._counters.messages_dropped
-        queued = EnqueueResult.QUEUED
-        unusual = [(outbox, enqueued) for outbox in group if (enqueued := outbox.offer(frame)) is not queued]
+        slow_path = [outbox for outbox in group if not outbox.try_enqueue(frame)]
         result.total += len(group)
         result.succeeded += len(group)
-        if not unusual:
+        if not slow_path:
             return
-        for outbox, enqueued in unusual:
+        dropped_before = self._counters.messages_dropped
+        for outbox in slow_path:
+            enqueued = outbox.offer(frame)
+            if enqueued is EnqueueResult.QUEUED:
+                continue
             if enqueued is EnqueueResult.BACKPRESSURE:
                 backpressured.append(outbox)
                 continue
@@ -145,3 +246,20 @@ class Broadcaster:
                     result.succeeded -= 1
                 result.slow += 1
         result.dropped += self._counters.messages_dropped - dropped_before
+
+
+def _check_size(frame: EncodedMessage) -> None:
+    """Raise if a message is too large for some clients, before any client gets it.
+
+    Raises:
+        MessageEncodeError: The message is too large.
+    """
+    if frame.size > ALWAYS_FITS:
+        to_v1(frame)
+
+
+def _client_ids_in(targets: Any) -> frozenset[str]:
+    """Return the client ids in an `exclude` argument."""
+    if isinstance(targets, str):
+        return frozenset((targets,))
+    return frozenset().union(*map(_client_ids_in, targets)) if isinstance(targets, Iterable) else frozenset()

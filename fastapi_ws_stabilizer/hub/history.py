@@ -61,24 +61,23 @@ class RoomHistory:
     Args:
         max_messages: Messages per room; 0 stores nothing.
         max_age: Seconds that a message is stored.
+
+    Attributes:
+        enabled: Whether messages are stored.
     """
 
-    __slots__ = ("_ended", "_max_age", "_max_messages", "_rooms")
+    __slots__ = ("_ended", "_max_age", "_max_messages", "_rooms", "enabled")
 
     def __init__(self, max_messages: int, max_age: float) -> None:
         self._max_age = max_age
         self._max_messages = max_messages
+        self.enabled = max_messages > 0
         self._rooms: OrderedDict[str, _RoomMessages] = OrderedDict()  # by last message, oldest first
         self._ended: OrderedDict[str, float] = OrderedDict()  # time when a room's last member left, the earliest first
 
     def __len__(self) -> int:
         """Number of rooms with a history."""
         return len(self._rooms)
-
-    @property
-    def enabled(self) -> bool:
-        """Whether messages are stored."""
-        return self._max_messages > 0
 
     def add(self, room: str, frame: EncodedMessage, excluded: frozenset[str] = frozenset()) -> None:
         """Store a message.

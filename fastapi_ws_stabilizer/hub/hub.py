@@ -1,34 +1,27 @@
-"""Hub of one manager: it sends messages to all clients, to one client, or to rooms."""
+"""Hub of one manager: its connections, its rooms, and which clients are present there."""
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from fastapi_ws_stabilizer.close_codes import NO_STATUS, CloseInfo, DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.errors import RoomLimitError
 from fastapi_ws_stabilizer.events import EventBus
-from fastapi_ws_stabilizer.hub.broadcast import Broadcaster, BroadcastResult
+from fastapi_ws_stabilizer.hub.broadcast import Broadcaster
 from fastapi_ws_stabilizer.hub.history import RoomHistory
 from fastapi_ws_stabilizer.hub.presence import Presence, PresenceList, PresenceTracker
 from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
 from fastapi_ws_stabilizer.hub.rooms import RoomMembership, check_room_name
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.memory.presence_metadata import PresenceMetadataSizes
-from fastapi_ws_stabilizer.queueing import EnqueueResult, Recipient, SendQueueLike, yield_to_writers
+from fastapi_ws_stabilizer.queueing import Recipient
 from fastapi_ws_stabilizer.scheduling import FlushScheduler, LoopBudget
 from fastapi_ws_stabilizer.tasks import TaskSet
-from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
-from fastapi_ws_stabilizer.wire.envelope import check_size, copy_for_replay
-
-_NOT_QUEUED = (EnqueueResult.DROPPED, EnqueueResult.SKIPPED, EnqueueResult.CLOSED)
-
-SMALL_ROOM: Final = 64
-"""Maximum number of recipients for which a room is not divided into groups."""
+from fastapi_ws_stabilizer.wire.envelope import copy_for_replay
 
 _DELIBERATE = frozenset({DisconnectReason.COMPLETED, DisconnectReason.APPLICATION, DisconnectReason.POLICY})
 """Causes after which no client is expected back, because this side ended the connection deliberately."""
@@ -53,6 +46,7 @@ class Hub:
         registry: Open connections.
         rooms: Room membership by connection.
         presence: Room membership by client.
+        broadcaster: Sender of messages to these connections and rooms.
         check_loop: Raises `WrongLoopError` unless it runs on the hub's event loop.
     """
 
@@ -70,9 +64,6 @@ class Hub:
         detached_of: Callable[[str], Sequence[Any]] = lambda _: (),
         budget: MemoryBudget | None = None,
     ) -> None:
-        self._scheduler = scheduler
-        self._num_shards = config.num_shards
-        self._broadcaster = Broadcaster(scheduler, events.counters)
         self._detached_of = detached_of
         self._history = RoomHistory(config.room_history, config.room_history_max_age)
         self.registry = registry
@@ -85,97 +76,14 @@ class Hub:
             tasks=tasks,
             emptied=self.end_if_empty,
         )
-        self._metadata_sizes = PresenceMetadataSizes(MemoryBudget() if budget is None else budget)
+        budget = MemoryBudget() if budget is None else budget
+        self._metadata_sizes = PresenceMetadataSizes(budget)
+        self._described = budget.described  # recipients with metadata; most have none
         self._detached_since: dict[str, dict[str, float]] = {}  # connection id → rooms with missed messages
         self.check_loop = scheduler.check_loop
-
-    # ── sending ──
-
-    async def broadcast(
-        self,
-        frame: EncodedMessage,
-        rooms: str | Iterable[str] | None = None,
-        exclude: Any = None,
-        *,
-        exclude_client: str | None = None,
-        history: bool = True,
-    ) -> BroadcastResult:
-        """Queue a frame for all recipients or for the members of some rooms, once for each.
-
-        Args:
-            frame: The frame to send.
-            rooms: Name or names of rooms; all recipients if omitted.
-            exclude: A client id, a socket, or several of them, that do not get the frame.
-            exclude_client: A further client id.
-            history: Whether the rooms store the frame in their history.
-
-        Raises:
-            TypeError: `exclude` is none of these.
-            MessageEncodeError: The frame is larger than some clients accept.
-        """
-        self.check_loop()
-        if rooms is not None and not isinstance(rooms, str):
-            rooms = tuple(rooms)
-        if exclude_client is not None:
-            exclude = exclude_client if exclude is None else (exclude_client, exclude)
-        if exclude is not None and not isinstance(exclude, str) and isinstance(exclude, Iterable):
-            exclude = tuple(exclude)  # it is read when earlier broadcasts are done
-        if rooms is not None:
-            frame.room = rooms if isinstance(rooms, str) else rooms[0] if len(rooms) == 1 else None
-
-        check_size(frame)
-
-        def select() -> tuple[Iterable[Sequence[SendQueueLike]], frozenset[str]]:
-            excluded = self.resolve_recipients(exclude)
-            if rooms is not None and history and self._history.enabled:
-                hidden = excluded | _client_ids_in(exclude)
-                for room in (rooms,) if isinstance(rooms, str) else rooms:
-                    self._history.add(room, frame, hidden)
-            groups = (
-                self.registry.outboxes_by_shard()
-                if rooms is None
-                else self._recipient_groups(tuple(self.rooms.recipients(rooms)))
-            )
-            return groups, excluded
-
-        return await self._broadcaster.send(frame, select)
-
-    def _recipient_groups(self, members: Sequence[Recipient]) -> Iterator[Sequence[SendQueueLike]]:
-        """Yield the outboxes of some recipients, in at most as many groups as there are shards."""
-        size = max(SMALL_ROOM, -(-len(members) // self._num_shards))
-        for start in range(0, len(members), size):
-            yield [recipient.outbox for recipient in members[start : start + size]]
-
-    async def send_to_client(self, client_id: str, frame: EncodedMessage) -> bool:
-        """Queue a frame for all connections and sessions of a client; return whether at least one accepted it.
-
-        Raises:
-            MessageEncodeError: The frame is larger than some clients accept.
-        """
-        self.check_loop()
-        check_size(frame)
-        outboxes: list[SendQueueLike] = [one.recipient.outbox for one in self.registry.of_client(client_id)]
-        outboxes += [session.outbox for session in self._detached_of(client_id)]
-        enqueued = [outbox.offer_now(frame) for outbox in outboxes]
-        if EnqueueResult.BACKPRESSURE in enqueued:
-            await yield_to_writers([outbox for outbox in outboxes if outbox.is_backpressured()])
-        elif self._scheduler.exceeded() or any(outbox.has_sendable_frames() for outbox in outboxes):
-            await asyncio.sleep(0)
-        return any(result not in _NOT_QUEUED for result in enqueued)
-
-    def resolve_recipients(self, targets: Any) -> frozenset[str]:
-        """Return the recipient ids of a client id, a socket, or several of them."""
-        if targets is None:
-            return frozenset()
-        if isinstance(targets, str):
-            here = (connection.recipient.connection_id for connection in self.registry.of_client(targets))
-            return frozenset((*here, *(session.connection_id for session in self._detached_of(targets))))
-        connection_id = getattr(targets, "recipient_id", None)
-        if isinstance(connection_id, str):
-            return frozenset((connection_id,))
-        if isinstance(targets, (bytes, bytearray)) or not isinstance(targets, Iterable):
-            raise TypeError(f"exclude takes client ids and sockets, not a {type(targets).__name__}")
-        return frozenset().union(*(self.resolve_recipients(one) for one in targets))
+        self.broadcaster = Broadcaster(
+            config.num_shards, scheduler, events.counters, registry, self.rooms, self._history, detached_of
+        )
 
     # ── rooms ──
 
@@ -243,8 +151,9 @@ class Hub:
             Whether the recipient was present there and not detached.
         """
         was_present = self.presence.leave(room, recipient.client_id, recipient.connection_id, at_once=at_once)
-        successor = next(iter(self.presence.connections(room, recipient.client_id)), None)
-        self._metadata_sizes.release(recipient.connection_id, room, successor)
+        if recipient.connection_id in self._described:
+            successor = next(iter(self.presence.connections(room, recipient.client_id)), None)
+            self._metadata_sizes.release(recipient.connection_id, room, successor)
         return was_present
 
     def replay_history(self, recipient: Recipient, room: str, count: int, *, newcomer: bool) -> None:
@@ -407,21 +316,14 @@ class Hub:
                     self.end_if_empty(room)
             except Exception as error:  # an error in one room must not stop the removal from the others
                 failure = error
-        if not self.rooms.rooms_of(recipient):  # else they were handed over together with their metadata
-            self._metadata_sizes.release_all(recipient.connection_id)
+        if recipient.connection_id in self._described and not self.rooms.rooms_of(recipient):
+            self._metadata_sizes.release_all(recipient.connection_id)  # else it was handed over with the rooms
         if failure is not None:
             raise failure
 
     def stop(self) -> None:
         """Stop the announcements of presence."""
         self.presence.close()
-
-
-def _client_ids_in(targets: Any) -> frozenset[str]:
-    """Return the client ids in an `exclude` argument."""
-    if isinstance(targets, str):
-        return frozenset((targets,))
-    return frozenset().union(*map(_client_ids_in, targets)) if isinstance(targets, Iterable) else frozenset()
 
 
 def _is_final(close_info: CloseInfo | None) -> bool:

@@ -58,14 +58,17 @@ class _Deadline:
 class ConnectionReaper:
     """Closer of connections that reach `max_lifetime` or carry no message for `idle_timeout`.
 
-    One timer serves all connections. If neither option is set, the reaper does nothing.
+    One timer serves all connections.
+
+    Attributes:
+        enabled: Whether one of the options is set. Otherwise no connection is added.
     """
 
     def __init__(self, config: WebSocketConfig) -> None:
         self._max_lifetime = config.max_lifetime
         self._idle_timeout = config.idle_timeout
         self._drain_lead = min(DRAIN_LEAD, (config.max_lifetime or 0.0) * JITTER)  # before `ends`
-        self._enabled = self._max_lifetime is not None or self._idle_timeout is not None
+        self.enabled = self._max_lifetime is not None or self._idle_timeout is not None
         self._deadlines: dict[str, _Deadline] = {}
         self._heap: DeadlineHeap[_Deadline] = DeadlineHeap(self._on_due, COALESCE_DELAY)
 
@@ -74,8 +77,6 @@ class ConnectionReaper:
 
     def add(self, recipient: Connection) -> None:
         """Start watching a connection."""
-        if not self._enabled:
-            return
         now = monotonic()
         ends = math.inf
         if self._max_lifetime is not None:

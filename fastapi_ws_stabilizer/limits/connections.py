@@ -159,6 +159,8 @@ class ConnectionLimiter:
 
     Attributes:
         by_address: Whether a limit depends on the client's address.
+        enabled: Whether there is any limit.
+        uncounted: The reservation that all connections share if there is none.
     """
 
     def __init__(
@@ -181,9 +183,9 @@ class ConnectionLimiter:
         self._rates = None if rate_per_address is None else _DialRate(rate_per_address, MAX_ADDRESSES)
         self._retry_when_full = RetryQueue(RETRIES_PER_SECOND)
         self._max_rates = (rate, rate_per_address)
-        self._uncounted = _Uncounted(self, "")
+        self.uncounted: Reservation = _Uncounted(self, "")
         self.by_address = max_per_address is not None or rate_per_address is not None
-        self._enabled = any(
+        self.enabled = any(
             limit is not None for limit in (max_connections, max_per_client, max_per_address, *self._max_rates)
         )
 
@@ -208,8 +210,8 @@ class ConnectionLimiter:
                 the rate.
             TooManyConnectionsError: The address has too many connections, or its handshakes exceed the rate.
         """
-        if not self._enabled:
-            return self._uncounted
+        if not self.enabled:
+            return self.uncounted
         # The limits of one address come first, so that rejections by them do not delay the retries of other clients.
         limit = self._from_address.limit
         if limit is not None and self._from_address.of(address) + self._pending_from.of(address) >= 2 * limit:

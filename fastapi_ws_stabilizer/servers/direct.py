@@ -13,11 +13,6 @@ from typing import Any, Final, Protocol
 EXTENSION: Final = "fastapi_ws_stabilizer"
 
 
-def has_direct_transport(scope: Mapping[str, Any]) -> bool:
-    """Return whether the server of this connection has a direct transport."""
-    return EXTENSION in (scope.get("extensions") or {})
-
-
 class DirectReceiver(Protocol):
     """Application side of a direct transport. Its methods never wait and never raise."""
 
@@ -69,7 +64,7 @@ class DirectTransport(Protocol):
 
     @property
     def in_use(self) -> bool:
-        """Whether a call of `receive` or `send` is waiting now, and would wait forever."""
+        """Whether a call of `receive` or `send` has not returned, and might then wait forever."""
 
     def refuse_compression(self) -> None:
         """Disable compression. It has an effect only before the connection is accepted."""

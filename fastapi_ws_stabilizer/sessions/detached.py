@@ -29,6 +29,10 @@ class SkippingQueue:
         self.owner = owner
         self.shard_index = 0
 
+    def try_enqueue(self, _: EncodedMessage) -> bool:
+        """Return `False`: nothing is queued."""
+        return False
+
     def offer(self, _: EncodedMessage) -> EnqueueResult:
         """Skip the message."""
         return EnqueueResult.SKIPPED
@@ -156,13 +160,16 @@ class DetachedStateStore:
     Args:
         ttl: Seconds that a state is stored.
         max_states: Maximum number of states.
+
+    Attributes:
+        by_client: The states by client id and key, for clients with a state.
     """
 
     def __init__(self, ttl: float, max_states: int) -> None:
         self._ttl = ttl
         self._max_states = max_states
         self._states: OrderedDict[str, DetachedState] = OrderedDict()  # by key, the oldest first
-        self._of_client: dict[str, dict[str, DetachedState]] = {}  # the same, by client id and key
+        self.by_client: dict[str, dict[str, DetachedState]] = {}
 
     def __len__(self) -> int:
         """Number of stored states."""
@@ -179,7 +186,7 @@ class DetachedStateStore:
             discarded.append(self._take_out(key))
         state.until, state.key = monotonic() + self._ttl, key
         self._states[key] = state
-        of_client = self._of_client.setdefault(_client_of(key), {})
+        of_client = self.by_client.setdefault(_client_of(key), {})
         of_client[key] = state
         if len(of_client) > MAX_DETACHED_PER_CLIENT:
             discarded.append(self._take_out(next(iter(of_client))))
@@ -193,7 +200,7 @@ class DetachedStateStore:
 
     def all_of(self, client_id: str) -> list[DetachedState]:
         """Return all states of a client without removing them, oldest first."""
-        return list(self._of_client.get(client_id, {}).values())
+        return list(self.by_client.get(client_id, {}).values())
 
     def claim(self, key: str) -> DetachedState | None:
         """Remove and return the state of an authenticated client; `None` if there is none."""
@@ -235,15 +242,15 @@ class DetachedStateStore:
         """Remove and return all states."""
         discarded = list(self._states.values())
         self._states.clear()
-        self._of_client.clear()
+        self.by_client.clear()
         return discarded
 
     def _take_out(self, key: str) -> DetachedState:
         client_id = _client_of(key)
-        of_client = self._of_client[client_id]
+        of_client = self.by_client[client_id]
         del of_client[key]
         if not of_client:
-            del self._of_client[client_id]
+            del self.by_client[client_id]
         return self._states.pop(key)
 
 

@@ -50,18 +50,27 @@ class SessionOutbox:
         self.is_closed = False
         self._counters = counters
 
-    def offer(self, frame: EncodedMessage) -> EnqueueResult:
-        """Number and store a message, and queue it if there is a connection.
+    def try_enqueue(self, frame: EncodedMessage) -> bool:
+        """Number, store and queue a message on the fast path.
 
-        The outbox comes before the buffer, because making room may let waiting senders in, and both must have the same
-        order. Hot path, like `offer` of an outbox.
+        `False` means that nothing was queued, and `offer` has to decide. Hot path, like `try_enqueue` of an outbox.
         """
         frame = frame.enveloped or to_v1(frame)
         target = self.target
         if target is None or frame.takes_slow_path or not target.try_enqueue(frame):
-            return self._offer_slow_path(frame)
+            return False
         self.buffer.append(frame)
-        return EnqueueResult.QUEUED
+        return True
+
+    def offer(self, frame: EncodedMessage) -> EnqueueResult:
+        """Number and store a message, and queue it if there is a connection.
+
+        The outbox comes before the buffer, because making room may let waiting senders in, and both must have the same
+        order.
+        """
+        if self.try_enqueue(frame):
+            return EnqueueResult.QUEUED
+        return self._offer_slow_path(frame.enveloped or to_v1(frame))
 
     def offer_now(self, frame: EncodedMessage) -> EnqueueResult:
         """Offer a frame and send it at once, as far as the network accepts it.

@@ -41,6 +41,7 @@ class ReconnectTokenRegistry:
 
     Attributes:
         has_own_keys: Whether each connection of a client has its own key.
+        in_use: Whether a token was issued or used since the start. Most applications issue none to plain clients.
     """
 
     def __init__(self, config: WebSocketConfig, events: EventBus, tokens: SignedTokens) -> None:
@@ -49,6 +50,7 @@ class ReconnectTokenRegistry:
         self._enabled = config.enable_reconnect
         self._has_secret = config.reconnect_secret is not None
         self._has_reported = False
+        self.in_use = False
         self.has_own_keys = config.on_duplicate is DuplicatePolicy.ALLOW
         self._ttl = config.reconnect_token_ttl.total_seconds()
         self._keys: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
@@ -73,6 +75,7 @@ class ReconnectTokenRegistry:
         if not self._enabled:
             raise InvalidTokenError("disabled")
         self.report_missing_secret()
+        self.in_use = True
         token = self._tokens.issue(client_id)
         key = client_id if connection_id is None else self.key_of(client_id, connection_id)
         self._ended.forget(key)  # a new token allows the client to return
@@ -133,6 +136,7 @@ class ReconnectTokenRegistry:
     def inherit(self, connection_id: str, key: str) -> None:
         """Let a connection continue under the key of an earlier one, so that older tokens find its state later."""
         if self.has_own_keys:
+            self.in_use = True
             self._inherited[connection_id] = key
 
     def take_inherited(self, connection_id: str) -> str | None:
@@ -190,6 +194,7 @@ class ReconnectTokenRegistry:
         """Give a connection the key that its token names, if any."""
         key, _ = self._keys.get(claims.number, (None, 0.0))
         if key is not None:
+            self.in_use = True
             self._inherited[connection_id] = key
             if not self._was_ended(claims):
                 del self._keys[claims.number]

@@ -75,6 +75,7 @@ class SessionStore:
 
     Attributes:
         listener: Listener of all sessions. Set it before the first one begins.
+        detached_by_client: The detached sessions by client id and session id, for clients with one.
     """
 
     listener: SessionListener
@@ -99,7 +100,7 @@ class SessionStore:
         self._by_id: dict[str, Session] = {}
         self._of_instance: dict[tuple[str, str], Session] = {}  # by client id and instance id
         self._detached: OrderedDict[str, Session] = OrderedDict()  # all expire after the same time: first in, first out
-        self._detached_of: dict[str, dict[str, Session]] = {}  # client id → sessions
+        self.detached_by_client: dict[str, dict[str, Session]] = {}
         self._ended_by_application = EndedSessions(self._ttl)
         self._timer: asyncio.TimerHandle | None = None
         self._context = contextvars.copy_context()  # not the context of the connection that sets the timer
@@ -119,7 +120,7 @@ class SessionStore:
 
     def detached_of(self, client_id: str) -> list[Session]:
         """Return the detached sessions of a client, in the order in which they detached."""
-        return list(self._detached_of.get(client_id, {}).values())
+        return list(self.detached_by_client.get(client_id, {}).values())
 
     # ── resuming ──
 
@@ -236,9 +237,10 @@ class SessionStore:
             self.end(session, _expired(session))
             return
         session.until = monotonic() + self._ttl
-        self._budget.detach(session)
+        if self._budget.evicts:
+            self._budget.detach(session)
         self._detached[session.connection_id] = session
-        of_client = self._detached_of.setdefault(session.client_id, {})
+        of_client = self.detached_by_client.setdefault(session.client_id, {})
         of_client[session.connection_id] = session
         if len(of_client) > MAX_DETACHED_PER_CLIENT:
             self._evict(next(iter(of_client.values())), max_detached_of_client=MAX_DETACHED_PER_CLIENT)
@@ -294,10 +296,10 @@ class SessionStore:
         return remaining
 
     def _forget_detached_of(self, session: Session) -> None:
-        of_client = self._detached_of[session.client_id]
+        of_client = self.detached_by_client[session.client_id]
         del of_client[session.connection_id]
         if not of_client:
-            del self._detached_of[session.client_id]
+            del self.detached_by_client[session.client_id]
 
     def _emit(self, session: Session, event: str, level: int, **fields: Any) -> None:
         self._events.emit(event, level, client_id=session.client_id, session_id=session.connection_id, **fields)

@@ -16,7 +16,7 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, CloseInfo, DisconnectReason
 from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType, WebSocketConfig
 from fastapi_ws_stabilizer.connection.connection import AnyConnection, Connection
-from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry, to_milliseconds
+from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
 from fastapi_ws_stabilizer.connection.inbox import Item
 from fastapi_ws_stabilizer.connection.protocol import ClientProtocol, check_not_volatile, is_too_big
 from fastapi_ws_stabilizer.errors import RequestTimeoutError
@@ -45,8 +45,8 @@ from fastapi_ws_stabilizer.wire.v1.frames import (
     parse,
     ping_timestamp,
     require_int,
+    to_milliseconds,
 )
-from fastapi_ws_stabilizer.wire.v1.hello import ResumeOutcome
 
 ACK_WITHIN: Final = 0.05
 """Maximum seconds until a message is acknowledged. The protocol allows 1 s, but a client that waits for each
@@ -80,7 +80,6 @@ class V1Protocol(ClientProtocol):
         "_acks",
         "_connection",
         "_idempotency",
-        "_outcome",
         "_rejected_seq",
         "_resume_result",
         "_sequenced_count",
@@ -99,7 +98,6 @@ class V1Protocol(ClientProtocol):
     def __init__(self, resume_result: ResumeResult, config: WebSocketConfig, idempotency: IdempotencyCache) -> None:
         self.session: Session = resume_result.session
         self._resume_result = resume_result
-        self._outcome = resume_result.outcome
         self._idempotency = idempotency
         compresses = resume_result.deflates and config.compression is CompressionMode.DEFLATE
         self.max_inflated = config.max_message_size if compresses else 0
@@ -111,10 +109,6 @@ class V1Protocol(ClientProtocol):
         self._sequenced_count = 0  # numbered messages in both directions at the reaper's last check
 
     # ── the connection ──
-
-    def outcome(self, _: Connection) -> ResumeOutcome:
-        """Return how much of its state the client got back."""
-        return self._outcome
 
     def on_open(self, connection: Connection) -> None:
         """Take over the session: the connection sends its messages and fills its inbox from now on.

@@ -203,7 +203,7 @@ class Drain:
             await self._wait_until(after, connection)
             if self._cancelled:
                 break
-            text = shutdown_error(self._window).reason
+            text = shutdown_error(self._window).reason  # each has its own random delay
             connection.close(DisconnectReason.SERVER_SHUTDOWN, reason=text)
             done.append(connection)
             if loop_budget.exceeded():

@@ -7,10 +7,11 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel
 from pydantic_core import to_json
 
+from fastapi_ws_stabilizer.compat.uvicorn import EMPTY_BYTES, EMPTY_TEXT
 from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.wire.deflate import deflate_message
 from fastapi_ws_stabilizer.wire.rfc6455 import BINARY, TEXT, frame_bytes
-from fastapi_ws_stabilizer.wire.strict_json import check_sent
+from fastapi_ws_stabilizer.wire.strict_json import SHORT, check_sent
 
 
 class EncodedMessage:
@@ -102,11 +103,12 @@ class EncodedMessage:
     def message(self) -> dict[str, Any]:
         """Return a new ASGI message that sends this frame.
 
-        It is never shared, because a middleware may modify the message that it gets.
+        It is never shared, because a middleware may modify the message that it gets. Hot path: called for each
+        recipient on plain ASGI.
         """
         if self.binary:
-            return {"type": "websocket.send", "bytes": self._payload}
-        return {"type": "websocket.send", "text": self.text}
+            return {"type": "websocket.send", "bytes": self._payload or EMPTY_BYTES}
+        return {"type": "websocket.send", "text": self._text or self.text or EMPTY_TEXT}
 
     def framed(self) -> bytes:
         """Return the uncompressed frame as it is sent on the wire."""
@@ -180,7 +182,8 @@ def encode_json(message: Any) -> EncodedMessage:
             check_sent(frame.payload)
         else:
             payload = to_json(message, inf_nan_mode="null")
-            check_sent(payload)
+            if len(payload) > SHORT or b"N" in payload or b"I" in payload:  # nearly all messages need no call
+                check_sent(payload)
             frame = EncodedMessage(payload)
     except ValueError as error:  # pydantic raises ValueErrors, also for a cycle
         raise MessageEncodeError(f"a {type(message).__name__} cannot be sent as JSON: {error}") from error

@@ -35,16 +35,6 @@ def to_v1(frame: EncodedMessage) -> EncodedMessage:
     return frame.enveloped
 
 
-def check_size(frame: EncodedMessage) -> None:
-    """Raise if a broadcast message is too large for some clients, before any client gets it.
-
-    Raises:
-        MessageEncodeError: The message is too large.
-    """
-    if frame.size > ALWAYS_FITS:
-        to_v1(frame)
-
-
 def to_deflated(frame: EncodedMessage) -> EncodedMessage:
     """Return the v1 frame for clients that accept compressed frames.
 

@@ -33,7 +33,7 @@ _LIST_CHARS: Final = len("[]")
 _OBJECT_CHARS: Final = len('{"":}')
 """Minimum number of characters of one level."""
 
-_SHORT: Final = _LIST_CHARS * MAX_DEPTH
+SHORT: Final = _LIST_CHARS * MAX_DEPTH
 _SHORT_OF_OBJECTS: Final = _OBJECT_CHARS * MAX_DEPTH
 """Texts with at most this many characters cannot exceed the depth: with any nesting, and with objects only."""
 
@@ -89,7 +89,7 @@ def read_json(text: str | bytes, max_depth: int = MAX_DEPTH) -> Any:
         or (size >= _MIN_HUGE_DIGITS and _has_many_digits(text))
     ):
         _check(value, max_depth)
-    elif size > _SHORT and (size > _SHORT_OF_OBJECTS or "[" in text) and _has_many_levels(text):
+    elif size > SHORT and (size > _SHORT_OF_OBJECTS or "[" in text) and _has_many_levels(text):
         _check_depth(value, max_depth)
     return value
 
@@ -106,7 +106,7 @@ def check_json(text: str | bytes) -> None:
         _exponent(text)
         or ("E" in text and _capital_exponent(text))
         or (len(text) >= _MIN_HUGE_DIGITS and _has_many_digits(text))
-        or (len(text) > _SHORT and _has_many_levels(text))
+        or (len(text) > SHORT and _has_many_levels(text))
         or ("N" in text and "NaN" in text)
         or ("I" in text and "Infinity" in text)
     ):
@@ -124,7 +124,7 @@ def check_sent(text: bytes, max_depth: int = MAX_SENT_DEPTH) -> None:
     """
     size = len(text)
     if (
-        (size > _SHORT and (_has_many(text, b"[") or _has_many(text, b"{")) and not _is_shallow(text))
+        (size > SHORT and (_has_many(text, b"[") or _has_many(text, b"{")) and not _is_shallow(text))
         or (size >= _MIN_HUGE_DIGITS and _has_many_digits(text))
         or (b"N" in text and b"NaN" in text)  # the search for one letter takes a tenth of the time
         or (b"I" in text and b"Infinity" in text)

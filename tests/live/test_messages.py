@@ -130,6 +130,17 @@ async def test_broadcast_to_slow_clients_keeps_sender_connected(serve: Serve) ->
 
 
 @pytest.mark.parametrize("kind", SERVERS)
+async def test_empty_messages_arrive_in_both_directions(serve: Serve, kind: str) -> None:
+    """Empty text and empty bytes are messages like others on every server."""
+    server = serve(kind)
+    async with connect(server.url("/echo/ann")) as client:
+        for message in ("", b"", "end"):
+            await client.send(message)
+            assert await asyncio.wait_for(client.recv(), 5) == message
+    assert not server.errors()
+
+
+@pytest.mark.parametrize("kind", SERVERS)
 async def test_asgi_middleware_sees_every_message(serve: Serve, kind: str) -> None:
     """A middleware that wraps both ASGI callables works with echo, broadcast and close."""
     server = serve(kind)

@@ -84,6 +84,10 @@ class FakeRecipient(FakeOutbox):
         """Itself: it is its own transport."""
         return self
 
+    def try_enqueue(self, _: EncodedMessage) -> bool:
+        """Return `False`: `offer` decides."""
+        return False
+
     def offer(self, frame: EncodedMessage) -> EnqueueResult:
         """Queue a frame, or close like a connection with a full outbox."""
         if not self.takes:

@@ -15,8 +15,6 @@ from typing import Any, Final
 
 import uvicorn
 
-from fastapi_ws_stabilizer.servers.direct import DirectReceiver
-
 try:
     from uvicorn.protocols.websockets.websockets_sansio_impl import (
         WebSocketsSansIOProtocol as WebSocketsSansIOProtocol,  # re-exported
@@ -47,8 +45,7 @@ REQUIRED_ATTRIBUTES: Final = (
     "close_timer",
     "close_timeout",
     "read_paused",
-    "ping_timer",
-    "pong_timer",
+    "ping_interval",
 )
 """Attributes of a new protocol object."""
 
@@ -77,35 +74,13 @@ _METHODS: Final = (
     "handle_connect",
     "handle_pong",
     "pause_writing",
+    "receive",
     "resume_writing",
     "run_asgi",
     "send",
     "shutdown",
-    "start_keepalive",
     "stop_keepalive",
 )
-
-
-class ReceiverQueue:
-    """Replacement for uvicorn's queue that passes uvicorn's disconnect events to the receiver."""
-
-    __slots__ = ("sink",)
-
-    def __init__(self, sink: DirectReceiver) -> None:
-        self.sink: DirectReceiver | None = sink
-
-    def put_nowait(self, event: dict[str, Any]) -> None:
-        """Pass an event to the receiver."""
-        if self.sink is not None:
-            self.sink.connection_lost(event)
-
-    def empty(self) -> bool:
-        """Return `True`: the queue never contains anything."""
-        return True
-
-    async def get(self) -> Any:
-        """Raise, because no event ever arrives here."""
-        raise RuntimeError("fastapi-ws-stabilizer reads this WebSocket: read from its StableSocket instead")
 
 
 class _AlwaysWritable:
@@ -171,11 +146,3 @@ def lacks_handshake_internals(protocol: Any) -> bool:
         if _missing_at_handshake[kind]:
             _warn_once(_missing_at_handshake[kind])
     return bool(_missing_at_handshake[kind])
-
-
-def has_waiting_call(queue: Any, writable: Any) -> bool:
-    """Return whether a call of uvicorn's `receive` or `send` waits for this `asyncio.Queue` or `asyncio.Event`.
-
-    asyncio has no public name for their waiters. Fallback: `False`.
-    """
-    return bool(getattr(queue, "_getters", ()) or getattr(writable, "_waiters", ()))

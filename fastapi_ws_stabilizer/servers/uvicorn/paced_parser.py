@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Final
 
 from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.compat.uvicorn import PushedEvents
 from fastapi_ws_stabilizer.servers.direct import DirectReceiver
 from fastapi_ws_stabilizer.servers.uvicorn.compat import WebSocketsSansIOProtocol
 from fastapi_ws_stabilizer.servers.uvicorn.frame_parser import FrameParser
@@ -35,6 +36,7 @@ class PacedParser:
         protocol: The protocol of the connection.
         parser: Its parser.
         sink: Its receiver.
+        events: Its queue, which holds the messages that came before the attach and found no room.
         handle_frames: Function that handles parsed frames until a time, and returns whether frames may be left.
 
     Attributes:
@@ -43,6 +45,7 @@ class PacedParser:
 
     __slots__ = (
         "_after_end",
+        "_events",
         "_handle_frames",
         "_parser",
         "_protocol",
@@ -57,11 +60,13 @@ class PacedParser:
         protocol: WebSocketsSansIOProtocol,
         parser: FrameParser,
         sink: DirectReceiver,
+        events: PushedEvents,
         handle_frames: Callable[[FrameParser, float], bool],
     ) -> None:
         self._protocol = protocol
         self._parser = parser
         self._sink = sink
+        self._events = events
         self._handle_frames = handle_frames
         self._after_end = 0  # bytes received since the receiver no longer wants messages
         self._reading_stopped = False  # whether the transport does not read
@@ -98,13 +103,13 @@ class PacedParser:
             self._protocol.loop.call_soon(self._parse_slice)
 
     def _parse_slice(self) -> None:
-        """Parse until reading is paused or the time slice has ended.
+        """Pass on held messages, then parse until reading is paused or the time slice has ended.
 
         Unparsed data waits, and the transport does not read until it is parsed.
         """
         self._scheduled = False
         protocol = self._protocol
-        if protocol.read_paused:
+        if protocol.read_paused or not self._events.release():
             return
         try:
             has_rest = self._handle_frames(self._parser, monotonic() + PARSE_SLICE)

@@ -32,12 +32,11 @@ from websockets.frames import Frame, Opcode
 from websockets.protocol import State
 
 from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.compat.uvicorn import PushedEvents
 from fastapi_ws_stabilizer.servers.direct import EXTENSION, DirectReceiver
 from fastapi_ws_stabilizer.servers.uvicorn.compat import (
     ALWAYS_WRITABLE,
-    ReceiverQueue,
     WebSocketsSansIOProtocol,
-    has_waiting_call,
     lacks_handshake_internals,
     missing_internals,
 )
@@ -71,6 +70,7 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         parser: Parser of the frames; `None` before the handshake is accepted.
         paced: Control of the parser, created when it must not parse everything at once; `None` before.
         own_pings: Whether the receiver sends pings, so that uvicorn does not.
+        running_calls: Number of calls of `receive` and `send` that have not returned.
         early_data: Bytes that arrived before the handshake was answered.
         is_supported: Whether uvicorn has all internals that are used here. Otherwise it works as without this class.
     """
@@ -98,6 +98,7 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         self.parser: FrameParser | None = None
         self.paced: PacedParser | None = None
         self.own_pings = False
+        self.running_calls = 0
         self.write_paused = False
         self.window_bits = 0
         self.early_data = b""
@@ -105,9 +106,21 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         if self.is_supported and self.config.ws_per_message_deflate:
             self.conn.available_extensions = EXTENSIONS
 
+    async def receive(self) -> Any:
+        """Return the next ASGI event."""
+        self.running_calls += 1
+        try:
+            return await super().receive()
+        finally:
+            self.running_calls -= 1
+
     async def send(self, message: Any) -> None:
         """Process an ASGI message. After the accept, parse the bytes that arrived too early."""
-        await super().send(message)
+        self.running_calls += 1
+        try:
+            await super().send(message)
+        finally:
+            self.running_calls -= 1
         if self.parser is not None or not self.is_supported:
             return
         if message["type"] == "websocket.http.response.body" and not message.get("more_body"):
@@ -146,7 +159,7 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
     @property
     def in_use(self) -> bool:
         """See `DirectTransport`."""
-        return has_waiting_call(self.queue, self.writable)
+        return self.running_calls > 0
 
     def refuse_compression(self) -> None:
         """See `DirectTransport`."""
@@ -157,7 +170,7 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
     def attach(self, sink: DirectReceiver, *, max_message_bytes: int, own_pings: bool) -> None:
         """See `DirectTransport`."""
         self.sink = sink
-        came_before, self.queue = self.queue, ReceiverQueue(sink)
+        came_before, self.queue = self.queue, PushedEvents(sink)
         self.writable = ALWAYS_WRITABLE
         self.request = self.response = None  # the handshake has ended, and nothing reads them again
         self.__dict__ = dict(self.__dict__)  # a table of half the size, because it doubles when it grows
@@ -167,16 +180,12 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         self.own_pings = own_pings
         if own_pings:
             self.stop_keepalive()
+            self.ping_interval = None  # `start_keepalive` does nothing then
         if self.read_paused:
             self.read_paused = False
             self.transport.resume_reading()
         while not came_before.empty():
-            event = came_before.get_nowait()
-            if event["type"] == "websocket.receive":
-                text = event.get("text")
-                sink.message_received(event["bytes"] if text is None else text)
-            else:
-                sink.connection_lost(event)
+            self.queue.put_nowait(came_before.get_nowait())
 
     def ping(self, payload: bytes) -> None:
         """See `DirectTransport`."""
@@ -201,9 +210,8 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         parser, sink = self.parser, self.sink
         if parser is not None and sink is not None and not self.read_paused and not self.transport.is_closing():
             self.read_paused = True
+            self.queue.hold()  # the messages that came before the attach, if any are left
             self._paced(parser, sink).stop_reading()
-            if not self.own_pings:
-                self.stop_keepalive()  # its pongs would not be read
 
     def resume_reading(self) -> None:
         """See `DirectTransport`."""
@@ -211,8 +219,6 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
             self.read_paused = False
             if self.paced is not None and not self.transport.is_closing():
                 self.paced.resume_reading()
-                if not self.own_pings and self.ping_timer is None and self.pong_timer is None:
-                    self.start_keepalive()
 
     # ── callbacks of asyncio ──
 
@@ -295,14 +301,15 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         if self.parser is not None:
             self.parser.end()
         if self.sink is not None:
-            self.sink = self.queue.sink = self.paced = None  # each of them refers to this object
+            self.queue.stop()
+            self.sink = self.paced = None  # each of them, and the queue, refers to this object
 
     # ── frames ──
 
     def _paced(self, parser: FrameParser, sink: DirectReceiver) -> PacedParser:
         """Return the control of the parser. From its creation on, all data goes through it."""
         if self.paced is None:
-            self.paced = PacedParser(self, parser, sink, self._handle_frames)
+            self.paced = PacedParser(self, parser, sink, self.queue, self._handle_frames)
         return self.paced
 
     def _handle_frames(self, parser: FrameParser, until: float | None = None) -> bool:

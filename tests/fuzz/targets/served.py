@@ -22,12 +22,12 @@ from uvicorn.config import Config
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.server import ServerState
 
+from fastapi_ws_stabilizer.compat.uvicorn import PushedEvents
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.events import Event
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.servers.uvicorn import paced_parser
 from fastapi_ws_stabilizer.servers.uvicorn import protocol as protocol_module
-from fastapi_ws_stabilizer.servers.uvicorn.compat import ReceiverQueue
 from fastapi_ws_stabilizer.servers.uvicorn.frame_parser import MAX_PARTS
 from fastapi_ws_stabilizer.servers.uvicorn.protocol import StableWebSocketProtocol
 from fastapi_ws_stabilizer.socket import StableSocket
@@ -353,7 +353,7 @@ class Served:
 
     async def _ends(self) -> Outcome:
         outcome = self.app.outcome
-        outcome.attached = isinstance(self.protocol.queue, ReceiverQueue)
+        outcome.attached = isinstance(self.protocol.queue, PushedEvents)
         conn = self.protocol.conn
         first_to_close = conn.close_sent is not None and not conn.close_rcvd_then_sent
         outcome.ended_by_us = first_to_close

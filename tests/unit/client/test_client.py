@@ -1759,6 +1759,26 @@ async def test_close_writes_volatile_messages_first() -> None:
 
 
 @virtually
+@pytest.mark.parametrize("volatile", [True, False])
+async def test_concurrent_closes_return_together(volatile: bool) -> None:
+    """All calls of `close` return when the client is closed, and none waits for `flush_timeout`."""
+    async with Scene() as scene:
+        await scene.opened()
+        if volatile:
+            scene.client.send_volatile("x")
+        else:
+            scene.client.send("x")
+        at = now()
+        closing = [asyncio.ensure_future(scene.client.close()) for _ in range(3)]
+        await soon()
+        await scene.link.say({"type": "ack", "seq": 1})
+        await asyncio.gather(*closing)
+        assert now() - at < 0.5
+        assert [frame["data"] for frame in scene.link.of("msg")] == ["x"]
+        assert scene.link.closed == (1000, "")
+
+
+@virtually
 async def test_close_flushes_in_later_connection() -> None:
     """If the connection breaks while the client closes, it is replaced and the messages arrive."""
     async with Scene() as scene:

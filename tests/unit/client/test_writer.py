@@ -127,6 +127,23 @@ async def test_flush_of_stalled_network_is_bounded(end: str) -> None:
 
 
 @virtually
+@pytest.mark.parametrize("end", ["write", "stop"])
+async def test_concurrent_flushes_end_together(end: str) -> None:
+    """All waiting flushes end when everything is written, or when the writer is stopped."""
+    async with Desk() as desk:
+        desk.link.may_send.clear()
+        desk.send("a")
+        flushing = [asyncio.ensure_future(desk.writer.flush(10)) for _ in range(2)]
+        await soon()
+        assert not any(one.done() for one in flushing)
+        if end == "stop":
+            desk.writer.stop()
+        desk.link.may_send.set()
+        await soon()
+        assert all(one.done() for one in flushing)
+
+
+@virtually
 async def test_stopped_writer_writes_nothing_more() -> None:
     """After `stop` the writer ends, and messages stay in the buffer for the next connection."""
     async with Desk() as desk:

@@ -14,13 +14,23 @@ from websockets.frames import Frame, Opcode
 
 from fastapi_ws_stabilizer import StableSocketDep, WebSocketConfig, WebSocketConnectionManager
 from fastapi_ws_stabilizer.compat import uvicorn as compat
+from fastapi_ws_stabilizer.compat.starlette import asgi_callables
 from tests.support.fake_websocket import eventually, with_deadline
 from tests.support.uvicorn_server import served
-from tests.support.versions import HAS_PROTOCOL_CLASS
+from tests.support.versions import HAS_DIRECT_TRANSPORT, HAS_PROTOCOL_CLASS
 
 pytestmark = pytest.mark.skipif(not HAS_PROTOCOL_CLASS, reason="uvicorn has no such class yet")
 
 OPTIONS = {"ws": "websockets-sansio"}
+PROTOCOL_CLASS = "fastapi_ws_stabilizer.servers.uvicorn:StableWebSocketProtocol"
+BOTH_CLASSES = [
+    "websockets-sansio",
+    pytest.param(
+        PROTOCOL_CLASS,
+        marks=pytest.mark.skipif(not HAS_DIRECT_TRANSPORT, reason="uvicorn has no direct transport"),
+        id="protocol class",
+    ),
+]
 
 
 class Wrapped:
@@ -186,6 +196,52 @@ async def test_burst_before_disconnect_is_delivered(how: str) -> None:
         client.transport.abort()
 
 
+async def seen_after_long_pause(ws: str, *, wrapped: bool = False) -> list[Any]:
+    """Fill the inbox of an endpoint that is busy for 3 s, and return what its client sees then.
+
+    These are the echoes of all messages, and the close code after the client has stopped to answer pings.
+    """
+    manager = WebSocketConnectionManager(
+        WebSocketConfig(handle_signals=False, inbox_max_messages=5, heartbeat_type="off")
+    )
+    app = FastAPI(lifespan=manager.lifespan)
+
+    @app.websocket("/ws/{client_id}")
+    async def endpoint(ws: StableSocketDep) -> None:
+        await ws.send(await ws.receive_text())
+        await asyncio.sleep(3)
+        async for message in ws:
+            await ws.send(message)
+
+    options = {"ws": ws, "ws_ping_interval": 0.5, "ws_ping_timeout": 0.5}
+    seen: list[Any] = []
+    async with served(Wrapped(app) if wrapped else app, **options) as url:
+        client = await connect(url, compression=None, ping_interval=None)
+        burst(client, 20)
+        await eventually(lambda: bool(manager.get_sockets()) and manager.get_sockets()[0]._connection.pause is not None)
+        try:
+            seen += [int(await with_deadline(client.recv())) for _ in range(20)]
+            (socket,) = manager.get_sockets()
+            client.transport.pause_reading()  # the client does not see pings
+            await with_deadline(socket.wait_closed())
+            client.transport.resume_reading()
+            await client.recv()
+        except ConnectionClosed as closed:
+            seen.append(closed.rcvd and closed.rcvd.code)
+    return seen
+
+
+@pytest.mark.skipif(not HAS_DIRECT_TRANSPORT, reason="uvicorn has no direct transport")
+async def test_server_sends_no_pings_while_inbox_is_full() -> None:
+    """uvicorn does not close for pongs that a full inbox keeps it from reading, and sends pings again after that."""
+    whole = [*range(20), 1011]
+    seen = await asyncio.gather(
+        *(seen_after_long_pause(ws) for ws in ("websockets-sansio", "wsproto", PROTOCOL_CLASS)),
+        seen_after_long_pause("websockets-sansio", wrapped=True),
+    )
+    assert seen == [whole] * 4
+
+
 class LostTransport:
     """TLS transport of Python 3.10 after the connection was lost."""
 
@@ -269,6 +325,51 @@ async def test_message_received_before_connect_is_not_lost() -> None:
         assert [await with_deadline(client.recv()) for _ in range(2)] == ["second", "third"]
 
 
+@pytest.mark.parametrize("then", ["more", "close frame", "abort"])
+@pytest.mark.parametrize("ws", BOTH_CLASSES)
+async def test_backlog_before_connect_waits_for_room(ws: str, then: str) -> None:
+    """What waits in the server's queue at a late `connect()` enters the inbox as it has room, in order and whole."""
+    manager = WebSocketConnectionManager(WebSocketConfig(handle_signals=False, inbox_max_messages=5))
+    app = FastAPI(lifespan=manager.lifespan)
+    filled, go, got, at_most = asyncio.Event(), asyncio.Event(), [], []
+
+    @app.websocket("/ws/{client_id}")
+    async def endpoint(websocket: WebSocket, client_id: str) -> None:
+        await websocket.accept()
+        queue = asgi_callables(websocket)[0].__self__.queue  # type: ignore[attr-defined]
+        await eventually(lambda: queue.qsize() == 100)
+        ws = await manager.connect(client_id, websocket)
+        assert ws is not None
+        inbox = ws._connection.inbox
+        got.append(int(await ws.receive_text()))  # an endpoint that reads: nothing is dropped
+        filled.set()
+        await go.wait()
+        async for message in ws:
+            at_most.append(len(inbox))
+            got.append(int(message))
+
+    async with served(app, ws=ws) as url:
+        client = await connect(url, compression=None)
+        burst(client, 100)
+        await with_deadline(filled.wait())
+        await eventually(lambda: manager.get_sockets()[0]._connection.pause is not None)
+        connection = manager.get_sockets()[0]._connection
+        assert 5 <= len(connection.inbox) <= 6
+        if then == "abort":
+            connection.server_transport.abort()
+        elif then == "close frame":
+            client.transport.write(Frame(Opcode.CLOSE, b"\x10\x1b").serialize(mask=True))
+        go.set()
+        await eventually(lambda: len(got) == 100)
+        if then == "more":
+            assert max(at_most) <= 6
+            await client.send("100")
+            await eventually(lambda: len(got) == 101)
+        assert got == list(range(len(got)))
+        await client.close()
+        await eventually(lambda: not manager._node.connections)
+
+
 async def test_waiting_receive_keeps_reading_task() -> None:
     """A call of `receive` that waits when the application calls `connect()` gets the next message, and none is lost."""
     manager = WebSocketConnectionManager(WebSocketConfig(handle_signals=False))
@@ -291,6 +392,42 @@ async def test_waiting_receive_keeps_reading_task() -> None:
         assert await with_deadline(client.recv()) == "ready"
         assert pumps() == 1
         await client.send("first")
+        await client.send("second")
+        assert await with_deadline(client.recv()) == "second"
+        assert first == ["first"]
+
+
+@pytest.mark.parametrize("ws", BOTH_CLASSES)
+async def test_woken_receive_gets_its_message(ws: str) -> None:
+    """A call of `receive` whose message has just arrived returns it, though `connect()` runs first."""
+    manager = WebSocketConnectionManager(WebSocketConfig(handle_signals=False))
+    app = FastAPI(lifespan=manager.lifespan)
+    first: list[str] = []
+
+    @app.websocket("/ws/{client_id}")
+    async def endpoint(websocket: WebSocket, client_id: str) -> None:
+        await websocket.accept()
+        waiting = asyncio.ensure_future(websocket.receive_text())
+        await asyncio.sleep(0)
+        arrived = asyncio.Event()
+        queue = asgi_callables(websocket)[0].__self__.queue
+        put_nowait = queue.put_nowait
+
+        def put(event: Any) -> None:
+            arrived.set()  # this endpoint runs before the task that waits for the message
+            put_nowait(event)
+
+        queue.put_nowait = put
+        await arrived.wait()
+        ws = await manager.connect(client_id, websocket)
+        assert ws is not None
+        first.append(await waiting)
+        await ws.send(await ws.receive_text())
+        await manager.disconnect(client_id)
+
+    async with served(app, ws=ws) as url, connect(url) as client:
+        await client.send("first")
+        await eventually(lambda: bool(first))
         await client.send("second")
         assert await with_deadline(client.recv()) == "second"
         assert first == ["first"]

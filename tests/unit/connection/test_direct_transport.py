@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer import scheduling as scheduling_module
+from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
 from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
@@ -772,6 +773,46 @@ async def test_values_are_not_bounded_without_ping_frames(linked: Any) -> None:
     send_values(b, 200)
     assert len(b.server.writes) == 200
     assert b.server.pings == []
+
+
+async def test_values_wait_for_no_pong_while_inbox_is_full(linked: Any) -> None:
+    """A full inbox pauses reading, so no pong is read. The values flow, and wait for pongs again after the pause."""
+    b = await linked(inbox_max_messages=1)
+    send_values(b, 100)
+    assert b.connection.outbox.blocked
+    say(b, "1", "2")
+    assert not b.server.reading
+    assert not b.connection.outbox.blocked
+    send_values(b, 100, 100)
+    assert values_written(b)[-100:] == list(range(100, 200))
+    assert [await b.connection.inbox.get() for _ in range(2)] == ["1", "2"]
+    send_values(b, 100, 200)
+    assert values_written(b)[-1] == 199
+    assert b.connection.outbox.blocked
+    for ping in b.server.pings:
+        b.server.sink.pong_received(ping)
+    assert values_written(b)[-1] == 299
+
+
+async def test_values_wait_for_no_pong_that_is_never_required(linked: Any) -> None:
+    """With `require_pong=False`, a client need not answer pings, so values do not wait for that."""
+    b = await linked(require_pong=False)
+    send_values(b, 200)
+    assert len(b.server.writes) == 200
+    assert b.server.pings == []
+
+
+async def test_pong_to_later_heartbeat_confirms_values(linked: Any) -> None:
+    """A client may answer only the last of several pings (RFC 6455 section 5.5.3)."""
+    b = await linked()
+    before = b.connection.liveness.start_ping(monotonic())
+    send_values(b, 100)
+    b.server.sink.pong_received(before)
+    assert b.connection.outbox.blocked
+    after = b.connection.liveness.start_ping(monotonic())
+    b.server.sink.pong_received(after)
+    assert values_written(b)[-1] == 99
+    assert not b.connection.outbox.blocked
 
 
 async def test_close_flushes_value_that_waits_for_pong(linked: Any) -> None:

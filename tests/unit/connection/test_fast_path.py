@@ -15,6 +15,7 @@ from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox, WriterPool
 from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
 from fastapi_ws_stabilizer.connection.outbox import Outbox, SlowConsumer
 from fastapi_ws_stabilizer.connection.send_queue import OutboxLimits
+from fastapi_ws_stabilizer.connection.stall_watch import StallWatch
 from fastapi_ws_stabilizer.events import Counters, EventBus
 from fastapi_ws_stabilizer.scheduling import CallbackSemaphore, FlushScheduler
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
@@ -231,3 +232,24 @@ async def test_idle_outbox_owns_no_queue_and_no_watch() -> None:
     assert outbox._stall is not None
     rig.release()
     assert outbox._queue is None
+
+
+async def test_send_in_task_that_does_not_block_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A send in a writer task gets a queue, accounting, a stall watch and a timer only if it blocks."""
+    begin, watches = StallWatch.begin, list[StallWatch]()
+    monkeypatch.setattr(StallWatch, "begin", lambda watch: (watches.append(watch), begin(watch)))
+    rig = Rig("in a task", OutboxOverflow.DISCONNECT)
+    rig.outbox.open()
+    for _ in range(3):
+        await rig.play("offer")
+        await settle()
+    assert rig.outbox.limits.counters.messages_sent == 3
+    assert (watches, rig.outbox._queue, rig.outbox._stall, len(rig.tasks)) == ([], None, None, 0)
+    rig.block()
+    await rig.play("offer")
+    await settle()
+    assert len(watches) == 1
+    assert rig.outbox._queue.counted
+    rig.release()
+    await settle()
+    assert (rig.outbox._queue, len(rig.tasks)) == (None, 0)

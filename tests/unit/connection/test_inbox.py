@@ -48,8 +48,9 @@ async def test_closed_inbox_returns_queued_messages_first() -> None:
     inbox.put("one")
     assert inbox.close(discard=False) == 0
     assert await inbox.get() == "one"
-    with pytest.raises(InboxClosed):
+    with pytest.raises(InboxClosed) as caught:
         await inbox.get()
+    assert not caught.value.waited
 
 
 async def test_discarded_inbox_is_empty_and_counts_messages() -> None:
@@ -69,8 +70,9 @@ async def test_close_wakes_waiting_reader() -> None:
     reader = asyncio.ensure_future(inbox.get())
     await settle()
     inbox.close(discard=False)
-    with pytest.raises(InboxClosed):
+    with pytest.raises(InboxClosed) as caught:
         await with_deadline(reader)
+    assert caught.value.waited
 
 
 async def test_second_close_wakes_reader_only_once() -> None:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
+import pytest
+from fastapi import FastAPI
+from websockets.asyncio.client import connect
+
+from fastapi_ws_stabilizer import StableSocketDep, WebSocketConfig, WebSocketConnectionManager
 from fastapi_ws_stabilizer.connection.read_window import MAX_UNREAD_BYTES, ReadWindow
+from tests.support.fake_websocket import with_deadline
+from tests.support.uvicorn_server import served
+from tests.support.versions import HAS_DIRECT_TRANSPORT
 
 HALF = MAX_UNREAD_BYTES // 2
 
@@ -73,3 +82,26 @@ def test_message_beyond_window_leaves_no_room() -> None:
     window, _ = made()
     window.sent(10 * MAX_UNREAD_BYTES)
     assert window.room == 0
+
+
+@pytest.mark.skipif(not HAS_DIRECT_TRANSPORT, reason="uvicorn has no direct transport")
+async def test_full_inbox_does_not_keep_values_from_reading_client() -> None:
+    """An endpoint that answers many messages with values waits for no pong behind them, which it would never read."""
+    options: dict[str, Any] = {"inbox_max_messages": 5, "outbox_max_messages": 50}
+    manager = WebSocketConnectionManager(WebSocketConfig(handle_signals=False, **options))
+    app = FastAPI(lifespan=manager.lifespan)
+
+    @app.websocket("/ws/{client_id}")
+    async def endpoint(ws: StableSocketDep) -> None:
+        async for message in ws:
+            for key in range(10):
+                await ws.send(f"{message} {key}".ljust(1000), coalesce_key=f"{message} {key}")
+
+    async with (
+        served(app, **manager.uvicorn_options()) as url,
+        connect(url, compression=None, max_queue=None) as client,
+    ):
+        sending = asyncio.gather(*(client.send(str(number)) for number in range(100)))
+        got = [str(await with_deadline(client.recv())).rstrip() for _ in range(1000)]
+        await with_deadline(sending)
+        assert got == [f"{number} {key}" for number in range(100) for key in range(10)]

@@ -10,6 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.connection.end_errors import SPINS
 from fastapi_ws_stabilizer.handlers.dispatcher import Dispatcher
 from fastapi_ws_stabilizer.handlers.registry import HandlerRegistry
 from tests.support.fake_websocket import eventually, settle, with_deadline
@@ -327,3 +328,26 @@ async def test_cancelled_run_cancels_its_handlers(bench: Any) -> None:
     with pytest.raises(asyncio.CancelledError):
         await with_deadline(run.task)
     assert state == ["begin", "begin", "end", "end"]
+
+
+async def test_endless_loop_around_run_yields_after_close(bench: Any) -> None:
+    """A run that waited returns at once after the close, and a loop that runs again yields to the event loop."""
+    b = bench()
+    await b.open()
+    dispatcher = Dispatcher(HandlerRegistry(), b.config, b.events)
+    count = 0
+
+    async def loop() -> None:
+        nonlocal count
+        while True:
+            await dispatcher.run(b.connection, 1)
+            count += 1
+
+    task = asyncio.ensure_future(loop())
+    await settle()
+    b.server.feed_disconnect()
+    await asyncio.wait({task}, timeout=0.3)
+    assert SPINS <= count < SPINS + 50
+    assert len(b.heard.of("end_ignored")) == 1
+    task.cancel()
+    await settle()

@@ -7,7 +7,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import pytest
 from fastapi import BackgroundTasks, Depends, Header, Query, Request, Response, Security, WebSocket
@@ -234,6 +234,18 @@ def test_stable_socket_dep_annotation_is_accepted() -> None:
     register_message(dep)
     register_message(default)
     register_hook("connect", default)
+
+
+def test_protocol_annotation_is_accepted() -> None:
+    """A `typing.Protocol` may describe a `StableSocket`, so it is accepted."""
+
+    class Sends(Protocol):
+        async def send(self, message: Any) -> None: ...
+
+    async def takes_protocol(ws: Sends, message: Say) -> None:
+        """Take the socket."""
+
+    register_message(takes_protocol)
 
 
 # ── order of parameters ──

@@ -15,7 +15,6 @@ from fastapi.responses import JSONResponse
 
 from fastapi_ws_stabilizer import StableSocket, StableSocketDep, WebSocketConfig, WebSocketConnectionManager
 from fastapi_ws_stabilizer.auth.credentials import Credential, first_message
-from fastapi_ws_stabilizer.connection.closing import CLOSING_PER_SLOT
 from fastapi_ws_stabilizer.errors import (
     ConnectionLimitExceededError,
     DuplicateClientError,
@@ -25,8 +24,9 @@ from fastapi_ws_stabilizer.errors import (
 )
 from fastapi_ws_stabilizer.handshake import admission as admission_module
 from fastapi_ws_stabilizer.handshake import hello as hello_module
+from fastapi_ws_stabilizer.hub.registry import CLOSING_PER_SLOT
 from fastapi_ws_stabilizer.limits.connections import MIN_PENDING, ConnectionLimiter
-from fastapi_ws_stabilizer.socket_context import handshake_scope
+from fastapi_ws_stabilizer.socket_context import HandshakeScope
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.support.fake_websocket import FakeServer, eventually, settle, with_deadline
 from tests.unit.conftest import EventRecorder
@@ -1125,7 +1125,7 @@ class TwoManagerApp:
     @staticmethod
     def _handshake_dependency(harness: AdmissionApp) -> Callable[..., AsyncIterator[None]]:
         async def dependency(websocket: WebSocket) -> AsyncIterator[None]:
-            async with handshake_scope(harness.manager._require_node(), websocket):
+            async with HandshakeScope(harness.manager._require_node(), websocket):
                 yield
 
         return dependency
@@ -1162,7 +1162,7 @@ async def test_abandoned_handshake_after_close_is_quiet(admission_app: Make) -> 
     harness = admission_app()
 
     async def dependency(websocket: WebSocket) -> AsyncIterator[None]:
-        async with handshake_scope(harness.manager._require_node(), websocket) as handshake:
+        async with HandshakeScope(harness.manager._require_node(), websocket) as handshake:
             await websocket.accept()
             await websocket.close(4503)
             handshake.abandoned = True

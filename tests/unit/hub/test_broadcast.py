@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Iterable
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,16 +14,27 @@ from fastapi_ws_stabilizer import scheduling as scheduling_module
 from fastapi_ws_stabilizer.errors import BroadcastFailedError
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.hub.broadcast import Broadcaster, BroadcastResult
-from fastapi_ws_stabilizer.queueing import EnqueueResult
+from fastapi_ws_stabilizer.hub.history import RoomHistory
+from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
+from fastapi_ws_stabilizer.hub.rooms import RoomMembership
+from fastapi_ws_stabilizer.queueing import EnqueueResult, Recipient
 from fastapi_ws_stabilizer.scheduling import FlushScheduler
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage, encode
 from tests.support.fake_recipient import FakeRecipient
 
 
+def broadcaster(recipients: Iterable[FakeRecipient], num_shards: int = 1) -> Broadcaster:
+    """Return a broadcaster to recipients, which are distributed over the shards."""
+    events, registry = EventBus(), ConnectionRegistry(num_shards)
+    for recipient in recipients:
+        registry.add_queue(recipient, registry.next_shard())
+    scheduler, rooms = FlushScheduler(num_shards, events), RoomMembership[Recipient](None)
+    return Broadcaster(num_shards, scheduler, events.counters, registry, rooms, RoomHistory(0, 0.0), lambda _: ())
+
+
 async def fan_out(frame: EncodedMessage, recipients: list[FakeRecipient]) -> BroadcastResult:
-    """Send a frame to recipients in one flush."""
-    events = EventBus()
-    return await Broadcaster(FlushScheduler(1, events), events.counters).send(frame, lambda: ([recipients], ()))
+    """Send a frame to recipients of one shard."""
+    return await broadcaster(recipients).broadcast(frame)
 
 
 async def test_broadcast_shares_one_encoded_message() -> None:
@@ -121,21 +134,16 @@ def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastapi_ws_stabilizer.scheduling.MAX_BLOCK", 0.001)
 
 
-def parts(recipients: list[FakeRecipient]) -> list[list[FakeRecipient]]:
-    return [[recipient] for recipient in recipients]
-
-
 @pytest.mark.usefixtures("slow_clock")
 async def test_long_broadcast_yields_and_preserves_order() -> None:
     """Other tasks run between two shards, and a later broadcast arrives second at every client."""
-    events = EventBus()
-    fan = Broadcaster(FlushScheduler(4, events), events.counters)
     recipients = [FakeRecipient(str(number)) for number in range(4)]
+    fan = broadcaster(recipients, num_shards=4)
     first, second = encode("first"), encode("second")
-    long = asyncio.ensure_future(fan.send(first, lambda: (parts(recipients), ())))
+    long = asyncio.ensure_future(fan.broadcast(first))
     await asyncio.sleep(0)
     assert 0 < sum(len(recipient.frames) for recipient in recipients) < 4
-    await fan.send(second, lambda: ([recipients], ()))
+    await fan.broadcast(second)
     await long
     assert all(recipient.frames == [first, second] for recipient in recipients)
 
@@ -143,16 +151,15 @@ async def test_long_broadcast_yields_and_preserves_order() -> None:
 @pytest.mark.usefixtures("slow_clock")
 async def test_cancelled_long_broadcast_still_reaches_all() -> None:
     """A caller that is cancelled between two shards does not stop the broadcast."""
-    events = EventBus()
-    fan = Broadcaster(FlushScheduler(4, events), events.counters)
     recipients = [FakeRecipient() for _ in range(4)]
-    long = asyncio.ensure_future(fan.send(encode("hi"), lambda: (parts(recipients), ())))
+    fan = broadcaster(recipients, num_shards=4)
+    long = asyncio.ensure_future(fan.broadcast(encode("hi")))
     await asyncio.sleep(0)
     long.cancel()
     with pytest.raises(asyncio.CancelledError):
         await long
     assert [len(recipient.frames) for recipient in recipients] == [1, 1, 1, 1]
-    assert (await fan.send(encode("next"), lambda: ([recipients], ()))).succeeded == 4
+    assert (await fan.broadcast(encode("next"))).succeeded == 4
 
 
 async def test_dropped_message_is_neither_success_nor_failure() -> None:
@@ -165,18 +172,16 @@ async def test_dropped_message_is_neither_success_nor_failure() -> None:
 
 async def test_excluded_connection_is_not_in_total() -> None:
     """Excluded connections are not part of the total."""
-    events = EventBus()
     recipients = [FakeRecipient() for _ in range(3)]
-    fan = Broadcaster(FlushScheduler(1, events), events.counters)
-    result = await fan.send(encode("hi"), lambda: ([recipients], {recipients[1].connection_id}))
+    socket = SimpleNamespace(recipient_id=recipients[1].connection_id)
+    result = await broadcaster(recipients).broadcast(encode("hi"), exclude=socket)
     assert (result.total, result.succeeded) == (2, 2)
     assert [len(recipient.frames) for recipient in recipients] == [1, 0, 1]
 
 
 async def test_broadcasts_without_recipients_yield_to_event_loop() -> None:
     """A loop of broadcasts without recipients yields, so that another task can stop it."""
-    events = EventBus()
-    fan = Broadcaster(FlushScheduler(1, events), events.counters)
+    fan = broadcaster([])
     stopped = False
 
     def stop() -> None:
@@ -186,5 +191,14 @@ async def test_broadcasts_without_recipients_yield_to_event_loop() -> None:
     asyncio.get_running_loop().call_soon(stop)
     deadline = time.monotonic() + 2
     while not stopped and time.monotonic() < deadline:
-        await fan.send(encode("hi"), lambda: ((), ()))
+        await fan.broadcast(encode("hi"))
     assert stopped
+
+
+async def test_recipient_on_fast_path_gets_no_second_offer() -> None:
+    """`offer` is asked only if the fast path of an outbox declines the frame."""
+    fast, slow = FakeRecipient(), FakeRecipient()
+    fast.try_enqueue = lambda _: True  # type: ignore[method-assign]
+    result = await fan_out(encode("hi"), [fast, slow])
+    assert (result.total, result.succeeded) == (2, 2)
+    assert [len(recipient.frames) for recipient in (fast, slow)] == [0, 1]

@@ -10,7 +10,8 @@ import pytest
 from fastapi_ws_stabilizer import scheduling as scheduling_module
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.events import EventBus
-from fastapi_ws_stabilizer.hub.hub import SMALL_ROOM, Hub
+from fastapi_ws_stabilizer.hub.broadcast import SMALL_ROOM
+from fastapi_ws_stabilizer.hub.hub import Hub
 from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
 from fastapi_ws_stabilizer.scheduling import FlushScheduler
 from fastapi_ws_stabilizer.tasks import TaskSet
@@ -49,7 +50,7 @@ class HubHarness:
 
     async def reached_by_iteration(self, **audience: Any) -> list[int]:
         """Broadcast; return the numbers of reached recipients after each iteration that has reached some."""
-        task = asyncio.ensure_future(self.hub.broadcast(encode("hi"), **audience))
+        task = asyncio.ensure_future(self.hub.broadcaster.broadcast(encode("hi"), **audience))
         reached: list[int] = []
         while not task.done():
             await asyncio.sleep(0)
@@ -106,9 +107,9 @@ async def test_send_after_max_block_yields_to_writers(monkeypatch: pytest.Monkey
 
     async def send() -> None:
         if how == "to all":
-            await hub.hub.broadcast(encode("hi"))
+            await hub.hub.broadcaster.broadcast(encode("hi"))
         else:
-            assert await hub.hub.send_to_client("client-0", encode("hi"))
+            assert await hub.hub.broadcaster.send_to_client("client-0", encode("hi"))
 
     hub.scheduler.schedule(hub.scheduler.pending(0), Writer())
     await send()

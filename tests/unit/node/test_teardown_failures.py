@@ -13,7 +13,6 @@ import pytest
 import fastapi_ws_stabilizer
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
-from fastapi_ws_stabilizer.connection.closing import ClosingConnections
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
 from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
@@ -26,7 +25,7 @@ from fastapi_ws_stabilizer.hub.heartbeat import HeartbeatScheduler
 from fastapi_ws_stabilizer.hub.hub import Hub
 from fastapi_ws_stabilizer.hub.presence import PresenceTracker
 from fastapi_ws_stabilizer.hub.reaper import ConnectionReaper
-from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
+from fastapi_ws_stabilizer.hub.registry import ClosingConnections, ConnectionRegistry
 from fastapi_ws_stabilizer.limits.connections import Reservation
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.node import Node
@@ -355,7 +354,7 @@ def test_every_call_of_teardown_is_covered() -> None:
                         name = callee.attr if isinstance(callee, ast.Attribute) else getattr(callee, "id", "?")
                         if name in ("attempt", "_attempt"):
                             step = call.args[0]
-                            name = step.attr if isinstance(step, ast.Attribute) else "?"
+                            name = step.attr if isinstance(step, ast.Attribute) else getattr(step, "id", "?")
                         if name not in CALLS and name not in SAFE:
                             unknown.append(f"{module}: {node.name} calls {name}")
     assert not unknown

@@ -11,9 +11,10 @@ import pytest
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
+from fastapi_ws_stabilizer.compat.uvicorn import PushedEvents
 from fastapi_ws_stabilizer.servers.direct import EXTENSION
 from fastapi_ws_stabilizer.servers.uvicorn import compat as uvicorn_internals
-from fastapi_ws_stabilizer.servers.uvicorn.compat import ReceiverQueue, WebSocketsSansIOProtocol
+from fastapi_ws_stabilizer.servers.uvicorn.compat import WebSocketsSansIOProtocol
 from fastapi_ws_stabilizer.servers.uvicorn.deflate import DEFLATE
 from fastapi_ws_stabilizer.servers.uvicorn.protocol import StableWebSocketProtocol
 from tests.support.fake_websocket import eventually
@@ -285,12 +286,12 @@ async def test_invalid_utf8_before_close_fails_with_1007() -> None:
 
 async def test_receive_after_attach_raises() -> None:
     """After the attach there is no queue, so a waiting `receive` raises."""
-    sink = ReceiverQueue(object())  # type: ignore[arg-type]
-    assert sink.empty()
+    queue = PushedEvents(object())  # type: ignore[arg-type]
+    assert queue.empty()
     with pytest.raises(RuntimeError, match="StableSocket"):
-        await sink.get()
-    sink.sink = None
-    sink.put_nowait({"type": "websocket.disconnect"})
+        await queue.get()
+    queue.stop()
+    queue.put_nowait({"type": "websocket.disconnect"})
 
 
 class CallingSink:

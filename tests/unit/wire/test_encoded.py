@@ -85,6 +85,14 @@ def test_str_is_unchanged_text_frame(text: str) -> None:
     assert frame.message() == {"type": "websocket.send", "text": text}
 
 
+@pytest.mark.parametrize("message", ["", b""])
+def test_empty_message_is_true(message: str | bytes) -> None:
+    """uvicorn 0.35 to 0.41 ignores text and bytes that are false."""
+    sent = encode(message).message()
+    assert sent.get("text") or sent.get("bytes")
+    assert encode(message).framed() == (b"\x81\x00" if message == "" else b"\x82\x00")
+
+
 @pytest.mark.parametrize("data", [b"", b"\x00\xff", bytearray(b"ab"), memoryview(b"ab")])
 def test_bytes_are_binary_frame(data: bytes) -> None:
     """Every kind of bytes is sent as a binary frame."""
@@ -126,6 +134,18 @@ def test_other_payloads_are_json_text_frame(message: Any, value: Any) -> None:
     assert frame.text is not None
     assert json.loads(frame.text) == value
     assert frame.size == len(frame.text.encode())
+
+
+class OddNumbers(BaseModel, ser_json_inf_nan="constants"):
+    number: float
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: {"x": [model]}])
+def test_nan_and_infinity_of_model_raise(number: float, wrap: Any) -> None:
+    """A NaN or an infinity that a pydantic model writes as a constant cannot be sent, however short the message is."""
+    with pytest.raises(MessageEncodeError, match="cannot be sent as JSON"):
+        encode(wrap(OddNumbers(number=number)))
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.wire import envelope as envelope_module
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage, encode
-from fastapi_ws_stabilizer.wire.envelope import ALWAYS_FITS, check_size, copy_for_replay, sequenced_frame, to_v1
+from fastapi_ws_stabilizer.wire.envelope import ALWAYS_FITS, copy_for_replay, sequenced_frame, to_v1
 from fastapi_ws_stabilizer.wire.v1.frames import MAX_SENT_BYTES, Message, message_of, parse
 
 
@@ -164,6 +164,6 @@ def test_message_with_envelope_over_limit_raises(message: Any) -> None:
     """An envelope over the limit of clients raises, and one at the limit does not."""
     frame = encode(message)
     with pytest.raises(MessageEncodeError, match="send it in parts"):
-        check_size(frame)
-    check_size(encode(message[: -len(message) // 100]))
+        to_v1(frame)
+    to_v1(encode(message[: -len(message) // 100]))
     assert encode(b"x" * ALWAYS_FITS).size == ALWAYS_FITS
