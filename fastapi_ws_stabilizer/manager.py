@@ -252,7 +252,7 @@ class WebSocketConnectionManager:
     async def _node_for(self, websocket: WebSocket) -> Node:
         """Return the node for a handshake; reject the handshake if the manager is shut down."""
         node = self._node
-        if node.loop is asyncio.get_running_loop() and not self._shutdown.has_begun:
+        if node.loop is _running_loop() and not self._shutdown.has_begun:
             return node
         try:
             return self._require_node(from_connection=True)

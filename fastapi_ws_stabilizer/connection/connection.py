@@ -614,11 +614,8 @@ class Connection:
         return self._start_closing(local_close(cause, code=code, reason=reason, from_outside=from_outside))
 
     def on_peer_close(self, close_info: CloseInfo) -> None:
-        """Start teardown after the client, the network or the ASGI server has closed the connection.
-
-        If very many connections are lost at once, it starts in a later iteration of the event loop.
-        """
-        self.resources.closings.run(self._start_closing, close_info)
+        """Start teardown after the client, the network or the ASGI server has closed the connection."""
+        self._start_closing(close_info)
 
     def on_connection_lost(self, error: BaseException) -> None:
         """Start teardown after the network was lost."""

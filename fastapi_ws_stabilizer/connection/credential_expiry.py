@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.wire.strict_json import InvalidJsonError, read_json
-from fastapi_ws_stabilizer.wire.v1.frames import control_frame
+from fastapi_ws_stabilizer.wire.v1.frames import control_frame, to_milliseconds
 
 if TYPE_CHECKING:
     from fastapi_ws_stabilizer.connection.connection import Connection
@@ -116,8 +116,3 @@ def parse_renewal(message: str | bytes) -> str | None:
         return None
     token = value["token"]
     return token if isinstance(token, str) else None
-
-
-def to_milliseconds(seconds: float) -> int:
-    """Convert seconds to the milliseconds that frames carry, at least 1."""
-    return max(1, round(seconds * 1000))

@@ -188,8 +188,12 @@ class Outbox(abc.ABC):
 
     @property
     def counted_bytes(self) -> int:
-        """Bytes of the waiting messages including their overhead: what the memory budget counts, if it does."""
-        return self.held_bytes + FRAME_OVERHEAD_BYTES * self._message_count
+        """Bytes of the waiting messages that the memory budget counts, including their overhead.
+
+        Messages that the server is about to take are not counted. See `_start_accounting`.
+        """
+        queue = self._queue
+        return 0 if queue is None or not queue.counted else queue.held_bytes + FRAME_OVERHEAD_BYTES * len(queue)
 
     @property
     def half_full(self) -> bool:

@@ -74,9 +74,15 @@ def _handle_message(connection: Connection, event: Mapping[str, Any]) -> bool:
 
 
 def close_on_disconnect_event(connection: Connection, event: Mapping[str, Any]) -> None:
-    """Start teardown for an ASGI `websocket.disconnect` event."""
-    if connection.close_info is not None:
-        return
+    """Start teardown for an ASGI `websocket.disconnect` event.
+
+    If very many connections are lost at once, the event is handled in a later iteration of the event loop.
+    """
+    if connection.close_info is None:
+        connection.resources.closings.run(_close_as_reported, connection, event)
+
+
+def _close_as_reported(connection: Connection, event: Mapping[str, Any]) -> None:
     close_frame = connection.server_transport.saw_close_frame(event)
     connection.on_peer_close(remote_close(event.get("code") or 1005, event.get("reason"), close_frame=close_frame))
 

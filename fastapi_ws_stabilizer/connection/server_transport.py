@@ -68,7 +68,9 @@ class ServerTransport:
     def direct_transport(self, scope: Mapping[str, Any]) -> DirectTransport | None:
         """Return the server's direct transport; `None` if it has none, it is in use, or middleware wraps it."""
         owner: Any = getattr(self.send, "__self__", None)
-        if EXTENSION not in (scope.get("extensions") or ()) or owner is not self._receiver or owner.in_use:
+        if EXTENSION not in (scope.get("extensions") or ()) or owner is None or owner is not self._receiver:
+            return None
+        if owner.in_use:
             return None
         return owner  # type: ignore[no-any-return]
 

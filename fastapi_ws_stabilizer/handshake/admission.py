@@ -167,7 +167,8 @@ class Handshake:
             except WebSocketException:
                 self.rejected = True
                 raise
-            self.reservation.check()
+            if self.admission.limiter.enabled:
+                self.reservation.check()
             self._hello = hello
             self._credential = credential_in(hello, self.websocket)
         return self._hello

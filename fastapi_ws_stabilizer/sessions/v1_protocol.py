@@ -16,7 +16,7 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, CloseInfo, DisconnectReason
 from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType, WebSocketConfig
 from fastapi_ws_stabilizer.connection.connection import AnyConnection, Connection
-from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry, to_milliseconds
+from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
 from fastapi_ws_stabilizer.connection.inbox import Item
 from fastapi_ws_stabilizer.connection.protocol import ClientProtocol, check_not_volatile, is_too_big
 from fastapi_ws_stabilizer.errors import RequestTimeoutError
@@ -45,6 +45,7 @@ from fastapi_ws_stabilizer.wire.v1.frames import (
     parse,
     ping_timestamp,
     require_int,
+    to_milliseconds,
 )
 
 ACK_WITHIN: Final = 0.05

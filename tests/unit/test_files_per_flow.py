@@ -38,7 +38,7 @@ FILES = {
     "v1 pong": 9,
     "broadcast": 8,
     "v1 broadcast": 11,
-    "resume": 49,
+    "resume": 47,
     "drain": 42,
 }
 """Files per flow, on plain ASGI. The targets are 22, 7, 4, 7, 8, 8, 32 and 32."""

@@ -45,6 +45,7 @@ REQUIRED_ATTRIBUTES: Final = (
     "close_timer",
     "close_timeout",
     "read_paused",
+    "ping_interval",
 )
 """Attributes of a new protocol object."""
 
@@ -78,7 +79,6 @@ _METHODS: Final = (
     "run_asgi",
     "send",
     "shutdown",
-    "start_keepalive",
     "stop_keepalive",
 )
 

@@ -114,6 +114,10 @@ class FrameParser:
         self._data = data if self._at == len(self._data) else self._data[self._at :] + data
         self._at = 0
 
+    def compact(self) -> None:
+        """Drop the bytes that are parsed, as `feed` does."""
+        self.feed(b"")
+
     def end(self) -> None:
         """Ignore all bytes from now on, and those that are not parsed."""
         self.ended = True

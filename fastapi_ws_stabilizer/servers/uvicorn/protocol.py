@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Coroutine, Generator
+from typing import Any, Final
+from uuid import UUID
 
 from websockets.exceptions import ProtocolError
 from websockets.extensions.permessage_deflate import PerMessageDeflate
@@ -47,8 +48,18 @@ from fastapi_ws_stabilizer.servers.uvicorn.frame_parser import (
     ProtocolViolation,
 )
 from fastapi_ws_stabilizer.servers.uvicorn.paced_parser import CLOSE_GRACE, MAX_UNPACED_BYTES, PacedParser
-from fastapi_ws_stabilizer.servers.uvicorn.upgrade import read_request
+from fastapi_ws_stabilizer.servers.uvicorn.upgrade import read_request, with_shared_parts
 from fastapi_ws_stabilizer.wire.rfc6455 import BINARY, CLOSE, PING, PONG, frame_bytes
+
+EXTENSIONS: Final = [DEFLATE]
+"""Extensions of every connection that may compress."""
+
+CLOSED_PARSER: Final[Generator[None, None, None]] = (None for _ in ())
+"""Parser of every `websockets` connection whose frames `FrameParser` parses."""
+CLOSED_PARSER.close()
+
+NO_ID: Final = UUID(int=0)
+"""Id of every `websockets` connection. uvicorn does not log it."""
 
 
 class StableWebSocketProtocol(WebSocketsSansIOProtocol):
@@ -63,6 +74,18 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         early_data: Bytes that arrived before the handshake was answered.
         is_supported: Whether uvicorn has all internals that are used here. Otherwise it works as without this class.
     """
+
+    # Beside the attributes of uvicorn's class, these would double the size of each instance's dict.
+    __slots__ = (
+        "early_data",
+        "is_supported",
+        "own_pings",
+        "paced",
+        "parser",
+        "sink",
+        "window_bits",
+        "write_paused",
+    )
 
     queue: Any
     request: Any
@@ -81,7 +104,7 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         self.early_data = b""
         self.is_supported = not missing_internals(self)
         if self.is_supported and self.config.ws_per_message_deflate:
-            self.conn.available_extensions = [DEFLATE]
+            self.conn.available_extensions = EXTENSIONS
 
     async def receive(self) -> Any:
         """Return the next ASGI event."""
@@ -110,6 +133,7 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         self.is_supported = self.is_supported and not lacks_handshake_internals(self)
         if self.is_supported:
             self.scope["extensions"][EXTENSION] = {}
+            self.scope["headers"] = with_shared_parts(self.scope["headers"])
         return super().run_asgi()
 
     def _start_parser(self) -> None:
@@ -122,6 +146,7 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
                 self.window_bits = extension.local_max_window_bits
                 inflated_bits = extension.remote_max_window_bits
         self.conn.parser.close()  # frees its generators: it parses no frames
+        self.conn.parser, self.conn.id = CLOSED_PARSER, NO_ID
         limit = self.conn.max_message_size
         self.parser = FrameParser(sys.maxsize if limit is None else limit, inflated_bits)
         early_data, self.early_data = self.early_data, b""
@@ -148,11 +173,14 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         came_before, self.queue = self.queue, PushedEvents(sink)
         self.writable = ALWAYS_WRITABLE
         self.request = self.response = None  # the handshake has ended, and nothing reads them again
+        self.__dict__ = dict(self.__dict__)  # a table of half the size, because it doubles when it grows
         if self.parser is not None:
+            self.parser.compact()  # an idle client may send nothing else, and its hello has been read
             self.parser.max_message_bytes = min(self.parser.max_message_bytes, max_message_bytes)
         self.own_pings = own_pings
         if own_pings:
             self.stop_keepalive()
+            self.ping_interval = None  # `start_keepalive` does nothing then
         if self.read_paused:
             self.read_paused = False
             self.transport.resume_reading()
@@ -231,11 +259,6 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
             self.handshake_initiated = self.close_sent = True
             self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
             self.transport.close()
-
-    def start_keepalive(self) -> None:
-        """Send uvicorn's pings, unless the receiver sends pings."""
-        if not self.own_pings:
-            super().start_keepalive()
 
     def pause_writing(self) -> None:
         """Stop writing, because the transport's buffer is full."""

@@ -7,6 +7,7 @@ takes it apart line by line, which is more than half of the CPU time of an upgra
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Final
 
 from websockets.datastructures import Headers
@@ -19,6 +20,20 @@ _request: Final = re.compile(
     rb"GET ([!-~]+) HTTP/1\.1\r\n((?:[-!#$%&'*+.^_`|~0-9A-Za-z]+:[\t -~]*\r\n){1,128})\r\n"
 ).fullmatch
 """One whole request: method, path and header lines in ASCII, of the syntax of RFC 9110, and nothing behind it."""
+
+_SHARED: Final = {
+    part: part
+    for part in (
+        *(b"host", b"connection", b"upgrade", b"origin", b"user-agent", b"accept", b"accept-encoding", b"cookie"),
+        *(b"accept-language", b"cache-control", b"pragma", b"authorization", b"x-forwarded-for", b"x-forwarded-proto"),
+        *(b"x-forwarded-host", b"x-real-ip", b"sec-websocket-version", b"sec-websocket-key", b"sec-fetch-dest"),
+        *(b"sec-websocket-extensions", b"sec-websocket-protocol", b"sec-fetch-mode", b"sec-fetch-site"),
+        *(b"Upgrade", b"upgrade, keep-alive", b"keep-alive, Upgrade", b"websocket", b"13", b"no-cache", b"same-origin"),
+        *(b"gzip, deflate", b"gzip, deflate, br", b"gzip, deflate, br, zstd", b"permessage-deflate", b"https", b"http"),
+        *(b"permessage-deflate; client_max_window_bits", b"stabilizer.v1.json"),
+    )
+}
+"""Names and values of headers that very many clients send."""
 
 _OF_BODY: Final = frozenset({"content-length", "transfer-encoding"})
 
@@ -38,3 +53,12 @@ def read_request(data: bytes) -> Request | None:
             return None
         headers.append((name, value.strip(" \t")))
     return Request(match[1].decode("ascii"), Headers(headers))
+
+
+def with_shared_parts(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return equal headers, in which frequent names and values are objects that all connections share.
+
+    The scope of a connection has its headers until its end.
+    """
+    shared = _SHARED.get
+    return [(shared(name, name), shared(value, value)) for name, value in headers]

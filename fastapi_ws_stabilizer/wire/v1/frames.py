@@ -318,6 +318,11 @@ def request_error(error: Any) -> RequestError:
 # ── writing ──
 
 
+def to_milliseconds(seconds: float) -> int:
+    """Convert seconds to the milliseconds that frames carry, at least 1."""
+    return max(1, round(seconds * 1000))
+
+
 def control_frame(type_: str, **fields: Any) -> EncodedMessage:
     """Return an unsequenced frame. Fields that are `None` are omitted, and infinity becomes `null`."""
     frame = {"type": type_, **{name: value for name, value in fields.items() if value is not None}}

@@ -17,12 +17,20 @@ from fastapi_ws_stabilizer.compat import uvicorn as compat
 from fastapi_ws_stabilizer.compat.starlette import asgi_callables
 from tests.support.fake_websocket import eventually, with_deadline
 from tests.support.uvicorn_server import served
-from tests.support.versions import HAS_PROTOCOL_CLASS, UVICORN
+from tests.support.versions import HAS_DIRECT_TRANSPORT, HAS_PROTOCOL_CLASS
 
 pytestmark = pytest.mark.skipif(not HAS_PROTOCOL_CLASS, reason="uvicorn has no such class yet")
 
 OPTIONS = {"ws": "websockets-sansio"}
 PROTOCOL_CLASS = "fastapi_ws_stabilizer.servers.uvicorn:StableWebSocketProtocol"
+BOTH_CLASSES = [
+    "websockets-sansio",
+    pytest.param(
+        PROTOCOL_CLASS,
+        marks=pytest.mark.skipif(not HAS_DIRECT_TRANSPORT, reason="uvicorn has no direct transport"),
+        id="protocol class",
+    ),
+]
 
 
 class Wrapped:
@@ -223,7 +231,7 @@ async def seen_after_long_pause(ws: str, *, wrapped: bool = False) -> list[Any]:
     return seen
 
 
-@pytest.mark.skipif(UVICORN < (0, 46), reason="uvicorn sends no pings itself")
+@pytest.mark.skipif(not HAS_DIRECT_TRANSPORT, reason="uvicorn has no direct transport")
 async def test_server_sends_no_pings_while_inbox_is_full() -> None:
     """uvicorn does not close for pongs that a full inbox keeps it from reading, and sends pings again after that."""
     whole = [*range(20), 1011]
@@ -318,7 +326,7 @@ async def test_message_received_before_connect_is_not_lost() -> None:
 
 
 @pytest.mark.parametrize("then", ["more", "close frame", "abort"])
-@pytest.mark.parametrize("ws", ["websockets-sansio", PROTOCOL_CLASS])
+@pytest.mark.parametrize("ws", BOTH_CLASSES)
 async def test_backlog_before_connect_waits_for_room(ws: str, then: str) -> None:
     """What waits in the server's queue at a late `connect()` enters the inbox as it has room, in order and whole."""
     manager = WebSocketConnectionManager(WebSocketConfig(handle_signals=False, inbox_max_messages=5))
@@ -389,7 +397,7 @@ async def test_waiting_receive_keeps_reading_task() -> None:
         assert first == ["first"]
 
 
-@pytest.mark.parametrize("ws", ["websockets-sansio", PROTOCOL_CLASS])
+@pytest.mark.parametrize("ws", BOTH_CLASSES)
 async def test_woken_receive_gets_its_message(ws: str) -> None:
     """A call of `receive` whose message has just arrived returns it, though `connect()` runs first."""
     manager = WebSocketConnectionManager(WebSocketConfig(handle_signals=False))

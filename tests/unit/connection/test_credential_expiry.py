@@ -14,8 +14,8 @@ from fastapi_ws_stabilizer.connection.credential_expiry import (
     MAX_RENEWAL_CHARS,
     CredentialExpiry,
     parse_renewal,
-    to_milliseconds,
 )
+from fastapi_ws_stabilizer.wire.v1.frames import to_milliseconds
 from tests.support.fake_link import virtually
 
 

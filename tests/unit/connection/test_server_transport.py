@@ -12,6 +12,7 @@ import pytest
 
 from fastapi_ws_stabilizer.connection import server_transport as server_side_module
 from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
+from fastapi_ws_stabilizer.servers.direct import EXTENSION
 from tests.support.fake_websocket import eventually, settle
 
 
@@ -78,6 +79,19 @@ def test_abort_of_hidden_transport_does_nothing(server: ServerTransport) -> None
     """When the transport is hidden, aborting returns `False` and raises nothing."""
     assert not server.can_abort
     assert not server.abort()
+
+
+@pytest.mark.parametrize("server", [hidden(), side(in_use=True)])
+def test_hidden_or_used_direct_transport_is_not_used(server: ServerTransport) -> None:
+    """Behind a middleware that wraps both callables, or while a call of one waits, frames go through ASGI."""
+    assert server.direct_transport({"extensions": {EXTENSION: {}}}) is None
+
+
+def test_direct_transport_needs_extension_of_server() -> None:
+    """The scope says whether the server has a direct transport."""
+    server = side(in_use=False)
+    assert server.direct_transport({"extensions": {EXTENSION: {}}}) is not None
+    assert server.direct_transport({"extensions": None}) is None
 
 
 @pytest.mark.parametrize(

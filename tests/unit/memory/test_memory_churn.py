@@ -257,7 +257,7 @@ def check_nothing_is_held(stage: Stage) -> None:
     assert [entry for entry in budget._heap if entry is entry[2].heap_item] == []
     assert (len(node.connections), len(states), sessions._by_id) == (0, 0, {})
     assert (sessions._detached, sessions._of_instance) == ({}, {})
-    assert (node.tokens._inherited, states._of_client) == ({}, {})
+    assert (node.tokens._inherited, states.by_client) == ({}, {})
     assert (stage.manager.get_connection_count(), len(stage.manager.get_rooms())) == (0, 0)
     assert len(node.hub.presence) == 0
     assert (budget.described, list(node.hub._metadata_sizes)) == ({}, [])

@@ -354,7 +354,7 @@ def test_every_call_of_teardown_is_covered() -> None:
                         name = callee.attr if isinstance(callee, ast.Attribute) else getattr(callee, "id", "?")
                         if name in ("attempt", "_attempt"):
                             step = call.args[0]
-                            name = step.attr if isinstance(step, ast.Attribute) else "?"
+                            name = step.attr if isinstance(step, ast.Attribute) else getattr(step, "id", "?")
                         if name not in CALLS and name not in SAFE:
                             unknown.append(f"{module}: {node.name} calls {name}")
     assert not unknown

@@ -86,6 +86,20 @@ def test_unfinished_frame_stores_no_header_twice() -> None:
         assert parser.unparsed_bytes == 0
 
 
+def test_compacted_parser_keeps_unparsed_bytes() -> None:
+    """`compact` drops the bytes that are parsed, and no others."""
+    parser = FrameParser(1000, None)
+    data = frame(TEXT, b"one") + frame(TEXT, b"two")
+    parser.feed(data[:-2])
+    assert parser.next_frame() is not None
+    parser.compact()
+    assert parser.unparsed_bytes == len(parser._data) == len(data) // 2 - 2
+    parser.feed(data[-2:])
+    assert parser.next_frame() == (TEXT, "two")
+    parser.compact()
+    assert parser._data == b""
+
+
 def test_ended_parser_returns_nothing() -> None:
     """After its end the parser ignores what waits and what comes."""
     parser = FrameParser(LIMIT, None)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from websockets.http11 import Request
 from websockets.server import ServerProtocol
 
-from fastapi_ws_stabilizer.servers.uvicorn.upgrade import MAX_BYTES, read_request
+from fastapi_ws_stabilizer.servers.uvicorn.upgrade import MAX_BYTES, read_request, with_shared_parts
 from tests.fuzz import strategies
 from tests.unit.servers.test_uvicorn_protocol import REQUEST, FakeTransport, Reader, made
 
@@ -109,3 +109,12 @@ async def test_request_in_two_reads_is_answered(at: int) -> None:
     await finished(protocol)
     assert transport.written.startswith(b"HTTP/1.1 403 ")
     assert protocol.scope["query_string"] == b"token=a%20b"
+
+
+def test_frequent_header_parts_are_shared() -> None:
+    """Connections share frequent names and values of headers, and other headers are unchanged."""
+    headers = [(bytes(bytearray(b"host")), b"a.example"), (b"x-own", bytes(bytearray(b"websocket")))]
+    first, second = with_shared_parts(headers), with_shared_parts(iter(list(headers)))
+    assert first == second == headers
+    assert first[0][0] is second[0][0] is with_shared_parts([(bytes(bytearray(b"host")), b"")])[0][0]
+    assert first[1][1] is with_shared_parts([(b"upgrade", bytes(bytearray(b"websocket")))])[0][1]

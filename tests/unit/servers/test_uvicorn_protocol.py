@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from typing import Any
 
 import pytest
@@ -123,7 +124,7 @@ async def made(app: Any = application, **options: Any) -> Any:
     config = Config(app, log_level="critical", **options)
     config.load()
     protocol = StableWebSocketProtocol(config, ServerState(), app_state={}, _loop=asyncio.get_running_loop())
-    protocol.scope = {"type": "websocket", "extensions": {}}
+    protocol.scope = {"type": "websocket", "headers": [], "extensions": {}}
     protocol.request = protocol.response = None
     return protocol
 
@@ -329,6 +330,19 @@ async def test_direct_close_before_received_close_frame_is_answered() -> None:
     assert transport.written.partition(b"\r\n\r\n")[2] == b"\x88\x0f\x11\x97out of memory"
     assert transport.closed
     assert sink.gone_with == []
+    protocol.connection_lost(None)
+
+
+async def test_attached_protocol_has_small_dict() -> None:
+    """The attributes of an attached instance fit into a table of 64 entries, of which Python uses two thirds."""
+    reader, transport = Reader(), FakeTransport()
+    protocol = await made(reader)
+    protocol.connection_made(transport)
+    protocol.data_received(REQUEST)
+    await eventually(lambda: reader.accepted)
+    protocol.attach(CallingSink(print), max_message_bytes=1000, own_pings=True)
+    assert len(vars(protocol)) <= 42
+    assert sys.getsizeof(vars(protocol)) == sys.getsizeof(dict(vars(protocol)))
     protocol.connection_lost(None)
 
 
