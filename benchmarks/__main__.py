@@ -16,7 +16,7 @@ from benchmarks.figures import Table
 from benchmarks.processes import ROOT
 from benchmarks.report import bar_lines, document, machine, table_lines, versions
 from benchmarks.scenarios.broadcasts import burst, compressed, fanout, sessions
-from benchmarks.scenarios.connections import connect, heartbeat, memory
+from benchmarks.scenarios.connections import connect, heartbeat, memory, resumable
 from benchmarks.scenarios.echo import echo
 from benchmarks.scenarios.isolation import slow, stall
 from benchmarks.scenarios.storms import storm
@@ -35,6 +35,7 @@ SCENARIOS: dict[str, Callable[[Bench], list[Table]]] = {
     "slow": slow,
     "stall": stall,
     "memory": memory,
+    "resumable": resumable,
     "heartbeat": heartbeat,
     "connect": connect,
     "storm": storm,

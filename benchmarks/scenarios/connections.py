@@ -12,6 +12,10 @@ from benchmarks.processes import ContenderError, Stand
 WARM_UP_CONNECTIONS = 200
 SETTLE_SECONDS = 0.5
 HEARTBEAT_INTERVAL = 1.0
+STORM_ADDRESSES = 8
+"""Source addresses of the clients, because one address has ports for fewer than 10,000 on some machines."""
+
+STORM_TIMEOUT = 60.0
 
 
 def memory(bench: Bench) -> list[Table]:
@@ -37,6 +41,31 @@ def memory(bench: Bench) -> list[Table]:
 
     bench.afresh((BARE, PLAIN, PROTOCOL, PLAIN_V1, PROTOCOL_V1, REFERENCE), [table], measure)
     return [table]
+
+
+def resumable(bench: Bench) -> list[Table]:
+    """Measure the whole server process with many sessions, while their clients are connected and when they are away."""
+    clients = bench.scale.storm_clients
+    note = "Proportional set of the whole process, garbage collected and free memory given back."
+    connected = Table("resumable", f"Memory: {clients:,} connected clients with a session", "MiB", note, PLAIN_V1.key)
+    detached = Table(
+        "resumable-away",
+        f"Memory: the sessions of {clients:,} clients that are away",
+        "MiB",
+        "Of the same runs, after all clients have vanished. Each of them could resume its session.",
+        PLAIN_V1.key,
+    )
+
+    def measure(stand: Stand) -> None:
+        stand.connect(clients, addresses=STORM_ADDRESSES, timeout=STORM_TIMEOUT)
+        time.sleep(SETTLE_SECONDS)
+        connected.add(stand.contender, stand.server.call("memory")["bytes"] / 2**20)
+        stand.load.call("vanish")
+        stand.wait_until_idle()
+        detached.add(stand.contender, stand.server.call("memory")["bytes"] / 2**20)
+
+    bench.afresh((PLAIN_V1, PROTOCOL_V1), [connected, detached], measure)
+    return [connected, detached]
 
 
 def heartbeat(bench: Bench) -> list[Table]:
