@@ -61,6 +61,7 @@ _OURS_OF_CONN: Final = (
     "eof_sent",
     "fail",
     "handshake_exc",
+    "id",
     "parser",
     "reader",
     "recv_frame",
