@@ -13,8 +13,15 @@ import pytest
 from fastapi import Depends, FastAPI, HTTPException, WebSocket, WebSocketException
 from fastapi.responses import JSONResponse
 
-from fastapi_ws_stabilizer import StableSocket, StableSocketDep, WebSocketConfig, WebSocketConnectionManager
+from fastapi_ws_stabilizer import (
+    StableSocket,
+    StableSocketDep,
+    WebSocketConfig,
+    WebSocketConnectionManager,
+    scheduling,
+)
 from fastapi_ws_stabilizer.auth.credentials import Credential, first_message
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.errors import (
     ConnectionLimitExceededError,
     DuplicateClientError,
@@ -276,6 +283,26 @@ async def test_full_server_bounds_v1_clients_without_hello(
     assert await harness.numbered("/path/bob").answered() == 101
     await silent[0].closed()
     assert harness.counted == (1, MIN_PENDING)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("options", [{"max_connections": 1}, {"on_duplicate": "reject"}], ids=["full", "duplicate"])
+async def test_noticed_loss_does_not_reject_reconnect(
+    admission_app: Make, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], path: str
+) -> None:
+    """A connection whose loss waits for its turn, behind very many others, rejects no client that comes later."""
+    harness = admission_app(**options)
+    old = await harness.connect_accepted(path.format("ann"))
+    monkeypatch.setattr(scheduling, "MAX_BLOCK", -1.0)  # one loss in each iteration of the event loop
+    losses = harness.manager._node._resources.closings
+    for _ in range(50):
+        losses.run(int)
+    old.server.feed_disconnect()
+    await settle()
+    assert len(losses) > 1
+    await harness.connect_accepted(path.format("bob" if "max_connections" in options else "ann"))
+    assert harness.refusals == {}
+    assert harness.manager.counters.endings == {DisconnectReason.CLIENT_CLOSE: 1}
 
 
 @pytest.mark.parametrize("path", PATHS)
