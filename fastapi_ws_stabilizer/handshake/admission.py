@@ -301,14 +301,16 @@ class AdmissionController:
         if not self._unchecked:
             self._unchecked = list(self._handshakes)
         loop_budget = LoopBudget()
-        while self._unchecked and not loop_budget.exceeded():
-            handshake = self._unchecked.pop()
-            if handshake in self._handshakes and not handshake.rejected:
-                handshake.check_abandoned()
-        if self._handshakes:
-            self.watch()
-        else:
-            self._unchecked.clear()
+        try:
+            while self._unchecked and not loop_budget.exceeded():
+                handshake = self._unchecked.pop()
+                if handshake in self._handshakes and not handshake.rejected:
+                    handshake.check_abandoned()
+        finally:  # a transport of a foreign server may raise
+            if self._handshakes:
+                self.watch()
+            else:
+                self._unchecked.clear()
 
     def on_unanswered(self, websocket: WebSocket) -> None:
         """Report once for each route that the server selected none of the subprotocols that a client offered.
