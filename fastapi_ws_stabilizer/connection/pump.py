@@ -164,7 +164,7 @@ def resume(connection: Connection) -> None:
     """Record that reading continues. The pause does not count as silence of the client."""
     connection.pause = None
     connection.liveness.on_frame(monotonic())
-    if connection.close_info is None:
+    if connection.close_info is None and not connection.server_transport.closing:
         connection.server_transport.start_keepalive()
 
 

@@ -146,6 +146,30 @@ async def test_read_pause_does_not_count_as_silence(bench: Any, monkeypatch: pyt
     assert connection.liveness.awaiting_since is None
 
 
+@pytest.mark.parametrize(("is_closing", "starts"), [(False, 1), (True, 0)])
+async def test_keepalive_starts_again_after_read_pause(bench: Any, is_closing: bool, starts: int) -> None:
+    """The server's own pings start again after a pause, but not on a transport that is closing.
+
+    uvicorn has stopped them at its loss, and would stop them no more.
+    """
+
+    class Transport:
+        def abort(self) -> None: ...
+
+        def is_closing(self) -> bool:
+            return is_closing
+
+    b = bench(inbox_max_messages=1)
+    calls: list[str] = []
+    b.server.transport = Transport()
+    b.server.stop_keepalive = lambda: calls.append("stop")
+    b.server.start_keepalive = lambda: calls.append("start")
+    connection, _ = await b.open()
+    pump_module.begin_pause(connection)
+    pump_module.resume(connection)
+    assert calls == ["stop"] + ["start"] * starts
+
+
 async def test_connection_can_close_during_read_pause(bench: Any) -> None:
     """A connection can be closed during a read pause, and received messages can still be read."""
     b = bench(inbox_max_messages=1)
