@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from fastapi_ws_stabilizer import scheduling
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection import pump as pump_module
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.outbox import MAX_CONTROL_FRAMES
+from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
 from fastapi_ws_stabilizer.errors import SocketClosed
 from tests.support.fake_websocket import FakeServer, eventually, settle, with_deadline
 
@@ -279,6 +281,21 @@ async def test_failing_receive_is_lost_connection(bench: Any) -> None:
     assert (connection.close_info.cause, connection.close_info.code) == (DisconnectReason.NETWORK_LOST, 1006)
     assert b.heard.of("connection_lost")[0].fields["cause"] == "RuntimeError('stream closed')"
     assert max(report.level for report in b.heard.all) < 30
+
+
+@pytest.mark.parametrize("max_block", [scheduling.MAX_BLOCK, -1.0], ids=["at once", "later"])
+async def test_disconnect_with_failing_server_object_ends_connection(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, max_block: float
+) -> None:
+    """If the server's objects fail when asked about a loss, the connection ends too, also if the loss has waited."""
+    monkeypatch.setattr(scheduling, "MAX_BLOCK", max_block)
+    monkeypatch.setattr(ServerTransport, "saw_close_frame", lambda *_: 1 / 0)
+    b = bench()
+    connection, _ = await b.open()
+    b.server.feed_disconnect()
+    await eventually(lambda: connection.close_info)
+    assert connection.close_info.cause is DisconnectReason.NETWORK_LOST
+    assert len(b.heard.of("internal_task_failed")) == 1
 
 
 async def test_ping_flood_is_not_fully_answered(bench: Any) -> None:
