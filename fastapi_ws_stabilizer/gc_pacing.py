@@ -168,25 +168,33 @@ class CollectorPacer:
         if generation == _OLDEST:
             self.full_collections += 1
             self.full_seconds += monotonic() - self._collection_began
-        if self._host is not None and not self._host.is_paced:  # its event loop has ended without a shutdown
+        host = self._host
+        if host is not None and not host.is_paced:  # its event loop has ended without a shutdown
             self._end()
-        if self._host is not None:
+            host = None
+        if host is not None:
             if self._freezes_left and self._has_default_collector():
                 self._freezes_left -= 1
-                gc.freeze()
+                self._freeze()
         elif self._has_default_collector():
             paced = self._paced()
             if sum(member.count() for member in paced) >= MIN_CONNECTIONS:
                 self._start(paced[0])
 
     def _start(self, host: PacedConnections) -> None:
+        self._host = host  # first, because the event loop of another thread may begin before the call returns
+        self._freezes_left = MAX_FREEZES
         try:
             host.loop.call_soon_threadsafe(self._begin, host, context=contextvars.Context())
         except RuntimeError:  # the event loop has just been closed
+            self._host = None
             return
-        self._host = host
-        self._freezes_left = MAX_FREEZES
+        self._freeze()
+
+    def _freeze(self) -> None:
         gc.freeze()
+        if self._host is None:  # the pacing has just ended in another thread
+            gc.unfreeze()
 
     def _begin(self, host: PacedConnections) -> None:
         """Begin the checks, on the event loop of a manager."""
@@ -235,11 +243,13 @@ class CollectorPacer:
         return MAX_GROWTH * self._live_blocks + MAX_BLOCKS_PER_CONNECTION * new_connections
 
     def _collect(self, host: PacedConnections) -> None:
-        """Run a full collection of all objects."""
+        """Run a full collection of all objects. If another thread is collecting, leave it to the next check."""
         gc.unfreeze()
-        began = monotonic()
+        before, began = self.full_collections, monotonic()
         found = gc.collect()  # `_on_collection` freezes what is left
         seconds = monotonic() - began
+        if self.full_collections == before:
+            return
         self._note_live()
         host.events.emit("gc_collected", logging.DEBUG, seconds=seconds, found=found)
 

@@ -133,11 +133,6 @@ class Node(ConnectionListener):
         self.addresses = ClientAddressResolver(config.trusted_proxies)
         rejector = Rejector(RejectPolicy(config.reject), events, self.addresses)
         self._hello_reader = HelloReader(config, rejector)
-        self.admission = AdmissionController(
-            config, events, self.addresses, rejector, self._hello_reader, self.registry, self._closing
-        )
-        self.heartbeat = HeartbeatScheduler(config, events)
-        self.reaper = ConnectionReaper(config)
         self._resources = SharedResources(
             self,
             config,
@@ -153,6 +148,18 @@ class Node(ConnectionListener):
             ),
             next_shard=self.registry.next_shard,
         )
+        self.admission = AdmissionController(
+            config,
+            events,
+            self.addresses,
+            rejector,
+            self._hello_reader,
+            self.registry,
+            self._closing,
+            self._resources.closings,
+        )
+        self.heartbeat = HeartbeatScheduler(config, events)
+        self.reaper = ConnectionReaper(config)
         self._renewer = CredentialRenewer(hooks, self._tasks)
         self.closer = EndpointCloser(self._tasks, config.disconnect_grace)
         self.acceptor = Acceptor(

@@ -204,6 +204,13 @@ class PacedCalls:
         else:
             call(*args)
 
+    async def wait_for_earlier(self) -> None:
+        """Wait until the calls that wait now have run. Cancelling is safe."""
+        if self._waiting:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self.run(_complete, turn)
+            await turn
+
     def _schedule(self) -> None:
         self._scheduled = True
         self._until = monotonic() + MAX_BLOCK
@@ -221,6 +228,11 @@ class PacedCalls:
                 self._events.emit_exception("internal_task_failed", error, task="ws-paced")
             if monotonic() >= self._until:
                 break
+
+
+def _complete(turn: asyncio.Future[None]) -> None:
+    if not turn.done():  # a cancelled task does not wait for it
+        turn.set_result(None)
 
 
 MAX_BATCH: Final = 1024

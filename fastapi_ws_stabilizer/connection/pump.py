@@ -83,8 +83,14 @@ def close_on_disconnect_event(connection: Connection, event: Mapping[str, Any]) 
 
 
 def _close_as_reported(connection: Connection, event: Mapping[str, Any]) -> None:
-    close_frame = connection.server_transport.saw_close_frame(event)
-    connection.on_peer_close(remote_close(event.get("code") or 1005, event.get("reason"), close_frame=close_frame))
+    try:
+        close_frame = connection.server_transport.saw_close_frame(event)
+        close_info = remote_close(event.get("code") or 1005, event.get("reason"), close_frame=close_frame)
+    except Exception as error:  # an event that has waited has no caller that would end the connection
+        connection.events.emit_exception("internal_task_failed", error, task="ws-pump")
+        connection.on_connection_lost(error)
+    else:
+        connection.on_peer_close(close_info)
 
 
 def on_inbox_full(connection: Connection) -> bool:
@@ -164,7 +170,7 @@ def resume(connection: Connection) -> None:
     """Record that reading continues. The pause does not count as silence of the client."""
     connection.pause = None
     connection.liveness.on_frame(monotonic())
-    if connection.close_info is None:
+    if connection.close_info is None and not connection.server_transport.closing:
         connection.server_transport.start_keepalive()
 
 

@@ -31,7 +31,7 @@ from fastapi_ws_stabilizer.hub.registry import MAX_CLOSING, ClosingConnections, 
 from fastapi_ws_stabilizer.limits.connections import ConnectionLimiter, Reservation, retry_delay, shutdown_error
 from fastapi_ws_stabilizer.net.origin import OriginPolicy
 from fastapi_ws_stabilizer.net.proxies import rate_limit_key
-from fastapi_ws_stabilizer.scheduling import LoopBudget, PacedTasks
+from fastapi_ws_stabilizer.scheduling import LoopBudget, PacedCalls, PacedTasks
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.tasks import LazyEvent, wait_for_all
 from fastapi_ws_stabilizer.wire.handshake import (
@@ -200,6 +200,7 @@ class AdmissionController:
         hello_reader: The reader of hellos, which gives up pending clients when the server is full.
         registry: The open connections.
         closing_connections: The connections in teardown.
+        losses: The losses of connections that wait for their turn.
     """
 
     def __init__(
@@ -211,11 +212,13 @@ class AdmissionController:
         hello_reader: HelloReader,
         registry: ConnectionRegistry,
         closing_connections: ClosingConnections,
+        losses: PacedCalls,
     ) -> None:
         self._events = events
         self._hello_reader = hello_reader
         self._registry = registry
         self._closing_connections = closing_connections
+        self._losses = losses
         self._on_duplicate = config.on_duplicate
         self._max_connections = config.max_connections
         self._drain_window = config.drain_window
@@ -298,14 +301,16 @@ class AdmissionController:
         if not self._unchecked:
             self._unchecked = list(self._handshakes)
         loop_budget = LoopBudget()
-        while self._unchecked and not loop_budget.exceeded():
-            handshake = self._unchecked.pop()
-            if handshake in self._handshakes and not handshake.rejected:
-                handshake.check_abandoned()
-        if self._handshakes:
-            self.watch()
-        else:
-            self._unchecked.clear()
+        try:
+            while self._unchecked and not loop_budget.exceeded():
+                handshake = self._unchecked.pop()
+                if handshake in self._handshakes and not handshake.rejected:
+                    handshake.check_abandoned()
+        finally:  # a transport of a foreign server may raise
+            if self._handshakes:
+                self.watch()
+            else:
+                self._unchecked.clear()
 
     def on_unanswered(self, websocket: WebSocket) -> None:
         """Report once for each route that the server selected none of the subprotocols that a client offered.
@@ -341,8 +346,11 @@ class AdmissionController:
     async def wait_for_turn(self) -> None:
         """Wait until the event loop has time for one more handshake. Without a storm it does not wait.
 
-        Cancelling is safe.
+        It also waits for the losses of connections that are known now. Otherwise the server could reject a client
+        because of its own lost connection, or because lost connections count as open. Cancelling is safe.
         """
+        if self._losses:
+            await self._losses.wait_for_earlier()
         if not self._turns.try_enter():
             await self._turns.enter()
 

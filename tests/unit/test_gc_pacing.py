@@ -483,6 +483,71 @@ def test_collection_in_another_thread_starts_checks_on_event_loop(process: Proce
     play(scene)
 
 
+def test_event_loop_may_begin_checks_before_collection_continues(
+    process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A collection in another thread wakes the event loop, which may begin the checks before that thread continues."""
+
+    async def scene() -> None:
+        manager = Manager(MIN_CONNECTIONS)
+        manager.paced.start()
+        loop = asyncio.get_running_loop()
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "call_soon_threadsafe", lambda call, *args, context: context.run(call, *args))
+            gc.collect(1)
+        assert manager.event_names() == ["gc_pacing_started"]
+        process.blocks += LIVE_BLOCKS
+        await next_check()
+        assert manager.event_names() == ["gc_pacing_started", "gc_collected"]
+        manager.paced.stop()
+
+    play(scene)
+
+
+def test_pacing_that_ends_during_collection_leaves_nothing_frozen(
+    process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the last manager stops while another thread freezes what its collection leaves, nothing stays frozen."""
+
+    async def scene() -> None:
+        manager = Manager(MIN_CONNECTIONS)
+        manager.paced.start()
+        gc.collect(1)
+        await asyncio.sleep(0)
+        freeze = gc.freeze
+
+        def stop_and_freeze() -> None:
+            manager.paced.stop()
+            freeze()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gc, "freeze", stop_and_freeze)
+            gc.collect(1)
+        assert process.frozen == 0
+
+    play(scene)
+
+
+def test_full_collection_that_cannot_run_is_repeated(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While another thread collects, `gc.collect` does nothing. The next check then runs the full collection."""
+
+    async def scene() -> None:
+        manager = Manager(MIN_CONNECTIONS)
+        manager.paced.start()
+        gc.collect(1)
+        await asyncio.sleep(0)
+        process.blocks += LIVE_BLOCKS
+        with monkeypatch.context() as patch:
+            patch.setattr(gc, "collect", lambda: 0)
+            await next_check()
+        assert manager.event_names() == ["gc_pacing_started"]
+        await next_check()
+        assert manager.event_names() == ["gc_pacing_started", "gc_collected"]
+        manager.paced.stop()
+
+    play(scene)
+
+
 def test_dropped_manager_is_not_held(process: Process) -> None:
     """The pacer holds no manager that was dropped without a shutdown."""
 

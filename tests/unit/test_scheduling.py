@@ -415,6 +415,22 @@ async def test_failing_paced_call_is_reported_and_others_run(monkeypatch: pytest
     assert ear.events == ["internal_task_failed"]
 
 
+async def test_task_waits_for_earlier_paced_calls_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task continues after the calls that waited before it. A cancelled one leaves the others as they are."""
+    work, calls = Work(monkeypatch), PacedCalls(EventBus())
+    await calls.wait_for_earlier()  # nothing waits
+    for part in range(8):
+        calls.run(work, part)
+    cancelled, waiting = (asyncio.ensure_future(calls.wait_for_earlier()) for _ in range(2))
+    await asyncio.sleep(0)
+    for part in range(8, 50):
+        calls.run(work, part)
+    cancelled.cancel()
+    await waiting
+    assert 8 <= len(work.done) < 20
+    await work.until(50)
+
+
 async def arrive(gate: PacedTasks, work: Work, part: Any) -> None:
     """Do a part of the work behind the gate."""
     await gate.enter()

@@ -82,6 +82,7 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         "own_pings",
         "paced",
         "parser",
+        "running_calls",
         "sink",
         "window_bits",
         "write_paused",

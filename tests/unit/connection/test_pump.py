@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from fastapi_ws_stabilizer import scheduling
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection import pump as pump_module
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.outbox import MAX_CONTROL_FRAMES
+from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
 from fastapi_ws_stabilizer.errors import SocketClosed
 from tests.support.fake_websocket import FakeServer, eventually, settle, with_deadline
 
@@ -146,6 +148,30 @@ async def test_read_pause_does_not_count_as_silence(bench: Any, monkeypatch: pyt
     assert connection.liveness.awaiting_since is None
 
 
+@pytest.mark.parametrize(("is_closing", "starts"), [(False, 1), (True, 0)])
+async def test_keepalive_starts_again_after_read_pause(bench: Any, is_closing: bool, starts: int) -> None:
+    """The server's own pings start again after a pause, but not on a transport that is closing.
+
+    uvicorn has stopped them at its loss, and would stop them no more.
+    """
+
+    class Transport:
+        def abort(self) -> None: ...
+
+        def is_closing(self) -> bool:
+            return is_closing
+
+    b = bench(inbox_max_messages=1)
+    calls: list[str] = []
+    b.server.transport = Transport()
+    b.server.stop_keepalive = lambda: calls.append("stop")
+    b.server.start_keepalive = lambda: calls.append("start")
+    connection, _ = await b.open()
+    pump_module.begin_pause(connection)
+    pump_module.resume(connection)
+    assert calls == ["stop"] + ["start"] * starts
+
+
 async def test_connection_can_close_during_read_pause(bench: Any) -> None:
     """A connection can be closed during a read pause, and received messages can still be read."""
     b = bench(inbox_max_messages=1)
@@ -255,6 +281,21 @@ async def test_failing_receive_is_lost_connection(bench: Any) -> None:
     assert (connection.close_info.cause, connection.close_info.code) == (DisconnectReason.NETWORK_LOST, 1006)
     assert b.heard.of("connection_lost")[0].fields["cause"] == "RuntimeError('stream closed')"
     assert max(report.level for report in b.heard.all) < 30
+
+
+@pytest.mark.parametrize("max_block", [scheduling.MAX_BLOCK, -1.0], ids=["at once", "later"])
+async def test_disconnect_with_failing_server_object_ends_connection(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, max_block: float
+) -> None:
+    """If the server's objects fail when asked about a loss, the connection ends too, also if the loss has waited."""
+    monkeypatch.setattr(scheduling, "MAX_BLOCK", max_block)
+    monkeypatch.setattr(ServerTransport, "saw_close_frame", lambda *_: 1 / 0)
+    b = bench()
+    connection, _ = await b.open()
+    b.server.feed_disconnect()
+    await eventually(lambda: connection.close_info)
+    assert connection.close_info.cause is DisconnectReason.NETWORK_LOST
+    assert len(b.heard.of("internal_task_failed")) == 1
 
 
 async def test_ping_flood_is_not_fully_answered(bench: Any) -> None:

@@ -6,6 +6,8 @@ import asyncio
 import contextvars
 import json
 import re
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -13,8 +15,15 @@ import pytest
 from fastapi import Depends, FastAPI, HTTPException, WebSocket, WebSocketException
 from fastapi.responses import JSONResponse
 
-from fastapi_ws_stabilizer import StableSocket, StableSocketDep, WebSocketConfig, WebSocketConnectionManager
+from fastapi_ws_stabilizer import (
+    StableSocket,
+    StableSocketDep,
+    WebSocketConfig,
+    WebSocketConnectionManager,
+    scheduling,
+)
 from fastapi_ws_stabilizer.auth.credentials import Credential, first_message
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.errors import (
     ConnectionLimitExceededError,
     DuplicateClientError,
@@ -276,6 +285,26 @@ async def test_full_server_bounds_v1_clients_without_hello(
     assert await harness.numbered("/path/bob").answered() == 101
     await silent[0].closed()
     assert harness.counted == (1, MIN_PENDING)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("options", [{"max_connections": 1}, {"on_duplicate": "reject"}], ids=["full", "duplicate"])
+async def test_noticed_loss_does_not_reject_reconnect(
+    admission_app: Make, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], path: str
+) -> None:
+    """A connection whose loss waits for its turn, behind very many others, rejects no client that comes later."""
+    harness = admission_app(**options)
+    old = await harness.connect_accepted(path.format("ann"))
+    monkeypatch.setattr(scheduling, "MAX_BLOCK", -1.0)  # one loss in each iteration of the event loop
+    losses = harness.manager._node._resources.closings
+    for _ in range(50):
+        losses.run(int)
+    old.server.feed_disconnect()
+    await settle()
+    assert len(losses) > 1
+    await harness.connect_accepted(path.format("bob" if "max_connections" in options else "ann"))
+    assert harness.refusals == {}
+    assert harness.manager.counters.endings == {DisconnectReason.CLIENT_CLOSE: 1}
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -1017,6 +1046,100 @@ async def test_disconnect_cancels_pending_handshake(
     assert harness.counted == (0, 0)
     assert harness.refusals == {}
     assert [one.event for one in harness.heard.all if one.error is not None] == []
+
+
+class WatchedHandshakes:
+    """Handshakes whose hooks wait, and whose clients leave when the test says so."""
+
+    def __init__(self, harness: AdmissionApp, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(admission_module, "WATCH_INTERVAL", 0.01)
+        monkeypatch.setattr(admission_module, "ServerTransport", self._transport)
+        self._harness = harness
+        self.waiting: set[str] = set()
+        self.left: set[str] = set()
+        self.checks: list[str] = []
+        self.seconds = 0.0  # that each check takes
+        harness.manager.on_handshake(self._wait)
+
+    async def _wait(self, ws: StableSocket) -> None:
+        self.waiting.add(ws.client_id)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.waiting.remove(ws.client_id)
+
+    def _transport(self, receive: Any, _: Any) -> Any:
+        return self._Transport(self, receive.__self__.websocket.path_params["client_id"])
+
+    class _Transport:
+        def __init__(self, watched: WatchedHandshakes, client_id: str) -> None:
+            self._watched = watched
+            self._client_id = client_id
+
+        @property
+        def closing(self) -> bool:
+            self._watched.checks.append(self._client_id)
+            time.sleep(self._watched.seconds)
+            return self._client_id in self._watched.left
+
+    async def start(self, *client_ids: str) -> None:
+        for client_id in client_ids:
+            self._harness.call(f"/path/{client_id}")
+        await eventually(lambda: self.waiting >= set(client_ids))
+
+
+async def test_each_abandoned_handshake_is_cancelled(admission_app: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handshake whose client has left is cancelled within `WATCH_INTERVAL`, and no other one.
+
+    One timer watches all of them. It stops after the last one.
+    """
+    harness = admission_app()
+    watched = WatchedHandshakes(harness, monkeypatch)
+    await watched.start("ann", "bob")
+    await asyncio.sleep(0.03)
+    await watched.start("cid")
+    for client_id in ("bob", "cid", "ann"):
+        watched.left.add(client_id)
+        await eventually(lambda: not watched.waiting & watched.left)
+        assert len(watched.waiting) == 3 - len(watched.left)
+    await eventually(lambda: harness.manager._node.admission._timer is None)
+    await watched.start("dan")
+    watched.left.add("dan")
+    await eventually(lambda: not watched.waiting)
+
+
+async def test_very_many_handshakes_are_checked_in_parts(admission_app: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check of very many handshakes is divided among iterations of the event loop, and reaches each of them."""
+    harness = admission_app()
+    watched = WatchedHandshakes(harness, monkeypatch)
+    names = [f"c{number}" for number in range(10)]
+    await watched.start(*names)
+    watched.seconds = scheduling.MAX_BLOCK / 2
+    await asyncio.sleep(0.1)  # until no check has begun before
+    watched.checks.clear()
+    by_iteration = []
+    while len(watched.checks) < 30:
+        before = len(watched.checks)
+        await asyncio.sleep(0)
+        by_iteration.append(len(watched.checks) - before)
+        assert len(by_iteration) < 100_000
+    assert max(by_iteration) <= 4
+    assert set(Counter(watched.checks[:30]).values()) <= {2, 3, 4}
+    watched.left.update(names)
+    await eventually(lambda: not watched.waiting)
+
+
+async def test_failing_check_does_not_stop_the_others(admission_app: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transport of a server that raises does not end the watch over the other handshakes."""
+    harness = admission_app()
+    watched = WatchedHandshakes(harness, monkeypatch)
+    await watched.start("ann", "bob")
+    with monkeypatch.context() as patch:
+        patch.setattr(watched._Transport, "closing", property(lambda _: 1 / 0))
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        await asyncio.sleep(0.05)
+    watched.left.update({"ann", "bob"})
+    await eventually(lambda: not watched.waiting)
 
 
 @pytest.mark.parametrize("path", ["/path/bob", "/identity"])

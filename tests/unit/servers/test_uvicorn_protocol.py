@@ -334,7 +334,10 @@ async def test_direct_close_before_received_close_frame_is_answered() -> None:
 
 
 async def test_attached_protocol_has_small_dict() -> None:
-    """The attributes of an attached instance fit into a table of 64 entries, of which Python uses two thirds."""
+    """The attributes of an attached instance fit into a table of 64 entries, of which Python uses two thirds.
+
+    So those that this class adds to uvicorn's are slots.
+    """
     reader, transport = Reader(), FakeTransport()
     protocol = await made(reader)
     protocol.connection_made(transport)
@@ -342,6 +345,8 @@ async def test_attached_protocol_has_small_dict() -> None:
     await eventually(lambda: reader.accepted)
     protocol.attach(CallingSink(print), max_message_bytes=1000, own_pings=True)
     assert len(vars(protocol)) <= 42
+    made_by_uvicorn = vars(WebSocketsSansIOProtocol(protocol.config, ServerState(), {})).keys()
+    assert vars(protocol).keys() - made_by_uvicorn <= {"scope", "request", "response"}  # made by its handshake
     assert sys.getsizeof(vars(protocol)) == sys.getsizeof(dict(vars(protocol)))
     protocol.connection_lost(None)
 
