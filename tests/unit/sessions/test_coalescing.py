@@ -181,6 +181,23 @@ async def test_cancelled_sender_keeps_message_of_another() -> None:
         assert line.got == ["in flight", "a", "b", 2]
 
 
+@virtually
+async def test_cancelled_sender_of_volatile_message_ends_no_session() -> None:
+    """A volatile message without room is dropped and counted, also if it had replaced that of a cancelled sender."""
+    async with Stage(outbox_max_messages=2) as stage:
+        line = await blocked(stage, Peer(stage))
+        await offer(stage, "a", "b", key=None)
+        sending = asyncio.ensure_future(stage.socket().send("sent", coalesce_key="k", volatile=True))
+        await soon()
+        assert await stage.manager.send_to_client("ann", "offered", coalesce_key="k", volatile=True)
+        sending.cancel()
+        await soon()
+        assert stage.manager.counters.messages_dropped == 1
+        line.server.release()
+        await soon()
+        assert (line.got, line.close_code) == (["in flight", "a", "b"], None)
+
+
 # ── away ──
 
 
