@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.errors import SocketClosed
+from fastapi_ws_stabilizer.sessions.v1_protocol import V1Protocol
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL, parse
 from tests.support.fake_link import soon, virtually
 from tests.support.fake_websocket import with_deadline
@@ -160,6 +162,29 @@ async def test_offered_message_replaces_waiting_one() -> None:
         await line.leaves()
         line = await peer.dial(seq=1)
         assert (line.outcome, line.got) == ("full", ["a", "b", 2])
+
+
+@virtually
+async def test_sender_whose_connection_closes_awaits_ack_of_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newer value takes over from a sender and finds no room. The closing connection asks for no acknowledgement."""
+    requests = list[V1Protocol]()
+    monkeypatch.setattr(V1Protocol, "_send_ack_request", lambda protocol: requests.append(protocol))
+    async with Stage(outbox_max_messages=2) as stage:
+        peer = Peer(stage)
+        line = await blocked(stage, peer)
+        await offer(stage, "a", "b", key=None)
+        sending = asyncio.ensure_future(stage.socket().send(1, coalesce_key="price", ack=True))
+        await soon()
+        await offer(stage, 2)
+        await soon()
+        assert requests == []
+        line.server.release()
+        await line.leaves()
+        line = await peer.dial(seq=1)
+        assert (line.outcome, line.got) == ("full", ["a", "b", 2])
+        assert not sending.done()
+        await line.say({"type": "ack", "seq": 4})
+        await with_deadline(sending)
 
 
 @virtually
