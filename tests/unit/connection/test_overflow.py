@@ -186,6 +186,18 @@ async def test_offered_message_of_waiting_sender_counts_as_discarded(stalled: An
     assert b.events.counters.messages_discarded == len(["stuck", *"abcd", "offered"])
 
 
+def test_preloaded_messages_use_no_room_of_replacement() -> None:
+    """A newer message may be larger than the one that it replaces, as if the replayed messages were not there."""
+    queue = SendQueue(OutboxLimits(WebSocketConfig(outbox_max_bytes=10), Counters()))
+    for _ in range(10):
+        queue.append(encode("replayed"))
+    queue.allow_extra()
+    queue.append(encode("p1", "price"))
+    assert queue.coalesce(encode("p1000", "price"))
+    assert not queue.coalesce(encode("p1000000000", "price"))
+    assert [frame.text for frame in queue.pop_up_to(1000)] == ["replayed"] * 10 + ["p1000"]
+
+
 async def test_waiting_sender_is_not_starved_by_small_messages(bench: Any) -> None:
     """A waiting sender gets freed room as soon as the queue is below its limits, even if others keep filling it."""
     b = bench(outbox_max_bytes=100, outbox_overflow="drop_newest")
