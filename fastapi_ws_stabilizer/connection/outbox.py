@@ -394,7 +394,7 @@ class Outbox(abc.ABC):
             raise
 
     def _offer_again(self, frame: EncodedMessage) -> None:
-        """Offer a frame that nobody waits for any more, but that stands for one that was offered."""
+        """Offer a frame whose senders were all cancelled, because it has replaced one that was offered."""
         if not frame.is_envelope:
             self._offer_slow_path(frame)
         elif not self.put(frame):  # a volatile one, which must not end a session
