@@ -407,7 +407,7 @@ class Connection:
         """Send a frame after the queued ones, and wait while the outbox is full.
 
         This yields to the event loop if user code has held it for long, or if the network has not accepted all frames.
-        Cancelling discards the frame, unless it has just been queued.
+        Cancelling discards the frame, unless it has just been queued or has replaced that of another sender.
 
         Raises:
             SocketClosed: The connection is closed.

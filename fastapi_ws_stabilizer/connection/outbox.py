@@ -50,24 +50,30 @@ class PendingSend:
     Attributes:
         frame: As above, or the newer frame with its key that has replaced it.
         number: As above.
+        offered: Whether a frame whose sender does not wait has replaced it, so that no cancellation discards it.
     """
 
-    __slots__ = ("_senders", "frame", "number")
+    __slots__ = ("_senders", "frame", "number", "offered")
 
     def __init__(self, frame: EncodedMessage, number: Callable[[EncodedMessage], int] | None) -> None:
         self.frame = frame
         self.number = number
-        self._senders: list[asyncio.Future[int | None]] = []
+        self.offered = False
+        self._senders: dict[asyncio.Future[int | None], None] = {}  # a dict, because thousands may share one key
 
     def add_sender(self) -> asyncio.Future[int | None]:
         """Return a future for one more sender. It gets what `settle` is called with."""
         sender = asyncio.get_running_loop().create_future()
-        self._senders = [*(one for one in self._senders if not one.done()), sender]
+        self._senders[sender] = None
         return sender
+
+    def remove_sender(self, sender: asyncio.Future[int | None]) -> None:
+        """Remove the future of a cancelled sender."""
+        self._senders.pop(sender, None)
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether no sender waits any more."""
+        """Whether no sender waits any more. One may be cancelled and not removed yet."""
         return all(sender.done() for sender in self._senders)
 
     def settle(self, seq: int | None) -> None:
@@ -375,13 +381,24 @@ class Outbox(abc.ABC):
         if self._shut:
             return None
         waiter = self._waiter_for(frame, number)
+        sender = waiter.add_sender()
         try:
-            return await waiter.add_sender()
+            return await sender
         except asyncio.CancelledError:
-            if waiter.is_abandoned and self._waiters and waiter in self._waiters:
+            waiter.remove_sender(sender)
+            if self._waiters and waiter in self._waiters and waiter.is_abandoned:
                 self._waiters.remove(waiter)
                 self._serve_waiters()
+                if waiter.offered:
+                    self._offer_again(waiter.frame)
             raise
+
+    def _offer_again(self, frame: EncodedMessage) -> None:
+        """Offer a frame whose senders were all cancelled, because it has replaced one that was offered."""
+        if not frame.is_envelope:
+            self._offer_slow_path(frame)
+        elif not self.put(frame):  # a volatile one, which must not end a session
+            self.limits.counters.messages_dropped += 1
 
     def _waiter_for(self, frame: EncodedMessage, number: Callable[[EncodedMessage], int] | None) -> PendingSend:
         """Add a frame to those that wait for room, or let it replace a waiting one of the same key."""
@@ -389,8 +406,6 @@ class Outbox(abc.ABC):
         if waiter is not None:
             waiter.frame = frame
             self.limits.counters.messages_coalesced += 1
-            if number is None:
-                waiter.settle(0)
             return waiter
         if self._waiters is None:
             self._waiters = deque()
@@ -422,6 +437,7 @@ class Outbox(abc.ABC):
         if waiter is None:
             return self.replace_queued(frame)
         waiter.frame = frame  # it is newer than all queued frames
+        waiter.offered = True
         self.limits.counters.messages_coalesced += 1
         return True
 
@@ -580,7 +596,7 @@ class Outbox(abc.ABC):
         """Queue the frames of waiting senders in order, until a bound is reached."""
         while self._waiters and not (self._message_count and self._open_queue().at_bounds):
             waiter = self._waiters.popleft()
-            if waiter.is_abandoned:
+            if waiter.is_abandoned and not waiter.offered:
                 continue
             frame, number = waiter.frame, waiter.number
             if frame.key is None or number is not None or not self._replace_same_key(frame):
@@ -631,7 +647,7 @@ class Outbox(abc.ABC):
         self._shut = True
         discarded = 0 if flush else self._clear()
         self._close = (code, reason)
-        self._fail_waiters()
+        discarded += self._fail_waiters()
         self._schedule_flush()
         return discarded
 
@@ -643,8 +659,7 @@ class Outbox(abc.ABC):
         """Stop accepting and sending messages. Return the number of discarded messages."""
         self._shut = True
         self._close = None
-        discarded = self._clear()
-        self._fail_waiters()
+        discarded = self._clear() + self._fail_waiters()
         self._set_done()
         return discarded
 
@@ -656,11 +671,13 @@ class Outbox(abc.ABC):
         self._update_fast_path()
         return discarded
 
-    def _fail_waiters(self) -> None:
-        for waiter in self._waiters or ():
+    def _fail_waiters(self) -> int:
+        """Fail the waiting senders, and return the number of offered frames among theirs."""
+        waiters, self._waiters = self._waiters or (), None
+        for waiter in waiters:
             waiter.settle(None)
-        self._waiters = None
         self._update_fast_path()
+        return sum(waiter.offered for waiter in waiters)
 
     @property
     def is_done(self) -> bool:

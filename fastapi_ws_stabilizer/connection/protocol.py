@@ -124,7 +124,7 @@ class ClientProtocol(abc.ABC):
     async def put_wait(self, connection: Connection, frame: EncodedMessage) -> bool:
         """Queue a message as soon as there is room. Return `False` if the connection closed before.
 
-        Cancelling discards the message, unless it has just been queued.
+        Cancelling discards the message, unless it has just been queued or has replaced that of another sender.
         """
 
     @abc.abstractmethod

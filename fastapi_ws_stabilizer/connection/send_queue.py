@@ -142,7 +142,7 @@ class SendQueue:
         if index < self._head or not self.entries:
             return False
         growth = frame.size - self.entries[index].size
-        if growth > 0 and len(self) > 1 and self.held_bytes + growth > self._limits.max_bytes:
+        if growth > 0 and len(self) > 1 and self.held_bytes + growth > self._limits.max_bytes + self._extra[1]:
             return False
         if self.counted:
             self._limits.budget.release(self.entries[index])

@@ -129,10 +129,10 @@ class Broadcaster:
             WrongLoopError: This is not the event loop of the hub.
         """
         self._scheduler.check_loop()
+        if exclude is not None and not isinstance(exclude, str) and isinstance(exclude, Iterable):
+            exclude = tuple(exclude)  # it is read when earlier broadcasts are done, and twice
         if exclude_client is not None:
             exclude = exclude_client if exclude is None else (exclude_client, exclude)
-        if exclude is not None and not isinstance(exclude, str) and isinstance(exclude, Iterable):
-            exclude = tuple(exclude)  # it is read when earlier broadcasts are done
         if rooms is not None:
             if not isinstance(rooms, str):
                 rooms = tuple(rooms)

@@ -12,6 +12,9 @@ from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 NOTHING: Final = cast("list[EncodedMessage]", ())
 """Entries of every empty buffer. It is a tuple so that no code can add to it; the first message creates a list."""
 
+_MAX_FORGOTTEN: Final = 64
+"""Keys of messages that are not stored any more, beyond which they are forgotten if they are more than half of all."""
+
 
 class ReplayLimits:
     """Limits of replay buffers, shared by all sessions.
@@ -104,10 +107,9 @@ class ReplayBuffer:
         """Store a message that a newer one with its key may replace, and return its number."""
         seq = self.append(frame)
         keyed = {} if self.unsent is None else self.unsent
-        if len(keyed) > 4 * self._limits.max_messages:
-            # An outbox holds the stored messages that it began with, and as many newer ones.
-            unsent = seq - 3 * self._limits.max_messages
-            keyed = {key: number for key, number in keyed.items() if number > unsent}
+        if len(keyed) > 2 * len(self._entries) + _MAX_FORGOTTEN:  # most keys belong to messages not stored any more
+            first = self.first_seq
+            keyed = {key: number for key, number in keyed.items() if number >= first}
         keyed[frame.key] = seq
         self.unsent = keyed
         return seq

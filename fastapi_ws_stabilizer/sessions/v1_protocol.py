@@ -421,7 +421,8 @@ class V1Protocol(ClientProtocol):
         connection.check_loop()
         check_not_volatile(frame)
         seq = await self._enqueue_sequenced(connection, frame)
-        self.request_ack()
+        if connection.close_info is None:  # it may have started to close since the message was queued
+            self.request_ack()
         await self.session.requests.until_acknowledged(seq)
 
     async def request(self, connection: Connection, event: str, data: Any, timeout: float) -> Any:

@@ -815,6 +815,22 @@ async def test_pong_to_later_heartbeat_confirms_values(linked: Any) -> None:
     assert not b.connection.outbox.blocked
 
 
+async def test_offered_value_is_sent_in_iteration_of_cancellation(linked: Any) -> None:
+    """A sender is cancelled and has not run yet when there is room. The offered value that has replaced its is sent."""
+    b = await linked(outbox_max_messages=1)
+    b.server.stall()
+    b.connection.outbox.offer(encode("queued"))
+    senders = [asyncio.ensure_future(b.connection.send(encode("sent", key))) for key in ("price", "cursor")]
+    await settle()
+    b.connection.outbox.offer(encode("offered", "price"))
+    for sender in senders:
+        sender.cancel()
+    b.server.drain()
+    await asyncio.gather(*senders, return_exceptions=True)
+    assert b"".join(b.server.writes).count(b"offered") == 1
+    assert b"sent" not in b"".join(b.server.writes)
+
+
 async def test_close_flushes_value_that_waits_for_pong(linked: Any) -> None:
     """A close does not wait for a pong: the latest value is sent before the close frame."""
     b = await linked()

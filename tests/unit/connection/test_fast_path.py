@@ -125,6 +125,7 @@ class Rig:
             "preload": lambda: None if outbox._shut else outbox.preload([encode("welcome"), encode("first")]),
             "deflate": outbox.deflate_frames,
             "wait": lambda: self.senders.append(asyncio.ensure_future(outbox.put_wait(encode("w" * 9)))),
+            "wait keyed": lambda: self.senders.append(asyncio.ensure_future(outbox.put_wait(encode("v", "key")))),
             "cancel": lambda: self.senders[-1].cancel() if self.senders else None,
             "flush": outbox.flush,
             "block": self.block,
@@ -169,7 +170,8 @@ def is_clear(outbox: Any) -> bool:
 
 
 _STEPS = [
-    *("open", "offer", "offer large", "offer keyed", "send", "put", "control", "preload", "deflate", "wait", "cancel"),
+    *("open", "offer", "offer large", "offer keyed", "send", "put", "control", "preload", "deflate"),
+    *("wait", "wait keyed", "cancel"),
     *("flush", "block", "release", "fail", "turn", "turn", "turn", "finish", "finish without flush", "discard"),
 ]
 

@@ -14,6 +14,7 @@ from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection import stall_watch as send_watch_module
 from fastapi_ws_stabilizer.connection.outbox import SlowConsumer
 from fastapi_ws_stabilizer.connection.send_queue import OutboxLimits, SendQueue
+from fastapi_ws_stabilizer.errors import SocketClosed
 from fastapi_ws_stabilizer.events import Counters
 from fastapi_ws_stabilizer.queueing import EnqueueResult
 from fastapi_ws_stabilizer.wire.encoded import encode
@@ -115,16 +116,86 @@ async def test_keyed_message_replaces_message_of_waiting_sender(stalled: Any) ->
 
 
 async def test_waiting_senders_with_same_key_coalesce(stalled: Any) -> None:
-    """All waiting senders but the newest return at once, because their messages are superseded."""
+    """Only the newest message of a key is sent, and all its senders return when it is queued."""
     b = await stalled()
     offer(b, *"abcd")
     senders = [asyncio.ensure_future(b.connection.send(encode(f"p{number}", "price"))) for number in range(5)]
     await settle()
-    assert [sender.done() for sender in senders] == [True, True, True, True, False]
+    assert not any(sender.done() for sender in senders)
     b.server.release()
     await with_deadline(asyncio.gather(*senders))
     await b.server.until(lambda: b.server.data == ["stuck", *"abcd", "p4"])
     assert b.events.counters.messages_coalesced == 4
+
+
+@pytest.mark.parametrize("cancelled", [[0], [1], [0, 1]])
+async def test_message_of_two_senders_is_discarded_if_both_are_cancelled(stalled: Any, cancelled: list[int]) -> None:
+    """A message that has replaced that of another sender is still sent if only one of the calls is cancelled."""
+    b = await stalled()
+    offer(b, *"abcd")
+    senders = [asyncio.ensure_future(b.connection.send(encode(f"p{number}", "price"))) for number in range(2)]
+    await settle()
+    for number in cancelled:
+        senders[number].cancel()
+    await settle()
+    b.server.release()
+    await with_deadline(asyncio.gather(*senders, return_exceptions=True))
+    assert [sender.cancelled() for sender in senders] == [number in cancelled for number in range(2)]
+    offer(b, "end")
+    expected = [] if len(cancelled) == 2 else ["p1"]
+    await b.server.until(lambda: b.server.data == ["stuck", *"abcd", *expected, "end"])
+
+
+@pytest.mark.parametrize(
+    ("overflow", "got", "dropped", "discarded"),
+    [
+        ("drop_oldest", ["stuck", *"bcd", "offered"], 1, 0),
+        ("drop_newest", ["stuck", *"abcd"], 1, 0),
+        ("disconnect", ["stuck"], 0, 5),
+    ],
+)
+async def test_offered_message_survives_cancelled_sender(
+    stalled: Any, overflow: str, got: list[str], dropped: int, discarded: int
+) -> None:
+    """An offered message has replaced that of a sender that waits. If that is cancelled, it is offered again."""
+    b = await stalled(outbox_overflow=overflow)
+    offer(b, *"abcd")
+    sender = asyncio.ensure_future(b.connection.send(encode("sent", "price")))
+    await settle()
+    assert offer(b, "offered", key="price") == [EnqueueResult.SLOW]
+    sender.cancel()
+    await settle()
+    assert sender.cancelled()
+    b.server.release()
+    await b.server.until(lambda: b.server.data == got)
+    counters = b.events.counters
+    assert (counters.messages_dropped, counters.messages_discarded) == (dropped, discarded)
+    assert (b.connection.close_info is not None) == (overflow == "disconnect")
+
+
+async def test_offered_message_of_waiting_sender_counts_as_discarded(stalled: Any) -> None:
+    """At the end of a connection, an offered message that has replaced that of a waiting sender is counted."""
+    b = await stalled()
+    offer(b, *"abcd")
+    senders = [asyncio.ensure_future(b.connection.send(encode("sent", key))) for key in ("price", "other")]
+    await settle()
+    offer(b, "offered", key="price")
+    b.server.feed_disconnect(1001)
+    failures = await with_deadline(asyncio.gather(*senders, return_exceptions=True))
+    assert [type(failure) for failure in failures] == [SocketClosed, SocketClosed]
+    assert b.events.counters.messages_discarded == len(["stuck", *"abcd", "offered"])
+
+
+def test_preloaded_messages_use_no_room_of_replacement() -> None:
+    """A newer message may be larger than the one that it replaces, as if the replayed messages were not there."""
+    queue = SendQueue(OutboxLimits(WebSocketConfig(outbox_max_bytes=10), Counters()))
+    for _ in range(10):
+        queue.append(encode("replayed"))
+    queue.allow_extra()
+    queue.append(encode("p1", "price"))
+    assert queue.coalesce(encode("p1000", "price"))
+    assert not queue.coalesce(encode("p1000000000", "price"))
+    assert [frame.text for frame in queue.pop_up_to(1000)] == ["replayed"] * 10 + ["p1000"]
 
 
 async def test_waiting_sender_is_not_starved_by_small_messages(bench: Any) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from hypothesis import given, settings
+import pytest
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.errors import SocketClosed
+from fastapi_ws_stabilizer.sessions.v1_protocol import V1Protocol
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL, parse
 from tests.support.fake_link import soon, virtually
 from tests.support.fake_websocket import with_deadline
@@ -163,6 +165,29 @@ async def test_offered_message_replaces_waiting_one() -> None:
 
 
 @virtually
+async def test_sender_whose_connection_closes_awaits_ack_of_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newer value takes over from a sender and finds no room. The closing connection asks for no acknowledgement."""
+    requests = list[V1Protocol]()
+    monkeypatch.setattr(V1Protocol, "_send_ack_request", lambda protocol: requests.append(protocol))
+    async with Stage(outbox_max_messages=2) as stage:
+        peer = Peer(stage)
+        line = await blocked(stage, peer)
+        await offer(stage, "a", "b", key=None)
+        sending = asyncio.ensure_future(stage.socket().send(1, coalesce_key="price", ack=True))
+        await soon()
+        await offer(stage, 2)
+        await soon()
+        assert requests == []
+        line.server.release()
+        await line.leaves()
+        line = await peer.dial(seq=1)
+        assert (line.outcome, line.got) == ("full", ["a", "b", 2])
+        assert not sending.done()
+        await line.say({"type": "ack", "seq": 4})
+        await with_deadline(sending)
+
+
+@virtually
 async def test_cancelled_sender_keeps_message_of_another() -> None:
     """Two senders wait with one message. It is discarded when both are cancelled, but not before."""
     async with Stage(outbox_max_messages=2) as stage:
@@ -179,6 +204,23 @@ async def test_cancelled_sender_keeps_message_of_another() -> None:
         await with_deadline(second)
         await soon()
         assert line.got == ["in flight", "a", "b", 2]
+
+
+@virtually
+async def test_cancelled_sender_of_volatile_message_ends_no_session() -> None:
+    """A volatile message without room is dropped and counted, also if it had replaced that of a cancelled sender."""
+    async with Stage(outbox_max_messages=2) as stage:
+        line = await blocked(stage, Peer(stage))
+        await offer(stage, "a", "b", key=None)
+        sending = asyncio.ensure_future(stage.socket().send("sent", coalesce_key="k", volatile=True))
+        await soon()
+        assert await stage.manager.send_to_client("ann", "offered", coalesce_key="k", volatile=True)
+        sending.cancel()
+        await soon()
+        assert stage.manager.counters.messages_dropped == 1
+        line.server.release()
+        await soon()
+        assert (line.got, line.close_code) == (["in flight", "a", "b"], None)
 
 
 # ── away ──
@@ -280,8 +322,9 @@ class Model:
             await asyncio.sleep(0)
             self.due.append(entry)
         elif step == "cancel" and self.sending:
-            entry, sender = self.sending.pop(number % len(self.sending))
-            if sender.cancel():
+            entry, sender = self.sending[number % len(self.sending)]
+            if sender.cancel():  # else it has returned or failed, which is checked at the end
+                self.sending.remove((entry, sender))
                 self.due.remove(entry)
         elif step == "block" and line is not None:
             line.server.block()
@@ -387,6 +430,7 @@ STEPS = st.tuples(
 
 @settings(deadline=None, max_examples=300)
 @given(st.lists(STEPS, max_size=40), st.sampled_from([2, 5, 100]))
+@example([("send", "", 1), ("send", "", 0), ("offer", "", 0), ("send", "", 0), ("cancel", "", 0), ("cancel", "", 0)], 2)
 def test_client_sees_consecutive_numbers_and_last_values(steps: list[tuple[str, str, int]], room: int) -> None:
     """With any interleaving, numbers are consecutive, and the last value of each key and all other messages arrive."""
 

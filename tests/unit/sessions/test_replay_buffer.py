@@ -212,14 +212,18 @@ def test_old_message_behind_replaced_one_is_forgotten(monkeypatch: pytest.Monkey
     assert (log.first_seq, texts(log, 2)) == (3, ["fresh"])
 
 
-def test_keys_of_sent_messages_are_forgotten() -> None:
-    """However many keys a client has acknowledged messages of, only a bounded number is stored."""
-    log = log_of(limits=ReplayLimits(5, 10**6, 60.0))
+@pytest.mark.parametrize("acknowledges", [True, False])
+def test_keys_of_dropped_messages_are_forgotten(acknowledges: bool) -> None:
+    """The number of stored keys is bounded by that of stored messages, whatever the client acknowledges."""
+    log = log_of(limits=ReplayLimits(100, 10**6, 60.0))
     for number in range(1000):
         log.append_keyed(keyed("x", f"k{number}"))
+        if acknowledges:
+            log.forget_up_to(log.head - 2)
     assert log.unsent is not None
-    assert len(log.unsent) <= 21
-    assert [log.seq_of(f"k{number}") for number in range(990, 1000)] == list(range(991, 1001))
+    assert len(log.unsent) <= 2 * len(log.entries) + log_module._MAX_FORGOTTEN + 1
+    stored = range(log.first_seq, log.head + 1)
+    assert [log.seq_of(f"k{seq - 1}") for seq in stored] == list(stored)
 
 
 STEPS = st.lists(
