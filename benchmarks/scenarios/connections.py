@@ -8,14 +8,11 @@ from benchmarks.bench import Bench
 from benchmarks.contenders import BARE, PLAIN, PLAIN_V1, PROTOCOL, PROTOCOL_V1, REFERENCE
 from benchmarks.figures import Table
 from benchmarks.processes import ContenderError, Stand
+from benchmarks.scenarios.storms import ADDRESSES, TIMEOUT
 
 WARM_UP_CONNECTIONS = 200
 SETTLE_SECONDS = 0.5
 HEARTBEAT_INTERVAL = 1.0
-STORM_ADDRESSES = 8
-"""Source addresses of the clients, because one address has ports for fewer than 10,000 on some machines."""
-
-STORM_TIMEOUT = 60.0
 
 
 def memory(bench: Bench) -> list[Table]:
@@ -57,7 +54,7 @@ def resumable(bench: Bench) -> list[Table]:
     )
 
     def measure(stand: Stand) -> None:
-        stand.connect(clients, addresses=STORM_ADDRESSES, timeout=STORM_TIMEOUT)
+        stand.connect(clients, addresses=ADDRESSES, timeout=TIMEOUT)
         time.sleep(SETTLE_SECONDS)
         connected.add(stand.contender, stand.server.call("memory")["bytes"] / 2**20)
         stand.load.call("vanish")
