@@ -163,11 +163,13 @@ async def test_pending_v1_handshakes_are_bounded(serve: Serve, kind: str) -> Non
         writer.write(request(server.port, f"/limited/path/silent{number}", V1))
         return (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10))[9:12], reader, writer
 
-    silent = await asyncio.gather(*(dial(number) for number in range(300)))
+    # After MIN_HELLO_WAIT, a new client takes the place of a silent one. So there are only as many as a slow machine
+    # serves before that.
+    silent = await asyncio.gather(*(dial(number) for number in range(100)))
     try:
         answers = [answer for answer, _, _ in silent]
         assert answers.count(b"101") == 50 + 16
-        assert answers.count(b"503") == 300 - 50 - 16
+        assert answers.count(b"503") == 100 - 50 - 16
         closed = await asyncio.gather(*(reader.readexactly(4) for answer, reader, _ in silent if answer == b"101"))
         assert {frame[2:] for frame in closed} == {code(4408)}
     finally:
