@@ -163,8 +163,8 @@ async def test_pending_v1_handshakes_are_bounded(serve: Serve, kind: str) -> Non
         writer.write(request(server.port, f"/limited/path/silent{number}", V1))
         return (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10))[9:12], reader, writer
 
-    # After MIN_HELLO_WAIT, a new client takes the place of a silent one. So there are only as many as a slow machine
-    # serves before that.
+    # After MIN_HELLO_WAIT the server gives up the oldest silent client for a new one. A slow machine, too, serves this
+    # number before that.
     silent = await asyncio.gather(*(dial(number) for number in range(100)))
     try:
         answers = [answer for answer, _, _ in silent]
