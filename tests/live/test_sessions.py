@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -29,6 +30,28 @@ async def collect(client: Client, found: list[Any]) -> None:
     """Append the data of every message."""
     async for message in client:
         found.append(message.data)
+
+
+@asynccontextmanager
+async def cuttable_client(
+    server: LiveServer, path: str
+) -> AsyncIterator[tuple[CuttingProxy, Client, list[Any], list[str]]]:
+    """Connect a client through a proxy that can cut it.
+
+    Yields:
+        The proxy, the client, the data of the received messages, and the outcome of each connect.
+    """
+    got: list[Any] = []
+    outcomes: list[str] = []
+    async with CuttingProxy(server.port) as proxy:
+        client = connect(f"ws://127.0.0.1:{proxy.port}/ws/{path}", **QUICK_DIALS)
+        client.on_open(outcomes.append)
+        async with client:
+            reader = asyncio.ensure_future(collect(client, got))
+            try:
+                yield proxy, client, got, outcomes
+            finally:
+                reader.cancel()
 
 
 async def cut_at_random(proxy: CuttingProxy, cuts: int, chance: random.Random) -> None:
@@ -108,24 +131,17 @@ async def test_thousand_random_cuts_lose_and_duplicate_nothing(serve: Serve, kin
 async def test_messages_of_outage_arrive_after_reconnect(serve: Serve, kind: str) -> None:
     """After a broken TCP connection a client gets exactly the ten messages of the outage, in order."""
     server = serve(kind, app=APP)
-    got: list[Any] = []
-    async with CuttingProxy(server.port) as proxy:
-        client = connect(f"ws://127.0.0.1:{proxy.port}/ws/ann?room=lobby", **QUICK_DIALS)
-        outcomes: list[str] = []
-        client.on_open(outcomes.append)
-        async with client:
-            reader = asyncio.ensure_future(collect(client, got))
-            assert await client.request("note", "remember") == "remember"
-            proxy.rejects = True
-            proxy.streams[-1].cut()
-            await until(lambda: server.get("/count")["detached"] == 1, 5)
-            assert await asyncio.to_thread(server.post, "/push-many/ann/10")
-            proxy.rejects = False
-            await until(lambda: len(got) >= 10)
-            assert await client.request("add", [1, 2]) == 3
-            assert [message["number"] for message in got] == list(range(10))
-            assert outcomes == ["none", "full"]
-            reader.cancel()
+    async with cuttable_client(server, "ann?room=lobby") as (proxy, client, got, outcomes):
+        assert await client.request("note", "remember") == "remember"
+        proxy.rejects = True
+        proxy.streams[-1].cut()
+        await until(lambda: server.get("/count")["detached"] == 1, 5)
+        assert await asyncio.to_thread(server.post, "/push-many/ann/10")
+        proxy.rejects = False
+        await until(lambda: len(got) >= 10)
+        assert await client.request("add", [1, 2]) == 3
+        assert [message["number"] for message in got] == list(range(10))
+        assert outcomes == ["none", "full"]
     expected = [
         "connect ann none",
         "disconnect ann network_lost",
@@ -151,29 +167,22 @@ def check_prices(got: list[dict[str, int]], last: int) -> None:
 async def test_absent_client_gets_newest_value_of_each_key(serve: Serve, kind: str) -> None:
     """While a client is away for 4 s, 1,000 values a second of a key leave one stored message, and no gap."""
     server = serve(kind, app=APP)
-    got: list[Any] = []
-    async with CuttingProxy(server.port) as proxy:
-        client = connect(f"ws://127.0.0.1:{proxy.port}/ws/ann", **QUICK_DIALS)
-        outcomes: list[str] = []
-        client.on_open(outcomes.append)
-        async with client:
-            reader = asyncio.ensure_future(collect(client, got))
-            await until(lambda: server.get("/count")["connections"] == 1, 5)
-            proxy.rejects = True
-            proxy.streams[-1].cut()
-            await until(lambda: server.get("/count")["detached"] == 1, 5)
-            sent = await asyncio.to_thread(server.post, "/prices/ann?seconds=4")
-            notes = sent["last"] // 100 + 1
-            assert sent["last"] > 3000
-            assert sent["stored"] == notes + 2
-            assert sent["coalesced"] == 2 * sent["last"]
-            proxy.rejects = False
-            await until(lambda: len(got) >= notes + 2)
-            assert await client.request("add", [1, 2]) == 3
-            assert outcomes == ["none", "full"]
-            assert len(got) == notes + 2
-            check_prices(got, sent["last"])
-            reader.cancel()
+    async with cuttable_client(server, "ann") as (proxy, client, got, outcomes):
+        await until(lambda: server.get("/count")["connections"] == 1, 5)
+        proxy.rejects = True
+        proxy.streams[-1].cut()
+        await until(lambda: server.get("/count")["detached"] == 1, 5)
+        sent = await asyncio.to_thread(server.post, "/prices/ann?seconds=4")
+        notes = sent["last"] // 100 + 1
+        assert sent["last"] > 3000
+        assert sent["stored"] == notes + 2
+        assert sent["coalesced"] == 2 * sent["last"]
+        proxy.rejects = False
+        await until(lambda: len(got) >= notes + 2)
+        assert await client.request("add", [1, 2]) == 3
+        assert outcomes == ["none", "full"]
+        assert len(got) == notes + 2
+        check_prices(got, sent["last"])
     assert server.errors() == []
 
 
@@ -182,24 +191,17 @@ async def test_values_of_keys_survive_cuts_and_stalls(serve: Serve, kind: str) -
     """While connections break and stall, a client gets each note once and in order, and the last value of each key."""
     many = {"replay_max_messages": 20_000, "replay_max_bytes": 2**22}  # for what is sent into a half-open connection
     server = serve(kind, app=APP, config=many)
-    got: list[Any] = []
-    async with CuttingProxy(server.port) as proxy:
-        client = connect(f"ws://127.0.0.1:{proxy.port}/ws/ann", **QUICK_DIALS)
-        outcomes: list[str] = []
-        client.on_open(outcomes.append)
-        async with client:
-            reader = asyncio.ensure_future(collect(client, got))
-            await until(lambda: server.get("/count")["connections"] == 1, 5)
-            sending = asyncio.ensure_future(asyncio.to_thread(server.post, "/prices/ann?seconds=5"))
-            await cut_at_random(proxy, 40, random.Random(3))
-            sent = await sending
-            proxy.streams[-1].cut()  # the last one may swallow all data
-            await until(lambda: {"cursor": sent["last"]} in got, 15)
-            assert await client.request("add", [1, 2]) == 3
-            assert set(outcomes) <= {"none", "full"}
-            assert sent["coalesced"] > 100
-            check_prices(got, sent["last"])
-            reader.cancel()
+    async with cuttable_client(server, "ann") as (proxy, client, got, outcomes):
+        await until(lambda: server.get("/count")["connections"] == 1, 5)
+        sending = asyncio.ensure_future(asyncio.to_thread(server.post, "/prices/ann?seconds=5"))
+        await cut_at_random(proxy, 40, random.Random(3))
+        sent = await sending
+        proxy.streams[-1].cut()  # the last one may swallow all data
+        await until(lambda: {"cursor": sent["last"]} in got, 15)
+        assert await client.request("add", [1, 2]) == 3
+        assert set(outcomes) <= {"none", "full"}
+        assert sent["coalesced"] > 100
+        check_prices(got, sent["last"])
     assert server.errors() == []
 
 
