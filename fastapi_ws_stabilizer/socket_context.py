@@ -108,9 +108,9 @@ class HandshakeScope:
         elif handshake.endpoint.is_own_cancellation(error):
             if not handshake.abandoned:
                 raise await reject_handshake(admission, websocket, admission.stopping()) from error
-            # Starlette sends a close, which the server silently ignores.
-            if websocket.application_state is WebSocketState.DISCONNECTED:
-                mark_handled(websocket)  # a close is already sent, so Starlette's would raise
+            # Starlette sends a close. Before the accept the server silently ignores it, but later it would raise.
+            if websocket.application_state is not WebSocketState.CONNECTING:
+                mark_handled(websocket)
             raise WebSocketException(1000) from error
 
 

@@ -1280,6 +1280,34 @@ async def test_handshake_rejected_by_one_manager_skips_other(admission_app: Make
     assert (apps.first.refusals, apps.second.refusals) == ({}, {"4403": 1})
 
 
+async def test_abandoned_handshake_after_accept_is_quiet(admission_app: Make) -> None:
+    """A client that leaves between the accept and the connection causes no second close, and no error.
+
+    uvicorn raises an `OSError` from a send to a client that has left, and would log it as a bug of the application.
+    """
+    harness = admission_app()
+    server: FakeServer | None = None
+
+    async def dependency(websocket: WebSocket) -> AsyncIterator[None]:
+        async with HandshakeScope(harness.manager._require_node(), websocket) as handshake:
+            await handshake.accept()
+            assert server is not None
+            server.fail(ConnectionError("the client has left"))
+            handshake.abandoned = True
+            handshake.cancel()
+            await asyncio.sleep(5.0)
+            yield
+
+    @harness.app.websocket("/accepted")
+    async def accepted(_: None = Depends(dependency)) -> None:
+        raise AssertionError("unreachable")
+
+    call = harness.call("/accepted")
+    server = call.server
+    await call.wait_done()
+    assert [message["type"] for message in call.server.offered] == ["websocket.accept"]
+
+
 async def test_abandoned_handshake_after_close_is_quiet(admission_app: Make) -> None:
     """A client that leaves after the server has closed its handshake causes no second close, and no error."""
     harness = admission_app()
