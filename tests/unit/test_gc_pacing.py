@@ -73,12 +73,13 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Process]:
     monkeypatch.setattr(gc_pacing, "thread_cpu", process.thread_cpu)
     monkeypatch.setattr(gc_pacing, "QUIET_CHECKS", 1)
     monkeypatch.setattr(sys, "getallocatedblocks", lambda: process.blocks)
+    callbacks = list(gc.callbacks)
+    gc.callbacks.clear()  # those of managers that another test has not stopped
     yield process
+    gc.callbacks[:] = callbacks
     gc.unfreeze()
     gc.set_threshold(*process.thresholds)
     gc.enable()
-    for callback in [one for one in gc.callbacks if getattr(one, "__self__", None) is pacer]:
-        gc.callbacks.remove(callback)
 
 
 class Cycle:
