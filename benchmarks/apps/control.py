@@ -202,6 +202,7 @@ class Control(asyncio.Protocol):
 
     async def do_memory(self) -> dict[str, Any]:
         """Report the memory of this process after everything that can be freed is freed."""
+        gc.unfreeze()
         for _ in range(3):
             gc.collect()
         try:
