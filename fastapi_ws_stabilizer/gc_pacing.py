@@ -34,21 +34,28 @@ MIN_CONNECTIONS: Final = 100
 CHECK_INTERVAL: Final = 1.0
 """Seconds between two checks of the growth, while the collector is paced."""
 
+MIN_GROWTH: Final = 200_000
+"""Growth of memory, in blocks of about 100 bytes, up to which no full collection runs. The interpreter's free lists can
+hold a quarter of it."""
+
 MAX_GROWTH: Final = 0.5
 """Growth of memory, as a fraction of what the last full collection left, from which the next one is not delayed."""
 
 MAX_BLOCKS_PER_CONNECTION: Final = 1000
-"""Growth by each new connection that is allowed in addition, in blocks of memory. A connection of an empty endpoint has
+"""Growth by each new connection that is allowed in addition, in blocks. A connection of an empty endpoint has
 250 to 330 blocks."""
 
 QUIET_GROWTH: Final = 0.5
 """Fraction of the allowed growth from which a full collection runs if the event loop is quiet."""
 
+QUIET_CHECKS: Final = 2
+"""Checks in a row that have to find little load until the event loop is quiet."""
+
 MAX_QUIET_LOAD: Final = 0.1
-"""Load of the event loop's thread, in CPU seconds per second, up to which the event loop is quiet."""
+"""Load of the event loop's thread, in CPU seconds per second, up to which it is little."""
 
 MAX_QUIET_DELAY: Final = 0.02
-"""Seconds by which a check may be late on a quiet event loop. Without CPU for the process, the load alone is low."""
+"""Seconds by which a check may be late while the load is little. A process that gets no CPU has little load too."""
 
 MAX_FREEZES: Final = 500
 """Young collections between two checks that the pacer follows. If the event loop is blocked for longer, the interpreter
@@ -130,6 +137,7 @@ class CollectorPacer:
         self._most_connections = 0  # since then
         self._checked_at = 0.0
         self._cpu = 0.0
+        self._quiet_checks = 0
 
     def add(self, member: PacedConnections) -> None:
         """Add the connections of a manager. Nothing happens if they are added already."""
@@ -199,6 +207,7 @@ class CollectorPacer:
     def _begin(self, host: PacedConnections) -> None:
         """Begin the checks, on the event loop of a manager."""
         if self._host is host:
+            self._quiet_checks = 0
             self._note_live()
             self._arm(host)
             host.events.emit_throttled("gc_pacing_started", logging.INFO, "", connections=self._live_connections)
@@ -221,8 +230,8 @@ class CollectorPacer:
         if host not in paced or not self._has_default_collector():
             self._end()
             return
-        elapsed = monotonic() - self._checked_at
-        is_quiet = thread_cpu() - self._cpu <= MAX_QUIET_LOAD * elapsed and elapsed - CHECK_INTERVAL <= MAX_QUIET_DELAY
+        self._note_load()
+        is_quiet = self._quiet_checks >= QUIET_CHECKS
         connections = sum(member.count() for member in paced)
         self._most_connections = max(connections, self._most_connections)
         grown = sys.getallocatedblocks() - self._live_blocks
@@ -237,10 +246,17 @@ class CollectorPacer:
         elif self._host is host:  # a listener of `gc_collected` may have stopped the manager
             self._arm(host)
 
+    def _note_load(self) -> None:
+        elapsed = monotonic() - self._checked_at
+        has_little_load = thread_cpu() - self._cpu <= MAX_QUIET_LOAD * elapsed
+        is_late = elapsed - CHECK_INTERVAL > MAX_QUIET_DELAY
+        self._quiet_checks = self._quiet_checks + 1 if has_little_load and not is_late else 0
+
     def _allowed_growth(self, connections: int) -> float:
         """Return the blocks by which memory may grow before a full collection, with a number of open connections."""
         new_connections = max(0, connections - self._live_connections)
-        return MAX_GROWTH * self._live_blocks + MAX_BLOCKS_PER_CONNECTION * new_connections
+        allowed = MAX_GROWTH * self._live_blocks + MAX_BLOCKS_PER_CONNECTION * new_connections
+        return max(MIN_GROWTH / QUIET_GROWTH, allowed)
 
     def _collect(self, host: PacedConnections) -> None:
         """Run a full collection of all objects. If another thread is collecting, leave it to the next check."""

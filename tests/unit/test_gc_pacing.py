@@ -20,6 +20,8 @@ from fastapi_ws_stabilizer.gc_pacing import (
     MAX_FREEZES,
     MAX_FROZEN_BY_INTERPRETER,
     MIN_CONNECTIONS,
+    MIN_GROWTH,
+    QUIET_CHECKS,
     CollectorPacer,
     PacedConnections,
 )
@@ -72,8 +74,12 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Process]:
     process = Process(pacer)
     monkeypatch.setattr(gc_pacing, "PACER", pacer)
     monkeypatch.setattr(gc_pacing, "thread_cpu", process.thread_cpu)
+    monkeypatch.setattr(gc_pacing, "QUIET_CHECKS", 1)
     monkeypatch.setattr(sys, "getallocatedblocks", lambda: process.blocks)
+    callbacks = list(gc.callbacks)
+    gc.callbacks.clear()  # those of managers that another test has not stopped
     yield process
+    gc.callbacks[:] = callbacks
     gc.unfreeze()
     gc.set_threshold(*process.thresholds)
     gc.enable()
@@ -290,6 +296,26 @@ def test_growth_on_quiet_loop_runs_full_collection(process: Process) -> None:
     play(scene)
 
 
+def test_small_growth_runs_no_full_collection(process: Process) -> None:
+    """A process with few objects may grow by `MIN_GROWTH`: a full collection would free little."""
+
+    async def scene() -> None:
+        process.blocks = 1000
+        manager = Manager(MIN_CONNECTIONS)
+        manager.paced.start()
+        gc.collect(1)
+        await asyncio.sleep(0)
+        process.blocks += MIN_GROWTH
+        await next_check()
+        assert manager.event_names() == ["gc_pacing_started"]
+        process.blocks += 1
+        await next_check()
+        assert manager.event_names() == ["gc_pacing_started", "gc_collected"]
+        manager.paced.stop()
+
+    play(scene)
+
+
 def test_growth_on_busy_loop_is_bounded(process: Process) -> None:
     """A busy event loop delays a full collection until memory has grown by half of what the last one left."""
 
@@ -337,6 +363,35 @@ def test_new_connections_may_grow_memory(process: Process) -> None:
     play(scene)
 
 
+def test_quiet_event_loop_needs_checks_in_a_row(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop is quiet when `QUIET_CHECKS` checks in a row find little load."""
+    monkeypatch.setattr(gc_pacing, "QUIET_CHECKS", QUIET_CHECKS)
+
+    async def scene() -> None:
+        manager = Manager(MIN_CONNECTIONS)
+        manager.paced.start()
+        gc.collect(1)
+        await asyncio.sleep(0.5 * CHECK_INTERVAL)
+        process.blocks += LIVE_BLOCKS // 2
+        for load in (*[0.0] * (QUIET_CHECKS - 1), 1.0, *[0.0] * (QUIET_CHECKS - 1)):
+            process.cpu_per_call = load
+            await asyncio.sleep(CHECK_INTERVAL)
+            assert manager.event_names() == ["gc_pacing_started"]
+        process.cpu_per_call = 0.0
+        await asyncio.sleep(CHECK_INTERVAL)
+        assert manager.event_names() == ["gc_pacing_started", "gc_collected"]
+        manager.paced.stop()
+        manager.paced.start()
+        gc.collect(1)
+        await asyncio.sleep(0.5 * CHECK_INTERVAL)
+        process.blocks += LIVE_BLOCKS // 2
+        await asyncio.sleep(CHECK_INTERVAL)
+        assert manager.event_names().count("gc_collected") == 1  # checks before the stop do not count
+        manager.paced.stop()
+
+    play(scene)
+
+
 def test_late_check_is_not_quiet(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     """A check that is late says that the machine is busy, whatever CPU the event loop has got."""
     monkeypatch.setattr(gc_pacing, "MAX_QUIET_DELAY", -1.0)
@@ -363,8 +418,6 @@ def test_listener_may_stop_manager_during_check(process: Process) -> None:
         manager.paced.start()
         gc.collect(1)
         await asyncio.sleep(0)
-        process.blocks += LIVE_BLOCKS
-        await next_check()
         process.blocks += LIVE_BLOCKS
         await next_check()
         assert manager.event_names() == ["gc_pacing_started", "gc_collected"]
