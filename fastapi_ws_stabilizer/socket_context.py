@@ -108,6 +108,7 @@ class HandshakeScope:
         elif handshake.endpoint.is_own_cancellation(error):
             if not handshake.abandoned:
                 raise await reject_handshake(admission, websocket, admission.stopping()) from error
+            await handshake.wait_lost()
             # Starlette sends a close. Before the accept the server silently ignores it, but later it would raise.
             if websocket.application_state is not WebSocketState.CONNECTING:
                 mark_handled(websocket)

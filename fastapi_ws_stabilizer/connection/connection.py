@@ -342,7 +342,12 @@ class Connection:
         return self
 
     async def closed_error(self) -> Exception:
-        """Return the error for code that uses a closed connection."""
+        """Return the error for code that uses a closed connection. Cancelling is safe.
+
+        After a loss nothing is sent any more, but the close waits for its turn if many connections are lost at once.
+        """
+        if self.opened and self.close_info is None:
+            await self.wait_closing()
         await self.yield_after_end()
         return self._error()
 

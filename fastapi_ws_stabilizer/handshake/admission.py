@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 from fastapi import WebSocket, WebSocketException
@@ -33,7 +35,7 @@ from fastapi_ws_stabilizer.net.origin import OriginPolicy
 from fastapi_ws_stabilizer.net.proxies import rate_limit_key
 from fastapi_ws_stabilizer.scheduling import LoopBudget, PacedCalls, PacedTasks
 from fastapi_ws_stabilizer.sessions.session import Session
-from fastapi_ws_stabilizer.tasks import LazyEvent, wait_for_all
+from fastapi_ws_stabilizer.tasks import LazyEvent, start, wait_for_all
 from fastapi_ws_stabilizer.wire.handshake import (
     ANSWERED_KEY,
     HEADERS_KEY,
@@ -46,6 +48,9 @@ from fastapi_ws_stabilizer.wire.v1.hello import Hello
 MAX_ROUTES: Final = 64
 """Maximum number of routes for which an unanswered subprotocol is reported."""
 
+LOSS_TIMEOUT: Final = 1.0
+"""Maximum seconds until the server reports that an aborted transport is lost."""
+
 WATCH_INTERVAL: Final = 1.0
 """Seconds between two checks whether the client of a handshake has left."""
 
@@ -55,6 +60,13 @@ class _NoHello:
 
 
 _NO_HELLO: Final = _NoHello()
+
+
+async def _until_disconnect(receive: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
+    """Read ASGI events until the server reports a disconnect, or fails."""
+    with suppress(Exception):
+        while (await receive())["type"] != "websocket.disconnect":
+            pass
 
 
 class Handshake:
@@ -126,6 +138,17 @@ class Handshake:
         """Cancel the task of the handshake, which then rejects it. Nothing happens if it is established or rejected."""
         if not self.established and not self.rejected:
             self.endpoint.cancel()
+
+    async def wait_lost(self) -> None:
+        """Wait for at most 1 s until the server has lost an abandoned handshake, and aborts its transport first.
+
+        A transport that is closing may still have bytes to send. Until it is lost, uvicorn raises at an answer.
+        """
+        transport = ServerTransport(*asgi_callables(self.websocket))
+        if transport.abort():
+            lost = start(_until_disconnect(asgi_callables(self.websocket)[0]), name="ws-handshake-lost")
+            if not await wait_for_all([lost], LOSS_TIMEOUT):
+                lost.cancel()
 
     async def accept(self) -> None:
         """Accept the WebSocket. Nothing happens if it is accepted."""

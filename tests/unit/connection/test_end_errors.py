@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
+from fastapi_ws_stabilizer import scheduling
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.end_errors import IGNORED, PAUSE, SPINS
@@ -202,3 +203,24 @@ async def test_closed_websocket_keeps_application_class(bench: Any) -> None:
     await with_deadline(b.connection.closed)
     assert isinstance(b.connection.websocket, Own)
     assert b.connection.websocket.client_state is WebSocketState.DISCONNECTED
+
+
+@pytest.mark.parametrize("how", ["send", "receive"])
+async def test_loss_that_waits_for_its_turn_closes_socket(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Code that uses a lost connection gets `SocketClosed`, also while the loss waits behind very many others."""
+    b = bench()
+    await b.open()
+    monkeypatch.setattr(scheduling, "MAX_BLOCK", -1.0)  # one loss in each iteration of the event loop
+    closings = b.connection.resources.closings
+    for _ in range(20):
+        closings.run(int)
+    b.server.feed_disconnect(1001)
+    while len(closings) < 10 or not b.connection.outbox._shut:  # the reader has noticed the loss
+        await asyncio.sleep(0)
+    assert b.connection.close_info is None
+    socket = b.connection.socket
+    with pytest.raises(SocketClosed) as raised:
+        await with_deadline(socket.send("x") if how == "send" else socket.receive())
+    assert raised.value.code == 1001

@@ -1059,6 +1059,7 @@ class WatchedHandshakes:
         self.left: set[str] = set()
         self.checks: list[str] = []
         self.seconds = 0.0  # that each check takes
+        self.on_abort: Callable[[], object] | None = None
         harness.manager.on_handshake(self._wait)
 
     async def _wait(self, ws: StableSocket) -> None:
@@ -1081,6 +1082,12 @@ class WatchedHandshakes:
             self._watched.checks.append(self._client_id)
             time.sleep(self._watched.seconds)
             return self._client_id in self._watched.left
+
+        def abort(self) -> bool:
+            if self._watched.on_abort is None:
+                return False
+            self._watched.on_abort()
+            return True
 
     async def start(self, *client_ids: str) -> None:
         for client_id in client_ids:
@@ -1306,6 +1313,46 @@ async def test_abandoned_handshake_after_accept_is_quiet(admission_app: Make) ->
     server = call.server
     await call.wait_done()
     assert [message["type"] for message in call.server.offered] == ["websocket.accept"]
+
+
+async def test_abandoned_handshake_answers_after_server_has_lost_it(
+    admission_app: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transport that is closing is aborted, and the answer waits until the server knows that it is lost.
+
+    Until then uvicorn raises at an answer, and logs a bug of the application.
+    """
+    harness = admission_app()
+    watched = WatchedHandshakes(harness, monkeypatch)
+    call = harness.call("/path/ann")
+    await eventually(lambda: watched.waiting)
+    call.server.fail(AssertionError("the transport is not lost"))
+    watched.on_abort = lambda: asyncio.get_running_loop().call_later(0.05, lose)
+
+    def lose() -> None:
+        call.server.fail(ConnectionError("the client has left"))
+        call.server.feed_disconnect()
+
+    watched.left.add("ann")
+    with pytest.raises(ConnectionError):
+        await call.wait_done()
+    assert [message["type"] for message in call.server.offered] == ["websocket.close"]
+
+
+async def test_server_that_reports_no_loss_delays_abandoned_handshake_for_a_second(
+    admission_app: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wait for the loss is bounded, and leaves no task behind."""
+    monkeypatch.setattr(admission_module, "LOSS_TIMEOUT", 0.05)
+    harness = admission_app()
+    watched = WatchedHandshakes(harness, monkeypatch)
+    watched.on_abort = lambda: None
+    call = harness.call("/path/ann")
+    await eventually(lambda: watched.waiting)
+    watched.left.add("ann")
+    await call.wait_done()
+    await settle()
+    assert not [task for task in asyncio.all_tasks() if task.get_name() == "ws-handshake-lost"]
 
 
 async def test_abandoned_handshake_after_close_is_quiet(admission_app: Make) -> None:
