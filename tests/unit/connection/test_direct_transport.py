@@ -299,7 +299,7 @@ async def test_heartbeat_measures_only_matching_pongs(linked: Any) -> None:
 async def test_pongs_up_to_ping_count_are_free(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many pong frames as there were ping frames are free, even late ones; further ones count."""
     b = await linked()
-    monkeypatch.setattr(quota, "monotonic", lambda: b.connection.opened_at)  # no token comes back meanwhile
+    monkeypatch.setattr(quota, "monotonic", lambda: b.connection.opened_at)  # so no token comes back
     for number in range(300):
         b.connection.protocol.ping(b.connection, None, b.connection.opened_at + number)
     for payload in b.server.pings:
