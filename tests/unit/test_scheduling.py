@@ -311,7 +311,7 @@ async def test_deadline_heap_skips_many_removed_entries_in_parts() -> None:
             checked.append(entry.due)
 
     heap: DeadlineHeap[Entry] = DeadlineHeap(on_due, 0.0)
-    entries = [Entry(-float(number)) for number in range(2000, 0, -1)]  # overdue even just after boot
+    entries = [Entry(float(number)) for number in range(-2000, 0)]  # overdue, even just after the machine was booted
     for entry in entries:
         heap.push(entry)
     for entry in entries[:999]:  # not yet most of the heap, so they stay in it
